@@ -1,0 +1,27 @@
+"""Keyturn: the boot agent of a confidential inference guest.
+
+Read `boot.py` first: it is the worker's story, and the folders are its steps.
+
+    closed.py       values that may leave the process: integers, enums, bounded identifiers
+    errors.py       every way a boot can fail, who must act, and the exit status
+    events.py       everything a boot can say;  report.py  the four faces of one status
+    config.py       the one reader of configuration: MeasuredConfig, HostHints
+    supervisor.py   standard library only: worker, server, signals, status
+    boot.py         the worker's story, one step after the other
+    stages.py       the declared stages and their durations;  retry.py  the one retry schedule
+    keys.py         secrets in locked memory, the sealed key and its unwrapping
+    evidence/       what the guest says of itself: binding, formats, devices
+    verify/         signatures, chains and claims of evidence: the only place
+    handshake/      the protocol machine, the token, the gRPC wire
+    artifact/       the sealed model: format, sources, memory, opening, sealing
+    server/         the model server: presets, spawn, readiness, restart policy
+    guest/          what we ask of the kernel: mounts, process hardening
+    broker/         the reference key broker
+    sim/            simulated silicon in the real formats; never in a guest image
+    demo/           one boot on simulated silicon with a real model, for people
+
+There is no public Python API. The interfaces are the command line, the protocol, the
+configuration schema, `artifact/FORMAT.md` and the exit table, each with its version.
+"""
+
+__version__ = "0.1.0"

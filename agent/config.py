@@ -1,0 +1,282 @@
+"""The configuration: one schema, one parser. `MeasuredConfig` is covered by evidence and may decide anything.
+
+Owns the schema and the digest; reads no environment and no file but the one it is given. What the host says (paths of the
+status file, addresses of the health port, log view) are `HostHints`, flags that decide nothing.
+The digest of exactly these bytes must equal HOST_DATA of the guest's own report (`evidence/collect.py` checks it).
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+
+from agent.closed import Ident
+from agent.config_source import MAX_CONFIG_BYTES
+from agent.errors import ConfigError, ConfigProblem
+
+SCHEMA = "keyturn/v1"
+
+_Parsed = TypeVar("_Parsed")
+_Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+_Endpoint = Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}\Z")]
+_DnsName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.-]{1,253}\Z")]
+_KeyUri = Annotated[
+    str, msgspec.Meta(pattern=r"^kbs:///[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){2}\Z", max_length=128)
+]
+_Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+_Pem = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN [A-Z ]+-----", max_length=64 << 10)]
+_Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
+_Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Unknown keys are errors in every section."""
+
+
+class TeeConfig(_Section, frozen=True, kw_only=True):
+    attester: Literal["snp", "simulated-snp"]
+
+
+class SimulationConfig(_Section, frozen=True, kw_only=True):
+    machine: _Path
+
+
+class GpuConfig(_Section, frozen=True, kw_only=True):
+    count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    ready_state: Literal["own", "preset"] = "own"
+
+
+class BrokerConfig(_Section, frozen=True, kw_only=True):
+    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)]
+    server_name: _DnsName
+    ca_pem: _Pem
+    token_keys: Annotated[tuple[_Pem, ...], msgspec.Meta(min_length=1, max_length=8)]
+    key_uri: _KeyUri
+    timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
+    allow_simulated: bool = False
+
+
+class ArtifactConfig(_Section, frozen=True, kw_only=True):
+    source: Annotated[str, msgspec.Meta(pattern=r"^(/|https?://)[^\s\x00]+\Z", max_length=2048)]
+    manifest_digest: _Digest
+    min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    ca_pem: _Pem | None = None
+    destination: Literal["auto", "tmpfs", "memfd", "directory"] = "auto"
+    directory: _Path | None = None
+    unsafe_allow_swap: bool = False
+    headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
+    timeout_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 3600
+
+
+class ServerConfig(_Section, frozen=True, kw_only=True):
+    preset: Literal["llama-cpp", "custom"]
+    command: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1024)] = ()
+    environment: dict[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z", max_length=256)], _Text] = {}
+    port: _Port
+    model_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    health_path: Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=256)] | None = None
+    probe: Literal["completion", "embedding", "none"] | None = None
+    uid: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 65532
+    gid: Annotated[int, msgspec.Meta(ge=1, le=2**31)] = 65532
+    unsafe_run_as_root: bool = False
+    ready_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=7200)] = 600
+    stop_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=600)] = 30
+    max_restarts: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
+    output: Literal["count", "inherit"] = "count"
+
+
+class MeasuredConfig(_Section, frozen=True, kw_only=True):
+    """Everything that may decide. Parsed once from the measured bytes; frozen."""
+
+    schema: Literal["keyturn/v1"]
+    tee: TeeConfig
+    gpu: GpuConfig
+    broker: BrokerConfig
+    artifact: ArtifactConfig
+    server: ServerConfig
+    simulation: SimulationConfig | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A configuration and the SHA-256 over its bytes (32 bytes), which HOST_DATA must equal."""
+
+    config: MeasuredConfig
+    digest: bytes
+
+
+def parse(data: bytes) -> Measured:
+    """Parse the measured configuration.
+
+    Args:
+        data: the file, UTF-8 TOML, at most 1 MiB.
+    Raises:
+        ConfigError: with the key concerned; never with its value, which may be a secret.
+    """
+    config = parse_toml(data, MeasuredConfig, SCHEMA)
+    _check_together(config)
+    return Measured(config, hashlib.sha256(data).digest())
+
+
+def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
+    """A UTF-8 TOML document of at most 1 MiB as the msgspec type `cls`; its `schema` key must be `schema`.
+
+    Raises:
+        ConfigError: with the key concerned; never with its value.
+    """
+    if len(data) > MAX_CONFIG_BYTES:
+        raise ConfigError(ConfigProblem.TOO_LARGE)
+    import tomllib  # only the worker and `config check` pay for it
+
+    try:
+        tree = tomllib.loads(data.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ConfigError(ConfigProblem.NOT_UTF8) from None
+    except tomllib.TOMLDecodeError as error:
+        line = re.search(r"at line ([0-9]+)", str(error))
+        raise ConfigError(ConfigProblem.NOT_TOML, None, int(line[1]) if line else None) from None
+    except RecursionError:
+        raise ConfigError(ConfigProblem.NOT_TOML) from None
+    if tree.get("schema") != schema:
+        raise ConfigError(ConfigProblem.WRONG_SCHEMA, Ident("schema"))
+    try:
+        return msgspec.convert(tree, cls)
+    except msgspec.ValidationError as error:
+        raise _translate(str(error)) from None  # its text can quote values
+
+
+def _translate(text: str) -> ConfigError:
+    where = re.search(r"at `\$\.?([^`]*)`$", text)
+    path = where[1] if where else ""
+    field = re.search(r"(?:unknown field|required field) `([^`]*)`", text)
+    if field:
+        path = f"{path}.{field[1]}" if path else field[1]
+    if "unknown field" in text:
+        problem = ConfigProblem.UNKNOWN_KEY
+    elif "missing required field" in text:
+        problem = ConfigProblem.MISSING_KEY
+    elif re.match(r"Expected `[^`]*`, got `", text):
+        problem = ConfigProblem.WRONG_TYPE
+    else:
+        problem = ConfigProblem.BAD_VALUE
+    return ConfigError(problem, Ident.of_peer(path.replace("[...]", "[]")) if path else None)
+
+
+def _check_together(config: MeasuredConfig) -> None:
+    """Rules over more than one key."""
+
+    def wrong(key: str) -> ConfigError:
+        return ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(key))
+
+    simulated = config.tee.attester.startswith("simulated-")
+    if simulated != (config.simulation is not None):
+        raise wrong("simulation.machine")
+    if config.broker.allow_simulated and not simulated:
+        raise wrong("broker.allow_simulated")
+    if config.artifact.unsafe_allow_swap and not simulated:
+        raise wrong("artifact.unsafe_allow_swap")
+    if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
+        raise wrong("artifact.directory")
+    for index, endpoint in enumerate(config.broker.endpoints):
+        if not 1 <= int(endpoint.rsplit(":", 1)[1]) <= 65535:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.endpoints[{index}]"))
+
+
+EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with (HOST_DATA).
+schema = "{SCHEMA}"
+
+[tee]
+attester = "snp"                 # the CPU TEE; "simulated-snp" only on development machines
+
+[gpu]
+count = 1                        # evidence of exactly this many distinct GPUs, 0 for none
+ready_state = "own"              # the agent sets the ready state; "preset": this image's init has set it before
+
+[broker]
+endpoints = ["kbs.example.com:8443"]   # several addresses of one broker, tried in turn
+server_name = "kbs.example.com"        # the name its certificate must carry
+key_uri = "kbs:///models/my-model/1"
+timeout_s = 180                        # for the whole handshake, retries included
+ca_pem = """
+-----BEGIN CERTIFICATE-----
+the CA that signed the broker's certificate
+-----END CERTIFICATE-----
+"""
+token_keys = ["""
+-----BEGIN PUBLIC KEY-----
+the authority's ES256 token key; `keyturn broker init` prints it
+-----END PUBLIC KEY-----
+"""]
+
+[artifact]
+source = "https://models.example.com/my-model"   # an OCI image layout: URL or absolute path
+manifest_digest = "sha256:0000000000000000000000000000000000000000000000000000000000000000"  # `keyturn seal` prints it
+min_version = 1                  # older model versions are refused
+destination = "auto"             # own tmpfs, else a sealed memfd
+
+[server]
+preset = "llama-cpp"
+command = ["/usr/bin/llama-server", "-m", "{{model}}", "--host", "{{host}}", "--port", "{{port}}", "--alias", "my-model"]
+port = 8080
+model_id = "my-model"            # must appear in /v1/models before the server counts as ready
+probe = "completion"             # one request that must succeed before ready
+'''
+
+EXPLAIN = {
+    "schema": "version of this schema; this agent reads keyturn/v1",
+    "tee.attester": "which CPU TEE gives evidence: snp, or simulated-snp by name on a machine without a TEE",
+    "simulation.machine": "folder of the simulated machine; only with a simulated attester",
+    "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
+    "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
+    "preset: this image's init sets it at boot (stock Kata does); events and status say so",
+    "broker.endpoints": "host:port of each address of the one broker; a host may be hinted to another address, never to another identity",
+    "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
+    "broker.ca_pem": "the only CA that is trusted for the broker",
+    "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",
+    "broker.key_uri": "the model key: kbs:///repository/type/tag",
+    "broker.timeout_s": "seconds for the whole handshake including retries, 1..3600, default 180",
+    "broker.allow_simulated": "accept a verdict over simulated evidence; only with a simulated attester",
+    "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. Plain http is safe for "
+    "secrecy and integrity, since every byte is authenticated; it shows names and sizes to the network",
+    "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`",
+    "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
+    "artifact.ca_pem": "CA for an https source; default: the system's",
+    "artifact.destination": "tmpfs: own detached tmpfs, needs CAP_SYS_ADMIN. memfd: sealed memory file, single-file models. "
+    "directory: a given tmpfs, artifact.directory; plaintext there survives the agent's death. auto: tmpfs, else memfd",
+    "artifact.directory": "an empty folder on tmpfs, for destination = directory",
+    "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
+    "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
+    "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
+    "server.preset": "readiness contract and environment of a known server: llama-cpp, custom",
+    "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
+    "the preset has a default",
+    "server.environment": "the server's environment beside the preset's; nothing is inherited",
+    "server.port": "the port on 127.0.0.1 at which readiness is asked",
+    "server.model_id": "an id that /v1/models must list before the server is ready",
+    "server.health_path": "path of the health check; the preset has a default",
+    "server.probe": "one request that must succeed before ready: completion, embedding, none; the preset has a default",
+    "server.uid": "user id of the server when the agent is root, default 65532",
+    "server.gid": "group id of the server when the agent is root, default 65532",
+    "server.unsafe_run_as_root": "keep the server at uid 0 (without capabilities); for development machines",
+    "server.ready_timeout_s": "seconds until the server must be ready, default 600",
+    "server.stop_timeout_s": "seconds between SIGTERM and SIGKILL, default 30",
+    "server.max_restarts": "how often a crashed server is started again within ten minutes, default 3",
+    "server.output": "count: what the server prints stays in the guest, only byte counts leave. inherit: it goes to the agent's output",
+}
+"""One sentence for each key; a test compares the keys with the schema."""
+
+
+def keys() -> list[str]:
+    """Every key of the schema as a dotted path."""
+    found = []
+    for field in msgspec.structs.fields(MeasuredConfig):
+        kind = field.type
+        for option in getattr(kind, "__args__", (kind,)):
+            if isinstance(option, type) and issubclass(option, _Section):
+                found += [f"{field.name}.{inner.name}" for inner in msgspec.structs.fields(option)]
+                break
+        else:
+            found.append(field.name)
+    return found

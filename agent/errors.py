@@ -1,0 +1,837 @@
+"""Every way a boot can fail, who must act, and with which exit status the process ends.
+
+AgentError
+├── ConfigError · ConfigConflictError · ConfigNotMeasuredError            operator × config
+├── NoAttesterError · SimulationRefusedError                              operator × devices
+├── DeviceError · MalformedEvidenceError · EvidenceBindingError
+│   └── EvidenceVerificationError                                         host × evidence
+├── GpuCountError · GpuModeError · GpuFaultError                          host × gpu
+├── VmRestartRequiredError                                                operator × gate
+├── BrokerUnreachableError · BrokerIdentityError                          operator × broker
+├── RemoteProtocolError · BrokerFailureError                              authority × broker
+├── KeyReleaseDeniedError · TokenError                                    authority × verdict
+├── KeyUnwrapError · KeyMismatchError                                     authority × key
+├── LeaseEndedError                                                       authority × lease
+├── ArtifactUnavailableError                                              operator × artifact
+├── ArtifactError                                                         provider × artifact
+│   └── ManifestDigestError · MalformedManifestError · RollbackError · MalformedHeaderError
+│       TruncatedArtifactError · SegmentAuthenticationError · SealError
+├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
+├── BootInterruptedError · WorkerLostError                                operator × agent
+├── ServerError                                                           developer × server
+│   └── ServerStartError · ServerExitedError · ServerNotReadyError · ServerStuckError
+└── InternalError                                                         keyturn × agent
+
+An error is built from closed fields (`closed.py`); the text is made in `__str__` from those fields alone, so nothing
+secret and nothing a peer wrote can be in it. What we did wrong ourselves is not here: that is a RuntimeError, a bug.
+"""
+
+import dataclasses
+import enum
+from typing import ClassVar
+
+from agent.closed import ClosedRecord, Ident, from_record, to_record
+
+
+class Owner(enum.Enum):
+    """The party who must act."""
+
+    OPERATOR = "operator"  # runs the cluster: configuration, network, memory, pods
+    HOST = "host"  # owns machine and hypervisor: firmware, device state
+    AUTHORITY = "authority"  # decides about keys: the broker and its policy
+    PROVIDER = "provider"  # sealed the model
+    DEVELOPER = "developer"  # chose the model server
+    KEYTURN = "keyturn"  # us: a bug
+
+
+class Step(enum.Enum):
+    """The part of the boot that failed."""
+
+    CONFIG = "config"
+    DEVICES = "devices"
+    EVIDENCE = "evidence"
+    GPU = "gpu"
+    GATE = "gate"
+    BROKER = "broker"
+    VERDICT = "verdict"
+    KEY = "key"
+    LEASE = "lease"
+    ARTIFACT = "artifact"
+    MEMORY = "memory"
+    SERVER = "server"
+    AGENT = "agent"
+
+
+# The exit table is an interface: numbers are never reused, and a test freezes it.
+EXIT_SERVED = 0
+EXIT_USAGE = 2
+EXIT_STATUS: dict[tuple[Owner, Step], int] = {
+    (Owner.OPERATOR, Step.CONFIG): 10,
+    (Owner.OPERATOR, Step.DEVICES): 11,
+    (Owner.HOST, Step.EVIDENCE): 12,
+    (Owner.HOST, Step.GPU): 13,
+    (Owner.OPERATOR, Step.BROKER): 14,
+    (Owner.AUTHORITY, Step.BROKER): 15,
+    (Owner.AUTHORITY, Step.VERDICT): 16,
+    (Owner.AUTHORITY, Step.KEY): 17,
+    (Owner.OPERATOR, Step.ARTIFACT): 18,
+    (Owner.PROVIDER, Step.ARTIFACT): 19,
+    (Owner.OPERATOR, Step.MEMORY): 20,
+    (Owner.OPERATOR, Step.AGENT): 21,
+    (Owner.AUTHORITY, Step.LEASE): 22,
+    (Owner.KEYTURN, Step.AGENT): 29,
+    (Owner.DEVELOPER, Step.SERVER): 30,
+    (Owner.OPERATOR, Step.GATE): 31,
+}
+
+
+class AgentError(ClosedRecord, Exception):
+    """The world misbehaved. Subclasses are dataclasses; `owner`, `step` and `next_step` are facts of the class."""
+
+    owner: ClassVar[Owner]
+    step: ClassVar[Step]
+    next_step: ClassVar[str]
+    """One fixed sentence for the owner. Never built from data."""
+
+    @property
+    def exit_status(self) -> int:
+        return EXIT_STATUS[self.owner, self.step]
+
+    @property
+    def retryable(self) -> bool:
+        """May the same request be made again within the deadline? A denial never."""
+        return False
+
+    def what(self) -> str:
+        """What was read, got and expected: lower case, no full stop, from closed fields only."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return f"{self.what()} ({self.owner.value})"
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+
+class ConfigProblem(enum.Enum):
+    NOT_FOUND = "file not found or not readable"
+    TOO_LARGE = "file is larger than 1 MiB"
+    NOT_UTF8 = "file is not UTF-8"
+    NOT_TOML = "file is not valid TOML"
+    WRONG_SCHEMA = "schema is missing or not one this version reads"
+    UNKNOWN_KEY = "key is not part of the schema"
+    MISSING_KEY = "key is missing"
+    WRONG_TYPE = "value has the wrong type"
+    BAD_VALUE = "value is out of range or malformed"
+    NEEDS_OTHER_KEY = "value needs another key that is missing, or excludes one that is set"
+
+
+@dataclasses.dataclass(eq=False)
+class ConfigError(AgentError):
+    """The configuration cannot be used. `key` is the dotted path of the key, `line` its line in the file if known."""
+
+    owner = Owner.OPERATOR
+    step = Step.CONFIG
+    next_step = "correct the configuration; `keyturn config check FILE` shows the same error without a boot"
+    problem: ConfigProblem
+    key: Ident | None = None
+    line: int | None = None
+
+    def what(self) -> str:
+        at = f", line {self.line}" if self.line is not None else ""
+        return f"configuration {self.key}: {self.problem.value}{at}" if self.key else f"configuration: {self.problem.value}{at}"
+
+
+@dataclasses.dataclass(eq=False)
+class ConfigConflictError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.CONFIG
+    next_step = "leave exactly one deciding configuration source"
+
+    def what(self) -> str:
+        return "two configuration sources want to decide"
+
+
+@dataclasses.dataclass(eq=False)
+class ConfigNotMeasuredError(AgentError):
+    """The digest of the configuration is not the one this guest was launched with (HOST_DATA)."""
+
+    owner = Owner.OPERATOR
+    step = Step.CONFIG
+    next_step = (
+        "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with"
+    )
+
+    def what(self) -> str:
+        return "configuration digest differs from HOST_DATA of this guest's own report"
+
+
+# --- devices and evidence ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class NoAttesterError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.DEVICES
+    next_step = "run inside a confidential guest whose image has the TEE driver; a simulated TEE must be configured by name"
+    attester: Ident
+
+    def what(self) -> str:
+        return f"no device for attester {self.attester}"
+
+
+class SimulationRefusal(enum.Enum):
+    REAL_TEE_PRESENT = "a real TEE device exists"
+    NOT_INSTALLED = "this installation carries no simulators"
+    NOT_ALLOWED = "the verdict is simulated and the configuration does not allow it"
+
+
+@dataclasses.dataclass(eq=False)
+class SimulationRefusedError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.DEVICES
+    next_step = "simulation is for development machines: configure the real attester"
+    reason: SimulationRefusal
+
+    def what(self) -> str:
+        return f"simulation refused: {self.reason.value}"
+
+
+@dataclasses.dataclass(eq=False)
+class DeviceError(AgentError):
+    """A device call failed. `code` is the errno, NVML return code or firmware status, as `interface` defines it."""
+
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "look the code up for this interface; a guest whose device failed must be restarted, not retried"
+    interface: Ident
+    call: Ident
+    code: int
+
+    def what(self) -> str:
+        return f"{self.interface}: {self.call} failed with code {self.code}"
+
+
+class EvidenceFormat(enum.Enum):
+    SNP_REPORT = "snp-report"
+    SNP_CHAIN = "snp-certificate-chain"
+    NVIDIA_REPORT = "nvidia-report"
+    NVIDIA_CHAIN = "nvidia-certificate-chain"
+    ADDITIONAL = "additional-evidence"
+
+
+@dataclasses.dataclass(eq=False)
+class MalformedEvidenceError(AgentError):
+    """Evidence does not parse. `field` names the offending part; `got` and `expected` are lengths or field values."""
+
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "report firmware and driver versions; evidence in this shape cannot be appraised"
+    format: EvidenceFormat
+    field: Ident
+    got: int | None = None
+    expected: int | None = None
+
+    def what(self) -> str:
+        numbers = f": got {self.got}, expected {self.expected}" if self.got is not None else ""
+        return f"{self.format.value}: malformed {self.field}{numbers}"
+
+
+@dataclasses.dataclass(eq=False)
+class EvidenceBindingError(AgentError):
+    """The device answered with evidence over other data than we asked for."""
+
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "treat the device or its driver as faulty or hostile; restart the guest on another machine"
+    format: EvidenceFormat
+
+    def what(self) -> str:
+        return f"{self.format.value}: evidence does not carry the data it was asked to carry"
+
+
+class EvidenceCheck(enum.Enum):
+    """What a verifier checks. The broker denies with the same words."""
+
+    REPORT_VERSION = "report-version"
+    REPORT_SIGNATURE = "report-signature"
+    CERTIFICATE_CHAIN = "certificate-chain"
+    CERTIFICATE_VALIDITY = "certificate-validity"
+    CERTIFICATE_TCB = "certificate-tcb"
+    CERTIFICATE_CHIP_ID = "certificate-chip-id"
+    SIGNING_KEY = "signing-key"
+    FWID = "fwid"
+    NONCE = "nonce"
+    REPORT_DATA = "report-data"
+
+
+@dataclasses.dataclass(eq=False)
+class EvidenceVerificationError(AgentError):
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "the device's evidence is not genuine or not fresh; do not run confidential work on this machine"
+    format: EvidenceFormat
+    check: EvidenceCheck
+
+    def what(self) -> str:
+        return f"{self.format.value}: {self.check.value} does not verify"
+
+
+# --- GPU --------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class GpuCountError(AgentError):
+    owner = Owner.HOST
+    step = Step.GPU
+    next_step = "attach the configured number of GPUs to this guest, each of them once"
+    expected: int
+    got: int
+
+    def what(self) -> str:
+        return f"expected {self.expected} distinct GPUs, got {self.got}"
+
+
+class GpuMode(enum.Enum):
+    CC_FEATURE = "confidential computing feature"
+    ENVIRONMENT = "environment (2 is production)"
+    DEVTOOLS = "devtools mode"
+    MULTI_GPU = "multi-GPU mode"
+    REGISTRY_KEYS = "registry keys that weaken confidential computing"
+
+
+@dataclasses.dataclass(eq=False)
+class GpuModeError(AgentError):
+    owner = Owner.HOST
+    step = Step.GPU
+    next_step = "set the GPU's confidential-computing mode on the host and restart the guest"
+    mode: GpuMode
+    got: int
+    expected: int
+
+    def what(self) -> str:
+        return f"GPU {self.mode.value}: got {self.got}, expected {self.expected}"
+
+
+class GpuFault(enum.Enum):
+    FATAL_XID = "fatal XID in the kernel log"
+    CC_FATAL = "confidential computing fatal error in the kernel log"
+    INVENTORY_CHANGED = "GPU inventory changed after attestation"
+    READY_NOT_SET = "ready state does not read back as set"
+    KERNEL_LOG_UNREADABLE = "kernel log is not readable"
+
+
+@dataclasses.dataclass(eq=False)
+class GpuFaultError(AgentError):
+    """`code` is the XID for FATAL_XID, else 0."""
+
+    owner = Owner.HOST
+    step = Step.GPU
+    next_step = "reset the GPU on the host and restart the guest"
+    fault: GpuFault
+    code: int = 0
+
+    def what(self) -> str:
+        return f"GPU: {self.fault.value}" + (f" ({self.code})" if self.code else "")
+
+
+@dataclasses.dataclass(eq=False)
+class VmRestartRequiredError(AgentError):
+    """The ready state is already 1: somebody passed the gate before this boot, and it is never set back."""
+
+    owner = Owner.OPERATOR
+    step = Step.GATE
+    next_step = (
+        "delete the pod and restart the guest; if its image sets the ready state itself, configure gpu.ready_state = preset"
+    )
+
+    def what(self) -> str:
+        return "GPU ready state was already 1 when this boot began"
+
+
+# --- broker -----------------------------------------------------------------------------------------------------------
+
+
+class Unreachable(enum.Enum):
+    REFUSED = "connection refused"
+    NAME = "name does not resolve"
+    TIMEOUT = "no answer in time"
+    RESET = "connection lost"
+    OVERLOADED = "broker asked to come back later"
+
+
+@dataclasses.dataclass(eq=False)
+class BrokerUnreachableError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.BROKER
+    next_step = "check broker.endpoints, routes and firewalls between this guest and the broker"
+    reason: Unreachable
+    attempts: int = 1
+
+    @property
+    def retryable(self) -> bool:
+        return True
+
+    def what(self) -> str:
+        return f"broker not reachable: {self.reason.value}, {self.attempts} attempts"
+
+
+class IdentityProblem(enum.Enum):
+    CHAIN = "certificate does not lead to the measured CA"
+    NAME = "certificate is for another server name"
+    VALIDITY = "certificate is expired or not yet valid by this guest's clock"
+    TLS = "TLS handshake failed"
+
+
+@dataclasses.dataclass(eq=False)
+class BrokerIdentityError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.BROKER
+    next_step = "compare broker.ca_pem and broker.server_name with the broker's certificate; otherwise somebody else answers"
+    problem: IdentityProblem
+
+    def what(self) -> str:
+        return f"broker identity: {self.problem.value}"
+
+
+class ProtocolProblem(enum.Enum):
+    UNEXPECTED_MESSAGE = "message out of order"
+    OVERSIZED = "message larger than the limit"
+    MALFORMED = "message has a missing or malformed field"
+    REQUEST_ID = "answer carries another request id"
+    CLOSED = "stream ended before the answer"
+    VERSION = "protocol version is not supported"
+
+
+@dataclasses.dataclass(eq=False)
+class RemoteProtocolError(AgentError):
+    owner = Owner.AUTHORITY
+    step = Step.BROKER
+    next_step = "compare the versions of broker and agent; the broker's audit log has the request id"
+    problem: ProtocolProblem
+    state: Ident
+
+    def what(self) -> str:
+        return f"broker protocol in state {self.state}: {self.problem.value}"
+
+
+@dataclasses.dataclass(eq=False)
+class BrokerFailureError(AgentError):
+    """The broker answered with a failure of its own. `status` is the gRPC status code."""
+
+    owner = Owner.AUTHORITY
+    step = Step.BROKER
+    next_step = "look up the request id in the broker's audit log"
+    status: int
+    reason: Ident
+
+    def what(self) -> str:
+        return f"broker failed with status {self.status}, reason {self.reason}"
+
+
+class DenialReason(enum.Enum):
+    """Why a broker denied. Closed; the wire carries these names."""
+
+    CLAIM = "claim"  # a verified claim is not allowed: measurement, HOST_DATA, policy bits, TCB, GPU count …
+    DEVICE = "device"  # evidence of a device is missing, doubled, or does not verify
+    COLLATERAL = "collateral"  # certificates are missing, foreign or out of date
+    REFERENCE_VALUE = "reference-value"  # the policy row has no value to compare with
+    POLICY = "policy"  # no row, revoked, out of its dates
+
+
+@dataclasses.dataclass(eq=False)
+class KeyReleaseDeniedError(AgentError):
+    """Final: a denial is never retried."""
+
+    owner = Owner.AUTHORITY
+    step = Step.VERDICT
+    next_step = "ask the key-release authority, with request id, claim and policy version; do not retry"
+    reason: DenialReason
+    claim: Ident
+    reference_value_id: Ident | None
+    policy_version: Ident
+
+    def what(self) -> str:
+        value = f", reference value {self.reference_value_id}" if self.reference_value_id else ""
+        return f"key release denied: {self.reason.value} {self.claim}{value}, policy version {self.policy_version}"
+
+
+class TokenCheck(enum.Enum):
+    FORMAT = "format"
+    ALGORITHM = "algorithm"
+    SIGNATURE = "signature"
+    EXPIRED = "expiry"
+    NOT_YET_VALID = "not-before"
+    TEE_PUBKEY = "tee-pubkey"
+    NONCE = "nonce"
+    KEY_URI = "key-uri"
+    CLAIMS = "claims"
+
+
+@dataclasses.dataclass(eq=False)
+class TokenError(AgentError):
+    owner = Owner.AUTHORITY
+    step = Step.VERDICT
+    next_step = (
+        "compare broker.token_keys with the authority's signing key, and both clocks; otherwise somebody altered the verdict"
+    )
+    check: TokenCheck
+
+    def what(self) -> str:
+        return f"verdict token: {self.check.value} does not hold"
+
+
+class UnwrapCheck(enum.Enum):
+    FORMAT = "JWE format"
+    ALGORITHM = "algorithm"
+    EPHEMERAL_KEY = "ephemeral key"
+    KEY_WRAP = "key wrap"
+    CONTENT = "content authentication"
+    LENGTH = "key length"
+
+
+@dataclasses.dataclass(eq=False)
+class KeyUnwrapError(AgentError):
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = "the sealed key was not made for this boot; look up the request id in the broker's audit log"
+    check: UnwrapCheck
+
+    def what(self) -> str:
+        return f"sealed key: {self.check.value} does not hold"
+
+
+@dataclasses.dataclass(eq=False)
+class KeyMismatchError(AgentError):
+    """The key opens nothing here: it is not the key this model was sealed with (key commitment)."""
+
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = "store the key this model was sealed with under its key URI"
+
+    def what(self) -> str:
+        return "key does not match the manifest's key commitment"
+
+
+@dataclasses.dataclass(eq=False)
+class LeaseEndedError(AgentError):
+    owner = Owner.AUTHORITY
+    step = Step.LEASE
+    next_step = "start a new boot; it asks for a new key"
+    lease_s: int
+
+    def what(self) -> str:
+        return f"key lease of {self.lease_s} s ended"
+
+
+# --- artifact ---------------------------------------------------------------------------------------------------------
+
+
+class StoreProblem(enum.Enum):
+    NOT_FOUND = "not found"
+    REFUSED = "access refused"
+    UNREACHABLE = "not reachable"
+    TIMEOUT = "no answer in time"
+    SERVER_ERROR = "server error"
+    BAD_ANSWER = "answer does not fit the request"
+    TLS = "TLS handshake failed"
+
+
+@dataclasses.dataclass(eq=False)
+class ArtifactUnavailableError(AgentError):
+    """The store did not deliver. `status` is the HTTP status or errno, 0 if there was none."""
+
+    owner = Owner.OPERATOR
+    step = Step.ARTIFACT
+    next_step = "check artifact.source and that the store holds every blob of this manifest"
+    problem: StoreProblem
+    status: int = 0
+
+    @property
+    def retryable(self) -> bool:
+        return self.problem in (StoreProblem.UNREACHABLE, StoreProblem.TIMEOUT, StoreProblem.SERVER_ERROR)
+
+    def what(self) -> str:
+        return f"artifact store: {self.problem.value}" + (f" ({self.status})" if self.status else "")
+
+
+class ArtifactError(AgentError):
+    """The artifact itself is not what its provider promised."""
+
+    owner = Owner.PROVIDER
+    step = Step.ARTIFACT
+    next_step = "copy the sealed model again; if it fails again, seal it again"
+
+
+@dataclasses.dataclass(eq=False)
+class ManifestDigestError(ArtifactError):
+    def what(self) -> str:
+        return "manifest digest differs from the measured configuration"
+
+
+@dataclasses.dataclass(eq=False)
+class MalformedManifestError(ArtifactError):
+    field: Ident
+
+    def what(self) -> str:
+        return f"manifest: malformed or inconsistent {self.field}"
+
+
+@dataclasses.dataclass(eq=False)
+class RollbackError(ArtifactError):
+    next_step = "deploy a model version that is not below the floor, or lower the floor deliberately"
+    version: int
+    floor: int
+
+    def what(self) -> str:
+        return f"model version {self.version} is below the floor {self.floor}"
+
+
+@dataclasses.dataclass(eq=False)
+class MalformedHeaderError(ArtifactError):
+    """`file` is the index in the manifest's file table."""
+
+    file: int
+
+    def what(self) -> str:
+        return f"file {self.file}: malformed or foreign stream header"
+
+
+@dataclasses.dataclass(eq=False)
+class TruncatedArtifactError(ArtifactError):
+    file: int
+    got_bytes: int
+    expected_bytes: int
+
+    def what(self) -> str:
+        return f"file {self.file}: got {self.got_bytes} bytes of ciphertext, expected {self.expected_bytes}"
+
+
+@dataclasses.dataclass(eq=False)
+class SegmentAuthenticationError(ArtifactError):
+    """One message for any authentication failure: which byte or which check is not told."""
+
+    file: int
+    segment: int
+
+    def what(self) -> str:
+        return f"file {self.file}, segment {self.segment}: does not authenticate"
+
+
+class SealProblem(enum.Enum):
+    MODEL_MISSING = "model folder cannot be read"
+    EMPTY = "model folder has no files"
+    BAD_PATH = "name is not one that every file system can hold"
+    NOT_A_FILE = "neither a file nor a folder, or a link that leaves the model folder or names a folder"
+    CHANGED = "file changed while it was read"
+    INSIDE = "model folder, output folder and key file must not lie inside one another"
+    NOT_A_LAYOUT = "output folder is not empty and not an OCI image layout"
+    BAD_VALUE = "not a value the format can hold"
+    BUSY = "another seal is writing to this output folder"
+    SEALED_BEFORE = "this name and version are already in the output folder"
+    KEY_EXISTS = "key file exists already"
+    IO = "input or output failed"
+
+
+@dataclasses.dataclass(eq=False)
+class SealError(ArtifactError):
+    """Nothing was sealed, nothing was left behind. `code` is the errno, 0 if there was none."""
+
+    next_step = "correct the model folder, the name or the output folder, and seal again"
+    problem: SealProblem
+    where: Ident | None = None  # path of a file, or field of a document
+    code: int = 0
+
+    def what(self) -> str:
+        at = f" {self.where}" if self.where else ""
+        return f"seal{at}: {self.problem.value}" + (f" (errno {self.code})" if self.code else "")
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+class MemoryLimit(enum.Enum):
+    AVAILABLE = "MemAvailable"
+    CGROUP = "cgroup limit"
+    DESTINATION = "destination file system"
+
+
+@dataclasses.dataclass(eq=False)
+class InsufficientMemoryError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.MEMORY
+    next_step = "give the guest more memory, or raise the pod's memory limit"
+    limit: MemoryLimit
+    needed_bytes: int
+    available_bytes: int
+
+    def what(self) -> str:
+        return f"model needs {self.needed_bytes} bytes of guest memory, {self.limit.value} leaves {self.available_bytes}"
+
+
+class DestinationProblem(enum.Enum):
+    NOT_MEMORY = "file system is not tmpfs"
+    NOT_EMPTY = "directory is not empty"
+    MANY_FILES = "a memfd holds one file, the model has more"
+    KERNEL = "kernel refused"
+
+
+@dataclasses.dataclass(eq=False)
+class DestinationError(AgentError):
+    """`code` is the errno for KERNEL, else 0."""
+
+    owner = Owner.OPERATOR
+    step = Step.MEMORY
+    next_step = "choose a destination this guest can have: see `keyturn config explain artifact.destination`"
+    problem: DestinationProblem
+    code: int = 0
+
+    def what(self) -> str:
+        return f"destination: {self.problem.value}" + (f" (errno {self.code})" if self.code else "")
+
+
+@dataclasses.dataclass(eq=False)
+class SwapActiveError(AgentError):
+    owner = Owner.OPERATOR
+    step = Step.MEMORY
+    next_step = "turn swap off in the guest, or use a kernel whose tmpfs has noswap (6.4 or newer)"
+
+    def what(self) -> str:
+        return "active swap could carry weights out of guest memory"
+
+
+# --- agent and server -------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class BootInterruptedError(AgentError):
+    """Somebody asked for the end before the model server was ready."""
+
+    owner = Owner.OPERATOR
+    step = Step.AGENT
+    next_step = "start the boot again; if nobody stopped it, raise the start-up timeout of pod or unit"
+    signal: int
+
+    def what(self) -> str:
+        return f"boot interrupted by signal {self.signal}"
+
+
+@dataclasses.dataclass(eq=False)
+class WorkerLostError(AgentError):
+    """The worker ended without an outcome. `signal` is the signal that killed it, 0 if it exited by itself."""
+
+    owner = Owner.OPERATOR
+    step = Step.AGENT
+    next_step = "signal 9 is usually the kernel running out of memory: see the guest's kernel log and memory limit"
+    signal: int
+    status: int
+
+    def what(self) -> str:
+        return f"worker ended without an outcome: signal {self.signal}, status {self.status}"
+
+
+class ServerError(AgentError):
+    owner = Owner.DEVELOPER
+    step = Step.SERVER
+    next_step = "run the server command with the unsealed model on a development machine and compare"
+
+
+@dataclasses.dataclass(eq=False)
+class ServerStartError(ServerError):
+    """The kernel refused to start the server. `code` is the errno."""
+
+    code: int
+
+    def what(self) -> str:
+        return f"model server cannot be started: errno {self.code}"
+
+
+@dataclasses.dataclass(eq=False)
+class ServerExitedError(ServerError):
+    """`status` is the exit status, `signal` the signal that killed it; one of them is 0."""
+
+    status: int
+    signal: int
+    starts: int
+
+    def what(self) -> str:
+        how = f"by signal {self.signal}" if self.signal else f"with status {self.status}"
+        return f"model server ended {how} after {self.starts} starts"
+
+
+class Unready(enum.Enum):
+    NO_ANSWER = "no answer on its port"
+    HEALTH = "health check does not pass"
+    MODEL = "expected model id is not served"
+    PROBE = "health check passes, first request fails"
+
+
+@dataclasses.dataclass(eq=False)
+class ServerNotReadyError(ServerError):
+    reason: Unready
+    waited_s: int
+
+    def what(self) -> str:
+        return f"model server not ready after {self.waited_s} s: {self.reason.value}"
+
+
+@dataclasses.dataclass(eq=False)
+class ServerStuckError(ServerError):
+    next_step = "restart the guest; a process that SIGKILL does not end usually waits for a GPU driver"
+    processes: int
+
+    def what(self) -> str:
+        return f"{self.processes} processes of the model server survive SIGKILL"
+
+
+@dataclasses.dataclass(eq=False)
+class InternalError(AgentError):
+    """A bug: an exception outside this tree. Only the place is told, never its text."""
+
+    owner = Owner.KEYTURN
+    step = Step.AGENT
+    next_step = "please report this with the place and the version"
+    place: Ident
+
+    def what(self) -> str:
+        return f"internal error at {self.place}"
+
+
+def all_errors() -> dict[str, type[AgentError]]:
+    """Every concrete class by its name."""
+    found: dict[str, type[AgentError]] = {}
+    todo: list[type[AgentError]] = [AgentError]
+    while todo:
+        cls = todo.pop()
+        todo += cls.__subclasses__()
+        if dataclasses.is_dataclass(cls):
+            found[cls.__name__] = cls
+    return found
+
+
+def error_to_record(error: AgentError) -> dict[str, object]:
+    """`{"class", "owner", "step", "exit_status", "text", "next_step", "fields"}`: what status and logs show."""
+    return {
+        "class": type(error).__name__,
+        "owner": error.owner.value,
+        "step": error.step.value,
+        "exit_status": error.exit_status,
+        "text": error.what(),
+        "next_step": error.next_step,
+        "fields": to_record(error),
+    }
+
+
+def error_from_record(record: dict[str, object]) -> AgentError:
+    """The error a worker reported over the socketpair.
+
+    Raises:
+        ValueError: the record is not one of `error_to_record`.
+    """
+    cls = all_errors().get(str(record.get("class")))
+    fields = record.get("fields")
+    if cls is None or not isinstance(fields, dict):
+        raise ValueError("not an error record")
+    error = from_record(cls, fields)
+    assert isinstance(error, AgentError)
+    return error

@@ -1,0 +1,196 @@
+"""Everything a boot can say: a closed set of events, built from closed values.
+
+An event is one JSON object on one line of stderr: `event` (the name), `at` (UTC), `t_ms` (since the agent started), then
+its fields. Names and fields are an interface; a test freezes them. There is no event for free text, and none will come.
+Standard library only, because the supervisor imports it.
+"""
+
+import dataclasses
+import enum
+import re
+
+from agent.closed import ClosedRecord, Ident, from_record, to_record
+from agent.errors import AgentError, error_from_record, error_to_record
+
+
+class Stage(enum.Enum):
+    """The declared stages of a boot, in the order in which they usually end."""
+
+    CONFIG = "config"  # parse, digest
+    DEVICES = "devices"  # open the TEE and the GPUs, read modes
+    PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
+    ATTEST = "attest"  # Hello … Verdict, token verified
+    RELEASE_KEY = "release-key"  # the JWE arrives, still sealed
+    SECURE = "secure"  # the GPU gate
+    UNWRAP = "unwrap"  # the key is opened
+    LOAD = "load"  # segments opened into guest memory
+    PUBLISH = "publish"  # read-only, mounted for the server
+    SERVER = "server"  # first start until ready
+
+
+class Event(ClosedRecord):
+    """Base of all events; subclasses are frozen dataclasses of closed values."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BootStarted(Event):
+    version: Ident
+    mode: Ident
+
+
+@dataclasses.dataclass(frozen=True)
+class StageStarted(Event):
+    stage: Stage
+
+
+@dataclasses.dataclass(frozen=True)
+class StageEnded(Event):
+    stage: Stage
+    ms: int
+    bytes: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class StageFailed(Event):
+    stage: Stage
+    ms: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress(Event):
+    """At most a few per second and stage."""
+
+    stage: Stage
+    done_bytes: int
+    total_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Requested(Event):
+    """A handshake attempt began under this request id: the one to quote to the authority."""
+
+    request_id: Ident
+    attempt: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrying(Event):
+    stage: Stage
+    attempt: int
+    wait_ms: int
+    error: Ident
+
+
+@dataclasses.dataclass(frozen=True)
+class VerdictAccepted(Event):
+    request_id: Ident
+    key_uri: Ident
+    policy_version: Ident
+    simulated: bool
+    lease_s: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GatePassed(Event):
+    """`preset`: the ready state had been set by this guest's image before the verdict, as its configuration says."""
+
+    gpus: int
+    preset: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class DestinationChosen(Event):
+    """`noswap`: the kernel never swaps this memory."""
+
+    kind: Ident
+    bytes: int
+    noswap: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStarted(Event):
+    pid: int
+    start: int
+    own_uid: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerOutputInherited(Event):
+    """The measured configuration lets the model server write to the agent's own output."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerReady(Event):
+    ms: int
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerEnded(Event):
+    status: int
+    signal: int
+    output_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerRestarting(Event):
+    wait_ms: int
+    start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopping(Event):
+    """`waiting_for` names what must end by itself first; a device request is never abandoned."""
+
+    signal: int
+    waiting_for: Ident | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StatusUnwritable(Event):
+    code: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiped(Event):
+    """Server, mount and descriptors of this boot are gone."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stopped(Event):
+    exit_status: int
+
+
+_EVENTS = {re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(): cls for cls in Event.__subclasses__()}
+_NAMES = {cls: name for name, cls in _EVENTS.items()}
+
+Message = Event | AgentError
+
+
+def message_to_record(message: Message) -> dict[str, object]:
+    """`{"event": name, …fields}`; an error becomes the event `failed` with the fields of `error_to_record`."""
+    if isinstance(message, AgentError):
+        return {"event": "failed", **error_to_record(message)}
+    return {"event": _NAMES[type(message)], **to_record(message)}
+
+
+def message_from_record(record: dict[str, object]) -> Message:
+    """The inverse.
+
+    Raises:
+        ValueError: not a record of `message_to_record`.
+    """
+    fields = {key: value for key, value in record.items() if key != "event"}
+    name = record.get("event")
+    if name == "failed":
+        return error_from_record(fields)
+    if name not in _EVENTS:
+        raise ValueError("unknown event")
+    event = from_record(_EVENTS[str(name)], fields)
+    assert isinstance(event, Event)
+    return event
+
+
+def all_events() -> dict[str, type[Event]]:
+    """Every event class by its name on the wire."""
+    return dict(_EVENTS)

@@ -1,0 +1,112 @@
+import hashlib
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.config import EXAMPLE, EXPLAIN, keys, parse
+from agent.config_source import MAX_CONFIG_BYTES
+from agent.errors import AgentError, ConfigError, ConfigProblem
+
+SIMULATED = EXAMPLE.replace('attester = "snp"', 'attester = "simulated-snp"') + '[simulation]\nmachine = "/machine"\n'
+
+
+def failure(text: str) -> tuple[ConfigProblem, str | None]:
+    with pytest.raises(ConfigError) as caught:
+        parse(text.encode())
+    return caught.value.problem, caught.value.key
+
+
+def test_the_example_is_valid_and_its_digest_covers_every_byte() -> None:
+    measured = parse(EXAMPLE.encode())
+    assert measured.config.broker.key_uri == "kbs:///models/my-model/1"
+    assert measured.digest == hashlib.sha256(EXAMPLE.encode()).digest()
+    assert parse(EXAMPLE.encode() + b"\n").digest != measured.digest
+
+
+def test_every_key_is_explained_and_nothing_else() -> None:
+    assert set(EXPLAIN) == set(keys())
+
+
+def change(old: str, new: str, text: str = EXAMPLE) -> str:
+    assert old in text
+    return text.replace(old, new)
+
+
+BAD = ConfigProblem.BAD_VALUE
+NEEDS = ConfigProblem.NEEDS_OTHER_KEY
+
+
+@pytest.mark.parametrize(
+    ("text", "problem", "key"),
+    [
+        ("", ConfigProblem.WRONG_SCHEMA, "schema"),
+        (change("keyturn/v1", "keyturn/v2"), ConfigProblem.WRONG_SCHEMA, "schema"),
+        ("schema =", ConfigProblem.NOT_TOML, None),
+        (EXAMPLE + "[other]\n", ConfigProblem.UNKNOWN_KEY, "other"),
+        (change("port = 8080", "prot = 8080"), ConfigProblem.UNKNOWN_KEY, "server.prot"),
+        (change("port = 8080", ""), ConfigProblem.MISSING_KEY, "server.port"),
+        (change("port = 8080", 'port = "8080"'), ConfigProblem.WRONG_TYPE, "server.port"),
+        (change("port = 8080", "port = 65536"), BAD, "server.port"),
+        (change("count = 1 ", "count = 17 "), BAD, "gpu.count"),
+        (change("count = 1 ", "count = -1 "), BAD, "gpu.count"),
+        (change("kbs.example.com:8443", "kbs.example.com"), BAD, "broker.endpoints[0]"),
+        (change("kbs.example.com:8443", "kbs.example.com:65536"), BAD, "broker.endpoints[0]"),
+        (change("kbs:///models/my-model/1", "kbs:///models/../1"), BAD, "broker.key_uri"),
+        (change("kbs:///models/my-model/1", "https://models/my-model/1"), BAD, "broker.key_uri"),
+        (change('manifest_digest = "sha256:', 'manifest_digest = "sha512:'), BAD, "artifact.manifest_digest"),
+        (change("https://models.example.com/my-model", "ftp://models"), BAD, "artifact.source"),
+        (change('attester = "snp"', 'attester = "simulated-snp"'), NEEDS, "simulation.machine"),
+        (EXAMPLE + '[simulation]\nmachine = "/machine"\n', NEEDS, "simulation.machine"),
+        (change("timeout_s = 180", "allow_simulated = true"), NEEDS, "broker.allow_simulated"),
+        (change('destination = "auto"', "unsafe_allow_swap = true"), NEEDS, "artifact.unsafe_allow_swap"),
+        (change('destination = "auto"', 'destination = "directory"'), NEEDS, "artifact.directory"),
+        (change('destination = "auto"', 'directory = "/dev/shm/x"'), NEEDS, "artifact.directory"),
+        (change("[server]", "[server]\nuid = 0"), BAD, "server.uid"),
+        (change("[server]", '[server]\nenvironment = {"A=B" = "1"}'), BAD, None),
+    ],
+)
+def test_every_mistake_names_its_key(text: str, problem: ConfigProblem, key: str | None) -> None:
+    found = failure(text)
+    assert found[0] == problem
+    assert key is None or found[1] == key
+
+
+def test_a_mistake_is_told_without_its_value() -> None:
+    text = change("[server]", '[server]\nenvironment = {API_KEY = ["hunter2"]}')
+    with pytest.raises(ConfigError) as caught:
+        parse(text.encode())
+    assert "hunter2" not in str(caught.value) + repr(caught.value)
+    assert caught.value.__suppress_context__
+
+
+def test_syntax_errors_tell_the_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(b'schema = "keyturn/v1"\n[gpu\n')
+    assert caught.value.line == 2
+
+
+def test_a_large_file_is_refused_before_it_is_parsed() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(b"#" * (MAX_CONFIG_BYTES + 1))
+    assert caught.value.problem is ConfigProblem.TOO_LARGE
+
+
+@pytest.mark.parametrize("text", [SIMULATED, change("timeout_s = 180", "allow_simulated = true", SIMULATED)])
+def test_simulation_is_chosen_by_name(text: str) -> None:
+    assert parse(text.encode()).config.tee.attester == "simulated-snp"
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_a_configuration_or_a_config_error(data: bytes) -> None:
+    with pytest.raises(AgentError):
+        parse(data)
+
+
+@given(st.sampled_from(re.findall(r'^[a-z_]+ = [^\n"]+', EXAMPLE, re.MULTILINE) or [""]), st.text(max_size=20))
+def test_any_value_for_a_key_is_taken_or_a_config_error(line: str, value: str) -> None:
+    try:
+        parse(EXAMPLE.replace(line, line.split("=", maxsplit=1)[0] + "= " + value).encode("utf-8", "surrogatepass"))
+    except ConfigError as error:
+        assert len(str(error)) < 300
