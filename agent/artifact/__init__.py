@@ -1,0 +1,52 @@
+"""The sealed model: what the other steps know of it once it lies open in guest memory.
+
+Formats are `stream.py` and `manifest.py`, bytes come from `sources/`, memory is `memory.py`, and `load.py` joins them.
+Standard library only, because the supervisor imports it.
+"""
+
+import enum
+from dataclasses import dataclass
+
+from agent.closed import Ident
+
+
+class DestinationKind(enum.Enum):
+    """Where plaintext may lie."""
+
+    TMPFS = "tmpfs"  # our own, attached nowhere until it is complete
+    MEMFD = "memfd"  # one sealed memory file
+    DIRECTORY = "directory"  # somebody else's tmpfs: plaintext there survives our death
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedFile:
+    """One plaintext file: its path below the model's root and its size in bytes."""
+
+    path: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedArtifact:
+    """A model whose every byte was authenticated, closed for writing. Only `load.load` makes one.
+
+    Attributes:
+        files: in the order of the file table.
+        destination: what `descriptors` and `directory` mean.
+        descriptors: TMPFS: one detached read-only mount, to be attached. MEMFD: one sealed file. DIRECTORY: none. They
+            belong to the undo stack of the boot: send them on before it is unwound.
+        directory: DIRECTORY: the published folder. Else None.
+        noswap: the kernel never swaps this memory.
+    """
+
+    model_name: Ident
+    version: int
+    files: tuple[LoadedFile, ...]
+    destination: DestinationKind
+    descriptors: tuple[int, ...]
+    directory: str | None
+    noswap: bool
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)

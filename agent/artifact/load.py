@@ -1,0 +1,423 @@
+"""From a sealed model in a store to plaintext in guest memory.
+
+`prepare` does what needs no key: the manifest is authenticated, memory is checked and taken, ciphertext is fetched ahead
+while attestation waits. `load` does the rest: key commitment, rollback floor, every segment opened by parallel threads,
+straight into the destination. Does not know formats (`stream.py`, `manifest.py`), stores (`sources/`) or kinds of
+memory (`memory.py`).
+
+Ciphertext fetched ahead lies in the destination itself, at the place of the plaintext it becomes: what is fetched ahead
+takes no further memory, and its pages are present when the key comes. A store's bytes always pass through a buffer of
+ours before they are opened: GCM reads them twice, and a page the host can still write could change in between.
+"""
+
+import asyncio
+import hmac
+import random
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+from agent.artifact import LoadedArtifact, LoadedFile
+from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
+from agent.artifact.memory import Destination, Window, check_memory, choose_destination, swap_is_active
+from agent.artifact.sources import BlobSource
+from agent.artifact.stream import (
+    SEGMENT_BYTES,
+    TAG_BYTES,
+    SegmentOpener,
+    associated_data,
+    key_commitment,
+    parse_header,
+)
+from agent.closed import Ident
+from agent.config import ArtifactConfig
+from agent.errors import (
+    AgentError,
+    ArtifactUnavailableError,
+    ConfigError,
+    ConfigProblem,
+    KeyMismatchError,
+    RollbackError,
+    StoreProblem,
+    SwapActiveError,
+    TruncatedArtifactError,
+)
+from agent.guest.memory_info import MACHINE, MemoryInfo
+from agent.keys import ReleasedKey
+from agent.retry import RetrySchedule
+
+THREADS = 8
+"""Most of them wait, for the store or for pages; each has one buffer of 1 MiB."""
+_RUN_SEGMENTS = 8
+"""Segments a thread takes at a time: it opens and maps a file once for all of them."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in total, from any thread, one at a time."""
+
+_T = TypeVar("_T")
+
+
+class _File:
+    """One file on its way: which of its segments were fetched ahead."""
+
+    def __init__(self, index: int, sealed: SealedFile) -> None:
+        self.index = index
+        self.sealed = sealed
+        self.layout = sealed.layout
+        self.fetched = bytearray(self.layout.segments)  # 1: ciphertext lies in the destination, its tag in `tags`
+        self.tags = bytearray(self.layout.segments * TAG_BYTES)
+
+    def put_ahead(self, segment: int, ciphertext: memoryview, window: Window) -> None:
+        """Keep the ciphertext of a segment where its plaintext will be."""
+        offset, length = self.layout.plaintext_range(segment)
+        window.populate(offset, length)
+        window.copy_in(offset, ciphertext[:length])
+        self.tags[segment * TAG_BYTES : (segment + 1) * TAG_BYTES] = ciphertext[length:]
+        self.fetched[segment] = 1
+
+    def take_ahead(self, segment: int, window: Window, out: memoryview) -> memoryview:
+        """Fill the front of `out` with what `put_ahead` kept."""
+        offset, length = self.layout.plaintext_range(segment)
+        window.copy_out(offset, out[:length])
+        out[length : length + TAG_BYTES] = self.tags[segment * TAG_BYTES : (segment + 1) * TAG_BYTES]
+        return out[: length + TAG_BYTES]
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """Successive segments of one file, the piece of work of one thread."""
+
+    file: _File
+    segments: range
+
+    def window(self, destination: Destination) -> Window:
+        """Their place in the destination."""
+        start, _ = self.file.layout.plaintext_range(self.segments[0])
+        offset, length = self.file.layout.plaintext_range(self.segments[-1])
+        return destination.window(self.file.sealed.path, start, offset + length - start)
+
+
+class _Work:
+    """Threads that work on the runs of a model until all are done, one fails, or `stop` is set."""
+
+    def __init__(self, files: list[_File], do: Callable[[_Run, memoryview], None], stop: threading.Event) -> None:
+        """`do` gets a run and a buffer of one segment; it looks at `stop` after each segment."""
+        self._runs = (
+            _Run(file, range(first, min(first + _RUN_SEGMENTS, file.layout.segments)))
+            for file in files
+            for first in range(0, file.layout.segments, _RUN_SEGMENTS)
+        )
+        self._do = do
+        self._stop = stop
+        self._lock = threading.Lock()
+        self._threads = [threading.Thread(target=self._work, name="segments") for _ in range(THREADS)]
+        self.errors: list[BaseException] = []
+
+    def start(self) -> None:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def join(self) -> None:
+        """Return when every thread has ended."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self) -> None:
+        buffer = memoryview(bytearray(SEGMENT_BYTES))
+        try:
+            while not self._stop.is_set():
+                with self._lock:
+                    run = next(self._runs, None)
+                if run is None:
+                    return
+                self._do(run, buffer)
+        except CancelledError:
+            pass
+        except BaseException as error:  # noqa: BLE001  told to whoever joins: a thread has nobody else to tell
+            self.errors.append(error)
+            self._stop.set()
+
+
+class _Fetcher:
+    """Reads a store until `stop` or the deadline, trying again where that can help."""
+
+    def __init__(self, source: BlobSource, timeout_s: float, stop: threading.Event) -> None:
+        self._source = source
+        self._schedule = RetrySchedule(deadline=time.monotonic() + timeout_s)
+        self.stop = stop
+
+    def read_blob(self, digest: str, max_bytes: int) -> bytes:
+        return self._retried(lambda: self._source.read_blob(digest, max_bytes))
+
+    def read_segment(self, file: _File, segment: int, out: memoryview) -> memoryview:
+        """Fill the front of `out` with one segment and its tag."""
+        offset, length = file.layout.ciphertext_range(segment)
+        ciphertext = out[:length]
+        got = self._retried(lambda: self._source.read_range(file.sealed.blob_digest, offset, ciphertext))
+        if got != length:
+            raise TruncatedArtifactError(file.index, offset + got, file.layout.ciphertext_bytes)
+        return ciphertext
+
+    def _retried(self, attempt: Callable[[], _T]) -> _T:
+        retry = 0
+        while not self.stop.is_set():
+            if time.monotonic() >= self._schedule.deadline:
+                raise ArtifactUnavailableError(StoreProblem.TIMEOUT)
+            try:
+                return attempt()
+            except AgentError as error:
+                wait = self._schedule.delay(error, retry, time.monotonic(), random.random())  # noqa: S311  jitter, no secret
+                if wait is None:
+                    raise
+            self.stop.wait(wait)
+            retry += 1
+        raise CancelledError
+
+
+class Prepared:
+    """A model whose manifest is authenticated and whose memory is taken; ciphertext goes on arriving until `load`.
+
+    Only `prepare` makes one, and its undo stack closes it.
+    """
+
+    def __init__(
+        self, source: BlobSource, model: ModelConfig, destination: Destination, timeout_s: int, swap_active: bool
+    ) -> None:
+        self.source = source
+        self.model = model
+        self.destination = destination
+        self.timeout_s = timeout_s
+        self.swap_active = swap_active
+        self.files = [_File(i, sealed) for i, sealed in enumerate(model.files)]
+        self._stop = threading.Event()
+        self._fetcher = _Fetcher(source, timeout_s, self._stop)
+        self._ahead = _Work(self.files, self._fetch_run, self._stop)
+
+    def start(self) -> None:
+        """Begin to fetch ahead."""
+        self._ahead.start()
+
+    def check(self) -> None:
+        """Raise what fetching ahead has met so far, as `load` would. To be asked before the gate: a VM passes it once."""
+        if self._ahead.errors:
+            raise self._ahead.errors[0]
+
+    def stop_fetching(self) -> None:
+        """Stop fetching ahead; returns when no thread is left."""
+        self._stop.set()
+        self._ahead.join()
+        for error in self._ahead.errors:
+            # The store may be better by now: `load` asks for the same segment again, and tells what it meets.
+            if not isinstance(error, AgentError):
+                raise error
+
+    def close(self) -> None:
+        """Free threads and memory, plaintext included. May be called again."""
+        self._stop.set()
+        self._ahead.join()
+        self.destination.close()
+
+    def _fetch_run(self, run: _Run, buffer: memoryview) -> None:
+        with run.window(self.destination) as window:
+            for segment in run.segments:
+                run.file.put_ahead(segment, self._fetcher.read_segment(run.file, segment, buffer), window)
+
+
+async def prepare(
+    source: BlobSource,
+    config: ArtifactConfig,
+    key_uri: str,
+    undo: ExitStack,
+    *,
+    gid: int | None = None,
+    allow_swap: bool = False,
+    memory: MemoryInfo = MACHINE,
+) -> Prepared:
+    """Do everything that needs no key. Returns once memory is taken; fetching ahead goes on in threads.
+
+    Args:
+        source: where the blobs lie.
+        config: the measured configuration of the artifact.
+        key_uri: the key the broker is asked for.
+        undo: gets the compensation, which frees threads and memory.
+        gid: group that may read the plaintext, or None: our own.
+        allow_swap: go on with active swap. Only for a demonstration, which says so.
+        memory: where to ask for memory and swap.
+
+    Raises:
+        ArtifactUnavailableError: the store does not deliver, within `config.timeout_s`.
+        ManifestDigestError, MalformedManifestError, MalformedHeaderError: not the promised artifact.
+        ConfigError: the configuration names another key than the manifest.
+        RollbackError: older than the configured minimum.
+        InsufficientMemoryError, DestinationError, SwapActiveError: no memory for it here.
+    """
+    return await _in_thread(
+        lambda stop: _prepare(source, config, key_uri, undo, stop, gid=gid, allow_swap=allow_swap, memory=memory)
+    )
+
+
+async def load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress) -> LoadedArtifact:
+    """Open every segment and make the result read-only. On any error nothing is handed over, and every thread has ended.
+
+    Args:
+        prepared: from `prepare`; used once.
+        key: the model key; used during the call only.
+        floor: the lowest model version the verdict allows.
+        progress: told after every segment.
+
+    Raises:
+        KeyMismatchError: not the key this model was sealed with.
+        RollbackError: the model is older than the floor.
+        SwapActiveError: there is swap, and the key's memory could not be locked.
+        ArtifactUnavailableError: the store does not deliver, within `artifact.timeout_s` from here.
+        TruncatedArtifactError, SegmentAuthenticationError: not what the provider sealed.
+        DestinationError: the kernel refused.
+    """
+    return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
+
+
+def _prepare(
+    source: BlobSource,
+    config: ArtifactConfig,
+    key_uri: str,
+    undo: ExitStack,
+    stop: threading.Event,
+    *,
+    gid: int | None,
+    allow_swap: bool,
+    memory: MemoryInfo,
+) -> Prepared:
+    # 1. The promised manifest, and the file table it promises.
+    fetcher = _Fetcher(source, config.timeout_s, stop)
+    manifest = parse_manifest(fetcher.read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
+    model = parse_config(fetcher.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+    # 2. The key we ask for is the one it needs, and it is not too old. The verdict's floor comes with the key.
+    if model.key_uri != key_uri:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
+    _check_floor(model, config.min_version)
+    # 3. It fits, into memory that stays memory.
+    sizes = [file.size for file in model.files]
+    check_memory(sizes, config.headroom_mib << 20, memory)
+    destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
+    undo.callback(destination.close)
+    for file in model.files:
+        destination.create(file.path, file.size)
+    # 4. From here the store works while attestation waits.
+    prepared = Prepared(source, model, destination, config.timeout_s, not allow_swap and swap_is_active(memory))
+    undo.callback(prepared.close)
+    prepared.start()
+    return prepared
+
+
+def _load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress, stop: threading.Event) -> LoadedArtifact:
+    model = prepared.model
+    # 1. The right key: a wrong one is the authority's affair and must not look like a damaged file.
+    with key.secret.view() as secret:
+        if not hmac.compare_digest(key_commitment(secret, model.key_uri), model.key_commitment):
+            raise KeyMismatchError()
+        openers = [_opener(model, i, secret) for i in range(len(model.files))]
+    # 2. Not older than the authority allows.
+    _check_floor(model, floor)
+    # 3. Swap reaches neither weights (`prepare`) nor key.
+    if prepared.swap_active and not key.secret.locked:
+        raise SwapActiveError()
+    # 4. Every segment of every file.
+    prepared.stop_fetching()
+    _Opening(prepared, openers, progress, stop).run()
+    # 5. Nobody writes any more.
+    prepared.destination.seal_read_only()
+    return LoadedArtifact(
+        model_name=model.model_name,
+        version=model.version,
+        files=tuple(LoadedFile(file.path, file.size) for file in model.files),
+        destination=prepared.destination.kind,
+        descriptors=prepared.destination.hand_over(),
+        directory=prepared.destination.directory,
+        noswap=prepared.destination.noswap,
+    )
+
+
+def _check_floor(model: ModelConfig, floor: int) -> None:
+    if model.version < floor:
+        raise RollbackError(model.version, floor)
+
+
+def _opener(model: ModelConfig, index: int, secret: memoryview) -> SegmentOpener:
+    file = model.files[index]
+    bound_to = associated_data(model.model_name, file.path, file.size, model.key_uri, file.sealed_version)
+    return SegmentOpener(secret, parse_header(file.header, index), bound_to, file.layout, index)
+
+
+class _Opening:
+    """Opens every segment of a prepared model, each straight into its place."""
+
+    def __init__(self, prepared: Prepared, openers: list[SegmentOpener], progress: Progress, stop: threading.Event) -> None:
+        self._destination = prepared.destination
+        self._openers = openers
+        self._progress = progress
+        self._stop = stop
+        self._fetcher = _Fetcher(prepared.source, prepared.timeout_s, stop)
+        self._total_bytes = prepared.model.total_plaintext_bytes
+        self._lock = threading.Lock()
+        self._done_bytes = 0
+        self._left = sum(file.layout.segments for file in prepared.files)
+        self._work = _Work(prepared.files, self._open_run, stop)
+
+    def run(self) -> None:
+        """Return when every segment is open, or raise with every thread ended."""
+        try:
+            self._work.start()
+        finally:
+            self._work.join()
+        if self._work.errors:
+            raise self._work.errors[0]
+        if self._stop.is_set():
+            raise CancelledError
+        if self._left:
+            raise RuntimeError("a segment was left out")
+
+    def _open_run(self, run: _Run, buffer: memoryview) -> None:
+        with run.window(self._destination) as window:
+            for segment in run.segments:
+                if self._stop.is_set():
+                    return
+                self._open(run.file, segment, window, buffer)
+
+    def _open(self, file: _File, segment: int, window: Window, buffer: memoryview) -> None:
+        offset, length = file.layout.plaintext_range(segment)
+        window.populate(offset, length)  # before the ciphertext comes, which then is still in the cache when it is opened
+        if file.fetched[segment]:
+            ciphertext = file.take_ahead(segment, window, buffer)
+        else:
+            ciphertext = self._fetcher.read_segment(file, segment, buffer)
+        with window.view(offset, length) as out:
+            self._openers[file.index].open(segment, ciphertext, out)
+        with self._lock:
+            self._left -= 1
+            self._done_bytes += length
+            self._progress(self._done_bytes, self._total_bytes)
+
+
+async def _in_thread(work: Callable[[threading.Event], _T]) -> _T:
+    """Run blocking work in a thread. A cancelled caller hears of it once the thread has ended, never before."""
+    stop = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, stop))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if not task.cancelled():
+            task.exception()  # retrieved, or asyncio would write it out
+        raise

@@ -1,0 +1,379 @@
+"""The JSON of a sealed model: OCI manifest, config blob with the file table, and the index of an OCI image layout.
+
+Owns every rule about names, sizes and versions; `FORMAT.md` states them. Does not fetch anything and does not know the
+key. The manifest is compared with its digest before it is parsed, the config blob with the manifest's.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from agent.artifact.stream import HEADER_BYTES, MAX_PLAINTEXT_BYTES, StreamLayout, parse_header
+from agent.closed import MAX_IDENT_CHARS, Ident
+from agent.errors import MalformedManifestError, ManifestDigestError
+
+MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
+INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
+ARTIFACT_TYPE = "application/vnd.keyturn.model.v1"
+CONFIG_TYPE = "application/vnd.keyturn.model.config.v1+json"
+FILE_TYPE = "application/vnd.keyturn.model.file.v1+aes256-gcm-hkdf-1mb"
+TITLE = "org.opencontainers.image.title"
+REF_NAME = "org.opencontainers.image.ref.name"
+
+MAX_MANIFEST_BYTES = 4 << 20
+MAX_CONFIG_BYTES = 16 << 20
+MAX_INDEX_BYTES = 4 << 20
+MAX_FILES = 10_000
+MAX_PATH_BYTES = 512
+MAX_SEGMENT_BYTES = 255
+MAX_VERSION = (1 << 53) - 1
+
+_T = TypeVar("_T")
+_SCHEMA = "keyturn/v1/model"
+_DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# Each part as Trustee's KBS accepts it (resource path), and never ".." since no part starts with a dot.
+_KEY_URI = re.compile(r"kbs://(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){3}")
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    path: str
+    blob_digest: str
+    ciphertext_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """An authenticated manifest. Only `parse_manifest` makes one."""
+
+    digest: str
+    config_digest: str
+    config_bytes: int
+    layers: tuple[Layer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SealedFile:
+    """One row of the file table.
+
+    Attributes:
+        path: relative, clean, bounded.
+        size: plaintext bytes.
+        blob_digest: `sha256:…` of the blob, its address in every store.
+        sealed_version: the model version in which this blob was made.
+        header: the first 40 bytes of the blob.
+    """
+
+    path: str
+    size: int
+    blob_digest: str
+    sealed_version: int
+    header: bytes
+
+    @property
+    def layout(self) -> StreamLayout:
+        return StreamLayout(self.size)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a sealed model says of itself."""
+
+    model_name: Ident
+    version: int
+    key_uri: Ident
+    key_commitment: bytes
+    files: tuple[SealedFile, ...]
+
+    @property
+    def total_plaintext_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One manifest named in `index.json`. Nothing authenticates it."""
+
+    digest: str
+    ref_name: str | None
+
+
+# --- the documents as they lie in JSON --------------------------------------------------------------------------------
+
+
+class _Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+    media_type: str
+    digest: str
+    size: int
+    artifact_type: str | None = None
+    annotations: dict[str, str] = {}
+
+
+class _OciManifest(msgspec.Struct, frozen=True, rename="camel"):
+    schema_version: int
+    media_type: str
+    artifact_type: str
+    config: _Descriptor
+    layers: tuple[_Descriptor, ...]
+    annotations: dict[str, str] = {}
+
+
+class _OciIndex(msgspec.Struct, frozen=True, rename="camel"):
+    schema_version: int
+    manifests: tuple[_Descriptor, ...]
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    path: str
+    size: int
+    blob_digest: str
+    sealed_version: int
+    header: str
+
+
+class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    schema: str
+    model_name: str
+    version: int
+    key_uri: str
+    key_commitment: str
+    files: tuple[_File, ...]
+
+
+def digest_of(data: bytes) -> str:
+    """`sha256:` and 64 hexadecimal digits."""
+    return "sha256:" + hashlib.sha256(data).hexdigest()
+
+
+# --- manifest ---------------------------------------------------------------------------------------------------------
+
+
+def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
+    """Authenticate, then parse a manifest.
+
+    Args:
+        manifest_bytes: the bytes as they came from a store.
+        expected_digest: `sha256:…` from the measured configuration.
+
+    Raises:
+        ManifestDigestError: these are not the expected bytes. Nothing was parsed.
+        MalformedManifestError: they are, and break a rule of `FORMAT.md`; `field` says where.
+    """
+    # 1. The right bytes.
+    if digest_of(manifest_bytes) != expected_digest:
+        raise ManifestDigestError()
+    # 2. Bounded and well formed.
+    if len(manifest_bytes) > MAX_MANIFEST_BYTES:
+        raise _malformed("manifest.bytes")
+    oci = _decode(manifest_bytes, _OciManifest, "manifest")
+    # 3. A sealed model of this format.
+    _require(oci.schema_version == 2, "schemaVersion")
+    _require(oci.media_type == MANIFEST_TYPE, "mediaType")
+    _require(oci.artifact_type == ARTIFACT_TYPE, "artifactType")
+    _require(oci.config.media_type == CONFIG_TYPE, "config.mediaType")
+    _require(_DIGEST.fullmatch(oci.config.digest) is not None, "config.digest")
+    _require(0 < oci.config.size <= MAX_CONFIG_BYTES, "config.size")
+    # 4. Its blobs. That they are the ones of the file table is checked with the file table.
+    _require(0 < len(oci.layers) <= MAX_FILES, "layers")
+    layers = []
+    for i, layer in enumerate(oci.layers):
+        _require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
+        _require(_DIGEST.fullmatch(layer.digest) is not None, f"layers[{i}].digest")
+        _require(TITLE in layer.annotations, f"layers[{i}].annotations")
+        layers.append(Layer(layer.annotations[TITLE], layer.digest, layer.size))
+    return Manifest(expected_digest, oci.config.digest, oci.config.size, tuple(layers))
+
+
+def pack_manifest(config: ModelConfig) -> bytes:
+    """The manifest of a model, in canonical JSON."""
+    config_bytes = pack_config(config)
+    return _canonical(
+        _OciManifest(
+            schema_version=2,
+            media_type=MANIFEST_TYPE,
+            artifact_type=ARTIFACT_TYPE,
+            config=_Descriptor(CONFIG_TYPE, digest_of(config_bytes), len(config_bytes)),
+            layers=tuple(
+                _Descriptor(FILE_TYPE, file.blob_digest, file.layout.ciphertext_bytes, annotations={TITLE: file.path})
+                for file in config.files
+            ),
+            annotations={TITLE: str(config.model_name), "org.opencontainers.image.version": str(config.version)},
+        )
+    )
+
+
+# --- config blob ------------------------------------------------------------------------------------------------------
+
+
+def parse_config(config_bytes: bytes, manifest: Manifest) -> ModelConfig:
+    """Parse the config blob of an authenticated manifest.
+
+    Args:
+        config_bytes: the bytes as they came from a store.
+        manifest: what `parse_manifest` returned.
+
+    Raises:
+        MalformedManifestError: not the manifest's config blob, or it breaks a rule of `FORMAT.md`; `field` says where.
+        MalformedHeaderError: a stream header in the file table is not one.
+    """
+    # 1. The right bytes; their number was bounded with the manifest.
+    _require(len(config_bytes) == manifest.config_bytes, "config.size")
+    _require(digest_of(config_bytes) == manifest.config_digest, "config.digest")
+    # 2. One way only to write it: no doubled members, no other spelling of a number or a string.
+    raw = _decode(config_bytes, _Config, "config")
+    _require(_canonical(raw) == config_bytes, "config.canonical")
+    # 3. Single values.
+    _require(raw.schema == _SCHEMA, "schema")
+    check_identity(raw.model_name, raw.version, raw.key_uri)
+    _require(0 < len(raw.files) <= MAX_FILES, "files")
+    files = tuple(_parse_file(i, file, raw.version) for i, file in enumerate(raw.files))
+    # 4. Paths among themselves.
+    check_paths([file.path for file in files])
+    # 5. File table and layers say the same.
+    _require(len(files) == len(manifest.layers), "layers")
+    for i, (file, layer) in enumerate(zip(files, manifest.layers, strict=True)):
+        _require(layer == Layer(file.path, file.blob_digest, file.layout.ciphertext_bytes), f"layers[{i}]")
+    return ModelConfig(
+        model_name=Ident(raw.model_name),
+        version=raw.version,
+        key_uri=Ident(raw.key_uri),
+        key_commitment=_unhex(raw.key_commitment, 32, "key_commitment"),
+        files=files,
+    )
+
+
+def pack_config(config: ModelConfig) -> bytes:
+    """The config blob of a model: for every accepted input the inverse of `parse_config`."""
+    return _canonical(
+        _Config(
+            schema=_SCHEMA,
+            model_name=str(config.model_name),
+            version=config.version,
+            key_uri=str(config.key_uri),
+            key_commitment=config.key_commitment.hex(),
+            files=tuple(
+                _File(file.path, file.size, file.blob_digest, file.sealed_version, file.header.hex()) for file in config.files
+            ),
+        )
+    )
+
+
+def _parse_file(i: int, raw: _File, version: int) -> SealedFile:
+    _require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
+    _require(_DIGEST.fullmatch(raw.blob_digest) is not None, f"files[{i}].blob_digest")
+    _require(1 <= raw.sealed_version <= version, f"files[{i}].sealed_version")
+    header = _unhex(raw.header, HEADER_BYTES, f"files[{i}].header")
+    parse_header(header, i)
+    return SealedFile(raw.path, raw.size, raw.blob_digest, raw.sealed_version, header)
+
+
+def check_identity(model_name: str, version: int, key_uri: str) -> None:
+    """Check the three values that a sealer chooses.
+
+    Raises:
+        MalformedManifestError: `field` is `model_name`, `version` or `key_uri`.
+    """
+    _require(_NAME.fullmatch(model_name) is not None, "model_name")
+    _require(1 <= version <= MAX_VERSION, "version")
+    _require(len(key_uri) <= MAX_IDENT_CHARS and _KEY_URI.fullmatch(key_uri) is not None, "key_uri")
+
+
+def check_paths(paths: Sequence[str]) -> None:
+    """Check every path, and that all of them can lie in one folder on any file system.
+
+    Args:
+        paths: in the order of the file table.
+
+    Raises:
+        MalformedManifestError: `field` is `files[i].path` of the first offending path.
+    """
+    seen: dict[str, tuple[str, bool]] = {}  # case-folded prefix -> its one spelling, and whether it is a file
+    previous = b""
+    for i, path in enumerate(paths):
+        field = f"files[{i}].path"
+        # isprintable refuses the Unicode categories C and Z but for the space, and with them lone surrogates.
+        _require(path.isprintable() and "\\" not in path and unicodedata.is_normalized("NFC", path), field)
+        encoded = path.encode()
+        _require(len(encoded) <= MAX_PATH_BYTES and encoded > previous, field)
+        previous = encoded
+        segments = path.split("/")
+        for depth, segment in enumerate(segments, start=1):
+            _require(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_SEGMENT_BYTES, field)
+            prefix = "/".join(segments[:depth])
+            entry = (prefix, depth == len(segments))
+            folded = unicodedata.normalize("NFC", prefix.casefold())
+            _require(seen.setdefault(folded, entry) == entry, field)
+
+
+# --- index ------------------------------------------------------------------------------------------------------------
+
+
+def parse_index(index_bytes: bytes) -> tuple[IndexEntry, ...]:
+    """The sealed models an `index.json` names; manifests of other artifact types are passed over.
+
+    Raises:
+        MalformedManifestError: not an OCI image index, or above 4 MiB.
+    """
+    _require(len(index_bytes) <= MAX_INDEX_BYTES, "index.bytes")
+    index = _decode(index_bytes, _OciIndex, "index")
+    _require(index.schema_version == 2, "index.schemaVersion")
+    entries = []
+    for descriptor in index.manifests:
+        # Copying tools may drop artifactType from the index: absent means perhaps, other means no.
+        if descriptor.media_type == MANIFEST_TYPE and descriptor.artifact_type in (None, ARTIFACT_TYPE):
+            _require(_DIGEST.fullmatch(descriptor.digest) is not None, "index.digest")
+            entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
+    return tuple(entries)
+
+
+def add_to_index(index_bytes: bytes | None, manifest_bytes: bytes, ref_name: str) -> bytes:
+    """The index with one manifest more; everything else in it stays as it is.
+
+    Args:
+        index_bytes: the index so far, accepted by `parse_index`, or None.
+        manifest_bytes: the manifest to name.
+        ref_name: its name, not yet in the index.
+    """
+    index: dict[str, Any] = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
+    if index_bytes is not None:
+        index = msgspec.json.decode(index_bytes)
+    descriptor = _Descriptor(
+        MANIFEST_TYPE, digest_of(manifest_bytes), len(manifest_bytes), ARTIFACT_TYPE, annotations={REF_NAME: ref_name}
+    )
+    index["manifests"] = [*index["manifests"], msgspec.to_builtins(descriptor)]
+    return _canonical(index)
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _decode(data: bytes, kind: type[_T], what: str) -> _T:
+    try:
+        return msgspec.json.decode(data, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise _malformed(what) from None  # msgspec quotes what it read
+
+
+def _canonical(value: object) -> bytes:
+    # RFC 8785 for what stands here: sorted ASCII member names, integers below 2^53, no control characters in strings.
+    return msgspec.json.encode(value, order="sorted")
+
+
+def _unhex(text: str, length: int, field: str) -> bytes:
+    _require(re.fullmatch(f"[0-9a-f]{{{2 * length}}}", text) is not None, field)
+    return bytes.fromhex(text)
+
+
+def _require(holds: bool, field: str) -> None:
+    if not holds:
+        raise _malformed(field)
+
+
+def _malformed(field: str) -> MalformedManifestError:
+    return MalformedManifestError(field=Ident(field))

@@ -1,0 +1,433 @@
+"""Guest memory for plaintext: a detached tmpfs, a sealed memfd, a given tmpfs. Nothing is visible before it is complete.
+
+Owns the kinds of destination, the rule that their pages never reach a disk, and the check that the model fits. Does not
+know ciphertext or keys. Files are written through windows, short-lived mappings of a part: a model may have more files
+than a process may have descriptors, and whoever fills a window needs no lock.
+Follows memfd_create(2), fcntl(2) "File Sealing" and madvise(2).
+"""
+
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Protocol, Self
+
+from agent.artifact import DestinationKind
+from agent.errors import (
+    DestinationError,
+    DestinationProblem,
+    InsufficientMemoryError,
+    MemoryLimit,
+    SwapActiveError,
+)
+from agent.guest import mounts
+from agent.guest.memory_info import MemoryInfo
+
+PARTIAL_NAME = ".keyturn-partial"
+"""What a given directory holds until the model is complete: nobody's business, mode 0700."""
+PUBLISHED_NAME = "model"
+
+_FILE_MODE = 0o440
+_FOLDER_MODE = 0o750
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+_MFD_NOEXEC_SEAL = 8  # Linux 6.3
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+class Window:
+    """One part of a file, mapped for writing; offsets are the file's. Leave the `with` block before sealing.
+
+    It is kept out of core files. Writing a page that `populate` did not make may end the process (SIGBUS).
+    """
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        """Map `length` bytes from `offset`, perhaps none. The descriptor is the window's from now on."""
+        self._fd = fd
+        self._start = offset - offset % mmap.PAGESIZE
+        self._map: mmap.mmap | None = None
+        try:
+            if length:
+                self._map = mmap.mmap(fd, offset + length - self._start, offset=self._start)
+                self._map.madvise(mmap.MADV_DONTDUMP)
+                with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            self.close()
+            raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes themselves. Release the view before the window is closed."""
+        with memoryview(self._map or bytearray()) as whole:
+            return whole[offset - self._start : offset - self._start + length]
+
+    def populate(self, offset: int, length: int) -> None:
+        """Make the pages of a part present and writable; cheap for those that are.
+
+        Raises:
+            DestinationError: the kernel has no memory for them; here it can still say so.
+        """
+        if self._map is not None:
+            start = (offset - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
+            with _translated():
+                self._map.madvise(_MADV_POPULATE_WRITE, start, offset - self._start + length - start)
+
+    def copy_in(self, offset: int, data: memoryview) -> None:
+        """Write `data`. Raises DestinationError. Other threads run meanwhile, as they would not with a slice assignment."""
+        with _translated():
+            if os.pwrite(self._fd, data, offset) != len(data):
+                raise OSError(errno.ENOSPC, "short write")
+
+    def copy_out(self, offset: int, out: memoryview) -> None:
+        """Fill `out`. Raises DestinationError."""
+        with _translated():
+            if os.preadv(self._fd, [out], offset) != len(out):
+                raise OSError(errno.EIO, "short read")
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.close()
+
+
+class Destination(Protocol):
+    """Memory for the files of one model. `window` may be called from any thread.
+
+    Attributes:
+        noswap: the kernel never swaps it.
+        directory: path of the published folder; None where a descriptor is handed over.
+    """
+
+    kind: DestinationKind
+    noswap: bool
+    directory: str | None
+
+    def create(self, path: str, size: int) -> None:
+        """Make one file of `size` zero bytes; no memory is taken yet. Raises DestinationError."""
+
+    def window(self, path: str, offset: int, length: int) -> Window:
+        """A part of a created file. Raises DestinationError."""
+
+    def seal_read_only(self) -> None:
+        """Nobody writes any more, we neither: all windows are closed. Raises DestinationError."""
+
+    def hand_over(self) -> tuple[int, ...]:
+        """The descriptors by which the supervisor publishes a sealed destination; they stay ours until `close`."""
+
+    def close(self) -> None:
+        """Free everything, published or not. May be called again."""
+
+
+class DetachedTmpfs:
+    """A tmpfs no path leads to: when its last descriptor goes, so does the plaintext."""
+
+    kind = DestinationKind.TMPFS
+    directory: str | None = None
+
+    def __init__(self, size_bytes: int, gid: int | None) -> None:
+        """Make the mount.
+
+        Args:
+            size_bytes: of all files, each rounded up to pages.
+            gid: group that may read, or None: our own.
+
+        Raises:
+            DestinationError: the kernel refused; code EPERM without CAP_SYS_ADMIN.
+        """
+        with _translated():
+            # A tmpfs of size 0 would be one without a limit.
+            size_bytes = max(size_bytes, mmap.PAGESIZE)
+            self._mount = mounts.detached_tmpfs(size_bytes, os.getegid() if gid is None else gid, uid=os.geteuid())
+        self.noswap = self._mount.noswap
+        self._tree = _Tree(self._mount.fd, gid)
+        self._closed = False
+
+    def create(self, path: str, size: int) -> None:
+        self._tree.create(path, size)
+
+    def window(self, path: str, offset: int, length: int) -> Window:
+        return self._tree.window(path, offset, length)
+
+    def seal_read_only(self) -> None:
+        self._tree.seal()
+        with _translated():
+            mounts.set_read_only(self._mount.fd)
+
+    def hand_over(self) -> tuple[int, ...]:
+        return (self._mount.fd,)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._mount.fd)
+
+
+class SealedMemfd:
+    """One file without a name, sealed against writing; needs no privilege."""
+
+    kind = DestinationKind.MEMFD
+    noswap = False
+    directory: str | None = None
+
+    def __init__(self, gid: int | None) -> None:
+        """Make the file; `gid` is the group that may open it through /proc, None: our own."""
+        self._gid = gid
+        flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        with _translated():
+            try:
+                self._fd = os.memfd_create("keyturn", flags | _MFD_NOEXEC_SEAL)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                self._fd = os.memfd_create("keyturn", flags)
+        self._created = False
+        self._closed = False
+
+    def create(self, path: str, size: int) -> None:
+        if self._created:
+            raise DestinationError(DestinationProblem.MANY_FILES)
+        self._created = True
+        with _translated():
+            os.ftruncate(self._fd, size)
+
+    def window(self, path: str, offset: int, length: int) -> Window:
+        with _translated():
+            fd = os.dup(self._fd)
+        return Window(fd, offset, length)
+
+    def seal_read_only(self) -> None:
+        with _translated():
+            if self._gid is not None:
+                os.fchown(self._fd, -1, self._gid)
+            os.fchmod(self._fd, _FILE_MODE)
+            seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
+
+    def hand_over(self) -> tuple[int, ...]:
+        return (self._fd,)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._fd)
+
+
+class GivenDirectory:
+    """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it.
+
+    Nobody cleans up after a SIGKILL here, and others may write: the kernel keeps neither promise for a given directory.
+    """
+
+    kind = DestinationKind.DIRECTORY
+    noswap = False  # its owner may have mounted it so, but a mount option is no answer about whoever mounts it next
+
+    def __init__(self, path: str, size_bytes: int, gid: int | None) -> None:
+        """Check the folder, and wipe what a killed predecessor left in `.keyturn-partial`.
+
+        Args:
+            path: an existing, empty directory on tmpfs.
+            size_bytes: of all files, each rounded up to pages.
+            gid: group that may read, or None: our own.
+
+        Raises:
+            DestinationError: not a directory, not tmpfs, not empty.
+            InsufficientMemoryError: the file system is too small.
+        """
+        self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
+        self._gid = gid
+        self._closed = False
+        with _translated():
+            self._parent = os.open(path, _FOLDER)
+        try:
+            with _translated():
+                if not mounts.is_tmpfs(self._parent):
+                    raise DestinationError(DestinationProblem.NOT_MEMORY)
+                if set(os.listdir(self._parent)) - {PARTIAL_NAME}:
+                    raise DestinationError(DestinationProblem.NOT_EMPTY)
+                self._remove(PARTIAL_NAME)
+                _check_space(self._parent, size_bytes)
+                os.mkdir(PARTIAL_NAME, 0o700, dir_fd=self._parent)
+                folder = os.open(PARTIAL_NAME, _FOLDER, dir_fd=self._parent)
+        except BaseException:
+            os.close(self._parent)
+            raise
+        self._tree = _Tree(folder, gid)
+
+    def create(self, path: str, size: int) -> None:
+        self._tree.create(path, size)
+
+    def window(self, path: str, offset: int, length: int) -> Window:
+        return self._tree.window(path, offset, length)
+
+    def seal_read_only(self) -> None:
+        self._tree.seal()
+        with _translated():
+            if self._gid is not None:
+                os.fchown(self._tree.root, -1, self._gid)
+            os.fchmod(self._tree.root, _FOLDER_MODE)
+            os.rename(PARTIAL_NAME, PUBLISHED_NAME, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+
+    def hand_over(self) -> tuple[int, ...]:
+        return ()
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            os.close(self._tree.root)
+            try:
+                with _translated():
+                    self._remove(PARTIAL_NAME)
+                    self._remove(PUBLISHED_NAME)
+            finally:
+                os.close(self._parent)
+
+    def _remove(self, name: str) -> None:
+        with suppress(FileNotFoundError):
+            shutil.rmtree(name, dir_fd=self._parent)
+
+
+class _Tree:
+    """Files and folders below a directory descriptor."""
+
+    def __init__(self, root: int, gid: int | None) -> None:
+        self.root = root
+        self._gid = gid
+        self._files: list[str] = []
+        self._folders: set[str] = set()
+
+    def create(self, path: str, size: int) -> None:
+        with _translated():
+            for i, character in enumerate(path):
+                if character == "/" and path[:i] not in self._folders:
+                    os.mkdir(path[:i], 0o700, dir_fd=self.root)
+                    self._folders.add(path[:i])
+            fd = os.open(path, _CREATE, 0o600, dir_fd=self.root)
+            try:
+                os.ftruncate(fd, size)
+            finally:
+                os.close(fd)
+        self._files.append(path)
+
+    def window(self, path: str, offset: int, length: int) -> Window:
+        with _translated():
+            fd = os.open(path, _OPEN, dir_fd=self.root)
+        return Window(fd, offset, length)
+
+    def seal(self) -> None:
+        with _translated():
+            for names, mode in ((self._files, _FILE_MODE), (self._folders, _FOLDER_MODE)):
+                for name in names:
+                    if self._gid is not None:
+                        os.chown(name, -1, self._gid, dir_fd=self.root, follow_symlinks=False)
+                    os.chmod(name, mode, dir_fd=self.root)
+
+
+def choose_destination(
+    kind: str, directory: str | None, sizes: Sequence[int], gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+) -> Destination:
+    """Make the destination a configuration asks for.
+
+    Args:
+        kind: `tmpfs`, `memfd`, `directory`, or `auto`: a tmpfs where the kernel lets us, else a memfd.
+        directory: for `directory`: an empty folder on tmpfs.
+        sizes: of the files, in bytes.
+        gid: group that may read the files, or None: our own.
+        allow_swap: go on although swap could carry plaintext out of memory. Only for a demonstration, which says so.
+        memory: where to ask for swap.
+
+    Raises:
+        DestinationError: not possible here.
+        InsufficientMemoryError: a given file system is too small.
+        SwapActiveError: there is swap, and the destination is not exempt from it.
+    """
+    size_bytes = in_pages(sizes)
+    destination: Destination
+    if kind == "directory":
+        assert directory is not None  # the schema asks for it
+        destination = GivenDirectory(directory, size_bytes, gid)
+    elif kind == "memfd":
+        destination = _memfd(sizes, gid)
+    else:
+        try:
+            destination = DetachedTmpfs(size_bytes, gid)
+        except DestinationError as error:
+            if kind == "tmpfs" or error.code not in (errno.EPERM, errno.ENOSYS):
+                raise
+            destination = _memfd(sizes, gid)
+    if not allow_swap and not destination.noswap and swap_is_active(memory):
+        destination.close()
+        raise SwapActiveError()
+    return destination
+
+
+def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) -> None:
+    """Check, before a byte is fetched, that the model fits.
+
+    Args:
+        sizes: of the files, in bytes.
+        headroom_bytes: what must stay free beside them.
+        memory: where to ask.
+
+    Raises:
+        InsufficientMemoryError: with the limit that bites.
+        DestinationError: the kernel does not tell.
+    """
+    needed = in_pages(sizes) + headroom_bytes
+    with _figures():
+        limits = {MemoryLimit.AVAILABLE: memory.available_bytes(), MemoryLimit.CGROUP: memory.cgroup_available_bytes()}
+    for limit, available in limits.items():
+        if available is not None and available < needed:
+            raise InsufficientMemoryError(limit, needed, available)
+
+
+def swap_is_active(memory: MemoryInfo) -> bool:
+    """Could a page of ours be written to a device? Raises DestinationError: the kernel does not tell."""
+    with _figures():
+        return memory.swap_is_active()
+
+
+def in_pages(sizes: Sequence[int]) -> int:
+    """Bytes that files of these sizes take, each in whole pages."""
+    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)
+
+
+def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
+    if len(sizes) != 1:
+        raise DestinationError(DestinationProblem.MANY_FILES)
+    return SealedMemfd(gid)
+
+
+def _check_space(fd: int, needed: int) -> None:
+    figures = os.fstatvfs(fd)
+    available = figures.f_bavail * figures.f_frsize
+    # A tmpfs mounted with size=0 has no limit, and says so with no blocks at all.
+    if figures.f_blocks and available < needed:
+        raise InsufficientMemoryError(MemoryLimit.DESTINATION, needed, available)
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+
+
+@contextmanager
+def _figures() -> Iterator[None]:
+    try:
+        with _translated():
+            yield
+    except ValueError as error:  # the kernel's answer is not the one its documents describe
+        raise DestinationError(DestinationProblem.KERNEL) from error

@@ -1,0 +1,283 @@
+"""The provider's side: a model folder becomes a sealed model in an OCI image layout.
+
+Works in constant memory. A layout is changed by one rename, that of its index, after everything it names is on disk;
+whatever stops us before that takes back what was written. Does not make or store keys.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+
+import msgspec
+
+from agent.artifact import manifest as m
+from agent.artifact.stream import (
+    NONCE_PREFIX_BYTES,
+    SALT_BYTES,
+    SEGMENT_BYTES,
+    SegmentSealer,
+    StreamHeader,
+    StreamLayout,
+    associated_data,
+    key_commitment,
+    pack_header,
+)
+from agent.closed import Ident
+from agent.errors import MalformedManifestError, SealError, SealProblem
+
+_TEMPORARY = ".sealing-"
+_LAYOUT_VERSION = "1.0.0"
+
+
+def seal_model(
+    model_dir: Path, out_dir: Path, key: bytes, key_uri: str, name: str, version: int, progress: Callable[[int, int], None]
+) -> str:
+    """Seal every file of a folder, and name the result `<name>-v<version>` in an OCI image layout.
+
+    Args:
+        model_dir: links to files inside it are followed, empty folders are not kept.
+        out_dir: new, empty, or an OCI image layout, to which the model is added.
+        key: 32 bytes.
+        key_uri: `kbs:///repository/type/tag` under which the broker will hold the key.
+        name: model name.
+        version: greater than that of every release before.
+        progress: called after each segment with the plaintext bytes done and in all.
+
+    Returns:
+        The manifest digest, `sha256:…`.
+
+    Raises:
+        SealError: the folder cannot be sealed under these names, or the output cannot be written; nothing was left behind.
+    """
+    check_identity(name, version, key_uri)
+    model, out = Path(os.path.realpath(model_dir)), Path(os.path.realpath(out_dir))  # resolve() fails on a loop of links
+    if model.is_relative_to(out) or out.is_relative_to(model):
+        raise SealError(SealProblem.INSIDE)
+    try:
+        sizes = _list_model(model)
+        total = sum(sizes.values())
+        done = 0
+
+        def advance(length: int) -> None:
+            nonlocal done
+            done += length
+            progress(done, total)
+
+        # Two stacks: the lock is held until what was written has been taken back.
+        with contextlib.ExitStack() as lock, contextlib.ExitStack() as undo:
+            blobs = _open_layout(out, lock, undo)
+            index = _read_index(out, f"{name}-v{version}")
+            files: list[m.SealedFile] = []
+            for path, size in sizes.items():
+                header = StreamHeader(salt=os.urandom(SALT_BYTES), nonce_prefix=os.urandom(NONCE_PREFIX_BYTES))
+                bound = associated_data(name, path, size, key_uri, version)
+                sealer = SegmentSealer(key, header, bound, StreamLayout(size), len(files))
+                chunks: Iterable[bytes | memoryview] = chain(
+                    [pack_header(header)], _sealed_segments(model, path, size, sealer, advance)
+                )
+                files.append(m.SealedFile(path, size, _write_blob(blobs, chunks, undo), version, pack_header(header)))
+            config = m.ModelConfig(Ident(name), version, Ident(key_uri), key_commitment(key, key_uri), tuple(files))
+            manifest_bytes = _pack_and_check(config)
+            _write_blob(blobs, [m.pack_config(config)], undo)
+            digest = _write_blob(blobs, [manifest_bytes], undo)
+            _sync_folder(blobs)
+            undo.callback(_restore_index, out, index)
+            _write_small(out / "index.json", m.add_to_index(index, manifest_bytes, f"{name}-v{version}"))
+            undo.pop_all()
+    except OSError as error:
+        raise SealError(SealProblem.IO, code=error.errno or 0) from error
+    return digest
+
+
+def check_identity(name: str, version: int, key_uri: str) -> None:
+    """Check what the provider chose. Raises SealError; `where` is `model_name`, `version` or `key_uri`."""
+    try:
+        m.check_identity(name, version, key_uri)
+    except MalformedManifestError as error:
+        raise SealError(SealProblem.BAD_VALUE, error.field) from error
+
+
+def _pack_and_check(config: m.ModelConfig) -> bytes:
+    """The manifest, once our own reader has accepted it: what breaks a limit is not published."""
+    manifest_bytes = m.pack_manifest(config)
+    try:
+        manifest = m.parse_manifest(manifest_bytes, m.digest_of(manifest_bytes))
+        if m.parse_config(m.pack_config(config), manifest) != config:
+            raise RuntimeError("a sealed model must read back as it was written")
+    except MalformedManifestError as error:
+        raise SealError(SealProblem.BAD_VALUE, error.field) from error
+    return manifest_bytes
+
+
+# --- the model folder -------------------------------------------------------------------------------------------------
+
+
+def _list_model(root: Path) -> dict[str, int]:
+    """Path -> size in bytes of every file below a resolved folder, in the order of the file table."""
+    if not root.is_dir():
+        raise SealError(SealProblem.MODEL_MISSING)
+    sizes = {}
+    for folder, folders, names in os.walk(root, onerror=_stop_walking):
+        for entry in [Path(folder, name) for name in names] + [Path(folder, name) for name in folders]:
+            if entry.is_dir() and not entry.is_symlink():
+                continue
+            path = entry.relative_to(root).as_posix()
+            target = Path(os.path.realpath(entry))
+            if not target.is_relative_to(root) or not target.is_file():
+                raise SealError(SealProblem.NOT_A_FILE, Ident.of_peer(path))
+            sizes[path] = target.stat().st_size
+    if not sizes:
+        raise SealError(SealProblem.EMPTY)
+    if len(sizes) > m.MAX_FILES:
+        raise SealError(SealProblem.BAD_VALUE, Ident("files"))
+    paths = sorted(sizes, key=os.fsencode)
+    try:
+        m.check_paths(paths)
+    except MalformedManifestError as error:
+        index = int(error.field.removeprefix("files[").partition("]")[0])
+        raise SealError(SealProblem.BAD_PATH, Ident.of_peer(paths[index])) from error
+    return {path: sizes[path] for path in paths}
+
+
+def _stop_walking(error: OSError) -> None:
+    raise error  # os.walk passes over a folder that it cannot read
+
+
+def _sealed_segments(
+    model: Path, path: str, size: int, sealer: SegmentSealer, advance: Callable[[int], None]
+) -> Iterator[memoryview]:
+    """The segments of one file; each is valid until the next one."""
+    changed = SealError(SealProblem.CHANGED, Ident.of_peer(path))
+    layout = StreamLayout(size)
+    plaintext, ciphertext = memoryview(bytearray(SEGMENT_BYTES)), memoryview(bytearray(SEGMENT_BYTES))
+    with (model / path).open("rb", buffering=0) as stream:
+        modified = os.fstat(stream.fileno()).st_mtime_ns
+        for segment in range(layout.segments):
+            length = layout.plaintext_range(segment)[1]
+            filled = 0
+            while filled < length and (got := stream.readinto(plaintext[filled:length])):
+                filled += got
+            if filled < length:
+                raise changed
+            out = ciphertext[: layout.ciphertext_range(segment)[1]]
+            sealer.seal(segment, plaintext[:length], out)
+            yield out
+            advance(length)
+        after = os.fstat(stream.fileno())
+        if (after.st_size, after.st_mtime_ns) != (size, modified):
+            raise changed
+
+
+# --- the layout -------------------------------------------------------------------------------------------------------
+
+
+def _open_layout(out: Path, lock: contextlib.ExitStack, undo: contextlib.ExitStack) -> Path:
+    """The folder of blobs of a new or existing layout, which is ours alone until `lock` is closed."""
+    _make_folders(out, undo)
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    lock.callback(os.close, descriptor)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise SealError(SealProblem.BUSY) from error
+    mark = out / "oci-layout"
+    if not mark.exists():
+        if any(not entry.name.startswith(_TEMPORARY) for entry in out.iterdir()):
+            raise SealError(SealProblem.NOT_A_LAYOUT)
+        undo.callback(mark.unlink, missing_ok=True)
+        _write_small(mark, msgspec.json.encode({"imageLayoutVersion": _LAYOUT_VERSION}))
+    _check_mark(mark)
+    blobs = out / "blobs" / "sha256"
+    _make_folders(blobs, undo)
+    for leftover in blobs.glob(f"{_TEMPORARY}*"):  # of a seal that was killed; nobody writes it, since the lock is ours
+        leftover.unlink()
+    return blobs
+
+
+def _check_mark(mark: Path) -> None:
+    try:
+        content = msgspec.json.decode(_read_small(mark), type=dict[str, object])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        raise SealError(SealProblem.NOT_A_LAYOUT) from None
+    if content.get("imageLayoutVersion") != _LAYOUT_VERSION:
+        raise SealError(SealProblem.NOT_A_LAYOUT)
+
+
+def _read_index(out: Path, ref_name: str) -> bytes | None:
+    try:
+        index = _read_small(out / "index.json")
+        entries = m.parse_index(index)
+    except FileNotFoundError:
+        return None
+    except MalformedManifestError as error:
+        raise SealError(SealProblem.NOT_A_LAYOUT) from error
+    if any(entry.ref_name == ref_name for entry in entries):
+        raise SealError(SealProblem.SEALED_BEFORE)
+    return index
+
+
+def _restore_index(out: Path, index: bytes | None) -> None:
+    if index is None:
+        (out / "index.json").unlink(missing_ok=True)
+    else:
+        _write_small(out / "index.json", index)
+
+
+def _write_blob(blobs: Path, chunks: Iterable[bytes | memoryview], undo: contextlib.ExitStack) -> str:
+    """Write one blob under a temporary name, then give it the name of its digest, which is returned."""
+    temporary = blobs / f"{_TEMPORARY}{os.urandom(8).hex()}"
+    undo.callback(temporary.unlink, missing_ok=True)
+    digest = hashlib.sha256()
+    with temporary.open("xb") as stream:
+        for chunk in chunks:
+            digest.update(chunk)
+            stream.write(chunk)
+        stream.flush()
+        os.fsync(stream.fileno())
+    final = blobs / digest.hexdigest()
+    undo.callback(final.unlink, missing_ok=True)
+    temporary.rename(final)
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _write_small(path: Path, data: bytes) -> None:
+    """Replace a file in one step, durably."""
+    temporary = path.with_name(_TEMPORARY + path.name)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync_folder(path.parent)
+
+
+def _read_small(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(m.MAX_INDEX_BYTES + 1)
+
+
+def _make_folders(path: Path, undo: contextlib.ExitStack) -> None:
+    for folder in (*reversed(path.parents), path):
+        if not folder.is_dir():
+            undo.callback(_remove_folder, folder)
+            folder.mkdir()
+
+
+def _remove_folder(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # not empty: then it is not ours alone
+        folder.rmdir()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,203 @@
+"""`keyturn inspect`: what a sealed model says of itself, and with its key, whether every byte of it opens."""
+
+import argparse
+import contextlib
+import hmac
+import json
+import os
+import re
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.artifact import manifest as m
+from agent.artifact.sources import LayoutSource, open_source
+from agent.artifact.stream import (
+    HEADER_BYTES,
+    SEGMENT_BYTES,
+    TAG_BYTES,
+    SegmentOpener,
+    associated_data,
+    key_commitment,
+    parse_header,
+)
+from agent.closed import Ident
+from agent.commands.seal import hint, progress_line, read_key_file, size_text
+from agent.errors import (
+    ArtifactUnavailableError,
+    ConfigError,
+    ConfigProblem,
+    KeyMismatchError,
+    MalformedHeaderError,
+    StoreProblem,
+    TruncatedArtifactError,
+)
+
+_TIMEOUT_S = 30.0
+_MAX_WORKERS = 8
+_MAX_CA_BYTES = 1 << 20
+_REFERENCE = re.compile(r"(.+?)(?:@(sha256:[0-9a-f]{64}))?")
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    parser = verbs.add_parser("inspect", help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument(
+        "ref", metavar="REF", help="folder or http(s) URL of an OCI image layout, with or without @sha256:… of a manifest"
+    )
+    parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
+    parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, 32 raw bytes; for --check")
+    parser.add_argument("--ca-file", metavar="PEM", type=Path, help="the only CA to trust for https; default: the system's")
+    parser.add_argument("--json", action="store_true", help="print one JSON object a manifest")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.check != (args.key_file is not None):
+        args.usage_error("--check and --key-file belong together")
+    key = read_key_file(args.key_file) if args.check else None
+    match = _REFERENCE.fullmatch(args.ref)
+    if match is None:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
+    location, digest = match.groups()
+    ca_pem = _read_ca(args.ca_file) if args.ca_file else None
+    with contextlib.closing(open_source(location, ca_pem, _TIMEOUT_S)) as source:
+        for wanted in [digest] if digest else _digests_in_index(source):
+            manifest = m.parse_manifest(source.read_blob(wanted, m.MAX_MANIFEST_BYTES), wanted)
+            config = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+            if key is not None:
+                with progress_line("checking") as progress:
+                    check_model(source, config, key, progress)
+            print(json.dumps(_record(manifest, config, args.check)) if args.json else _table(manifest, config, args.check))
+    return 0
+
+
+def _digests_in_index(source: LayoutSource) -> list[str]:
+    digests = [entry.digest for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))]
+    if not digests:
+        raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
+    hint("digests come from index.json, which nothing authenticates: compare them with what `keyturn seal` printed")
+    return digests
+
+
+def _read_ca(path: Path) -> str:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_CA_BYTES).decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("ca-file")) from error
+
+
+# --- check ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    index: int  # of the file in the file table
+    file: m.SealedFile
+    opener: SegmentOpener
+    segment: int
+
+
+def check_model(source: LayoutSource, config: m.ModelConfig, key: bytes, progress: Callable[[int, int], None]) -> None:
+    """Open every segment of every file, on all processors, and keep nothing.
+
+    Raises:
+        KeyMismatchError: the model was sealed with another key.
+        ArtifactError: a blob is not what was sealed; the first one found.
+        ArtifactUnavailableError: the store did not deliver.
+    """
+    if not hmac.compare_digest(key_commitment(key, config.key_uri), config.key_commitment):
+        raise KeyMismatchError()
+    segments = _segments(config, key)
+    lock = threading.Lock()
+    stop = threading.Event()
+    done = 0
+
+    def work() -> None:
+        nonlocal done
+        buffers = memoryview(bytearray(SEGMENT_BYTES)), memoryview(bytearray(SEGMENT_BYTES))
+        while not stop.is_set():
+            with lock:  # a generator runs in one thread at a time
+                item = next(segments, None)
+            if item is None:
+                return
+            _check_segment(source, item, *buffers)
+            with lock:
+                done += item.file.layout.plaintext_range(item.segment)[1]
+                progress(done, config.total_plaintext_bytes)
+
+    workers = min(_MAX_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for finished in as_completed([pool.submit(work) for _ in range(workers)]):
+                finished.result()
+        finally:
+            stop.set()
+
+
+def _segments(config: m.ModelConfig, key: bytes) -> Iterator[_Segment]:
+    for i, file in enumerate(config.files):
+        bound = associated_data(config.model_name, file.path, file.size, config.key_uri, file.sealed_version)
+        opener = SegmentOpener(key, parse_header(file.header, i), bound, file.layout, i)
+        for segment in range(file.layout.segments):
+            yield _Segment(i, file, opener, segment)
+
+
+def _check_segment(source: LayoutSource, item: _Segment, ciphertext: memoryview, plaintext: memoryview) -> None:
+    file, layout = item.file, item.file.layout
+    start, length = layout.ciphertext_range(item.segment)
+    lead = HEADER_BYTES if item.segment == 0 else 0  # segment 0 is read with the header before it
+    got = source.read_range(file.blob_digest, start - lead, ciphertext[: lead + length])
+    if got < lead + length:
+        raise TruncatedArtifactError(item.index, start - lead + got, layout.ciphertext_bytes)
+    # Nothing would read a byte after the last segment; that it is there says that the copy is not the original.
+    if item.segment == layout.segments - 1 and source.read_range(file.blob_digest, start + length, plaintext[:1]):
+        raise TruncatedArtifactError(item.index, start + length + 1, layout.ciphertext_bytes)
+    if ciphertext[:lead] != file.header[:lead]:
+        raise MalformedHeaderError(item.index)
+    item.opener.open(item.segment, ciphertext[lead : lead + length], plaintext[: length - TAG_BYTES])
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def _record(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> dict[str, object]:
+    return {
+        "manifest_digest": manifest.digest,
+        "model_name": config.model_name,
+        "version": config.version,
+        "key_uri": config.key_uri,
+        "plaintext_bytes": config.total_plaintext_bytes,
+        "ciphertext_bytes": sum(file.layout.ciphertext_bytes for file in config.files),
+        "checked": checked,
+        "files": [
+            {
+                "path": file.path,
+                "size": file.size,
+                "segments": file.layout.segments,
+                "sealed_version": file.sealed_version,
+                "blob_digest": file.blob_digest,
+            }
+            for file in config.files
+        ],
+    }
+
+
+def _table(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> str:
+    lines = [
+        f"model     {config.model_name}, version {config.version}",
+        f"key       {config.key_uri}",
+        f"manifest  {manifest.digest}",
+        f"contents  {len(config.files)} files, {size_text(config.total_plaintext_bytes)}",
+        "",
+        f"{'SIZE':>10}  {'SEALED IN':>9}  {'BLOB':<19}  PATH",
+    ]
+    lines += [
+        f"{size_text(file.size):>10}  {file.sealed_version:>9}  {file.blob_digest[:19]}  {file.path}" for file in config.files
+    ]
+    if checked:
+        lines += ["", "checked   every segment of every file opens with this key"]
+    return "\n".join(lines)

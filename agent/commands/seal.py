@@ -1,0 +1,155 @@
+"""`keyturn seal`: encrypt a model folder into a sealed model."""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from agent.artifact.seal import check_identity, seal_model
+from agent.artifact.stream import KEY_BYTES
+from agent.closed import Ident
+from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    parser = verbs.add_parser("seal", help=summary, description=summary, allow_abbrev=False)
+    parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder with the model's files")
+    parser.add_argument(
+        "--to", metavar="DIR", type=Path, required=True, help="OCI image layout: new, or to add this version to"
+    )
+    parser.add_argument(
+        "--key-uri", metavar="URI", required=True, help="where the broker holds the key: kbs:///repository/type/tag"
+    )
+    parser.add_argument("--name", required=True, help="model name: letters, digits, . _ -")
+    parser.add_argument("--version", metavar="N", dest="model_version", type=int, required=True, help="1 or more, rising")
+    parser.add_argument(
+        "--key-file", metavar="K", type=Path, help="32 raw bytes; default: a new key in NAME-vN.key beside the output folder"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def run(args: argparse.Namespace) -> int:
+    check_identity(args.name, args.model_version, args.key_uri)  # before the name becomes a file name
+    out = args.to.resolve()
+    key_file = args.key_file or out.parent / f"{args.name}-v{args.model_version}.key"
+    # What lies in the layout gets uploaded, what lies in the model folder gets sealed.
+    if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
+        raise SealError(SealProblem.INSIDE)
+    with _termination_unwinds(), contextlib.ExitStack() as undo:
+        key = read_key_file(key_file) if args.key_file else _create_key_file(key_file, undo)
+        with progress_line("sealing") as progress:
+            digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress)
+        undo.pop_all()
+    if args.json:
+        print(json.dumps({"manifest_digest": digest, "layout": str(out), "key_file": str(key_file), "key_uri": args.key_uri}))
+    else:
+        print(_summary(args, out, key_file, digest))
+    return 0
+
+
+def _summary(args: argparse.Namespace, out: Path, key_file: Path, digest: str) -> str:
+    return f"""\
+sealed {args.name} version {args.model_version} into {out}
+
+1. Give the key to the broker. With the directory key store of `keyturn broker`:
+     install -D -m 0600 {shlex.quote(str(key_file))} STORE/{args.key_uri.removeprefix("kbs:///")}
+
+2. Copy {out} to where guests can read it, and put into their configuration:
+     [broker]
+     key_uri = "{args.key_uri}"
+
+     [artifact]
+     source = {json.dumps(str(out))}  # or the https URL of the copy
+     manifest_digest = "{digest}"
+     min_version = {args.model_version}"""
+
+
+def _create_key_file(path: Path, undo: contextlib.ExitStack) -> bytes:
+    """32 new random bytes in a file that nobody else can read; taken back with `undo`."""
+    key = os.urandom(KEY_BYTES)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        undo.callback(path.unlink, missing_ok=True)
+        with open(descriptor, "wb") as stream:
+            stream.write(key)
+            stream.flush()
+            os.fsync(descriptor)
+    except FileExistsError as error:
+        raise SealError(SealProblem.KEY_EXISTS) from error
+    except OSError as error:
+        raise SealError(SealProblem.IO, code=error.errno or 0) from error
+    return key
+
+
+def read_key_file(path: Path) -> bytes:
+    """The 32 bytes of a key file.
+
+    Raises:
+        ConfigError: not readable, or not 32 bytes.
+    """
+    try:
+        with path.open("rb") as stream:
+            key = stream.read(KEY_BYTES + 1)
+            if os.fstat(stream.fileno()).st_mode & 0o077:
+                hint("others can read the key file, chmod 600 it")
+    except OSError as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("key-file")) from error
+    if len(key) != KEY_BYTES:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("key-file"))
+    return key
+
+
+def hint(text: str) -> None:
+    """A line for people on stderr; programs read events there."""
+    if sys.stderr.isatty():
+        print(f"keyturn: hint: {text}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the command as Ctrl-C does, so that what was written is taken back."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def progress_line(verb: str) -> Iterator[Callable[[int, int], None]]:
+    """A line on stderr that counts bytes done of bytes in all; nothing when stderr is not a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    shown = -1
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        percent = 100 * done // max(total, 1)
+        if percent != shown:
+            shown = percent
+            print(f"\r{verb} {percent:3d} % of {size_text(total)}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        if shown >= 0:
+            print(file=sys.stderr)
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: `640 B`, `1.5 MiB`."""
+    value, unit = float(size), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{size} B" if unit == "B" else f"{value:.1f} {unit}"

@@ -1,0 +1,209 @@
+"""Secrets of this boot: locked memory, our ephemeral key, the released model key and its unwrapping.
+
+The model key comes as JWE (RFC 7516, flattened JSON) to our ephemeral P-256 key: `ECDH-ES+A256KW`, `A256GCM`, nothing
+else. It is opened by primitives straight into locked memory, so no Python string or bytes object ever holds it. The
+intermediate keys (ECDH secret, key-encryption key, content key) do pass through bytes objects, which Python cannot wipe:
+they live in guest memory until the worker exits, and open only this one JWE.
+
+Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, which only the gate makes.
+"""
+
+import ctypes
+import mmap
+from types import TracebackType
+from typing import NoReturn, Self
+
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
+from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
+
+from agent.closed import Ident
+from agent.errors import KeyUnwrapError, UnwrapCheck
+from agent.evidence.gate import SecuredDevices
+from agent.handshake import MAX_JWE_BYTES, SealedKey, TeePublicKey
+from agent.jose import COORDINATE_BYTES, parse_b64url, parse_object, parse_point, string
+
+KEY_BYTES = 32
+ALGORITHM = "ECDH-ES+A256KW"
+ENCRYPTION = "A256GCM"
+
+_IV_BYTES = 12
+_TAG_BYTES = 16
+_WRAPPED_KEY_BYTES = KEY_BYTES + 8  # RFC 3394: one block of integrity check
+_MADV_WIPEONFORK = 18  # linux/mman.h; the mmap module has no name for it
+
+
+class SecretBuffer:
+    """Memory for one secret: anonymous, not in core files, not in a forked child, locked against swap where allowed.
+
+    Attributes:
+        locked: mlock(2) succeeded; false where RLIMIT_MEMLOCK forbids it.
+    """
+
+    __slots__ = ("_map", "_size", "locked")
+
+    def __init__(self, size: int) -> None:
+        """Zeroed memory of `size` bytes, on pages of its own."""
+        self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._size = size
+        self._map.madvise(mmap.MADV_DONTDUMP)
+        self._map.madvise(_MADV_WIPEONFORK)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        self.locked = ctypes.CDLL(None).mlock(ctypes.c_void_p(start), ctypes.c_size_t(size)) == 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def view(self) -> memoryview:
+        """The secret itself, to be handed to a primitive and released; RuntimeError after `wipe`."""
+        if self._map is None:
+            raise RuntimeError("secret was wiped")
+        return memoryview(self._map)
+
+    def wipe(self) -> None:
+        """Overwrite with zeros, for views still held elsewhere too, and let the pages go. May be called again."""
+        if self._map is not None:
+            self._map[:] = bytes(self._size)
+            self._map = None
+
+    def __repr__(self) -> str:
+        return f"<secret, {self._size} bytes>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not copied or pickled")
+
+
+class EphemeralKey:
+    """Our EC P-256 key pair of one handshake. Destroyed by `unwrap`, whatever its outcome."""
+
+    __slots__ = ("_private", "public")
+
+    def __init__(self, private: ec.EllipticCurvePrivateKey) -> None:
+        """Take over a P-256 private key; a boot calls `generate`."""
+        numbers = private.public_key().public_numbers()
+        self._private: ec.EllipticCurvePrivateKey | None = private
+        self.public = TeePublicKey(numbers.x.to_bytes(COORDINATE_BYTES), numbers.y.to_bytes(COORDINATE_BYTES))
+
+    @classmethod
+    def generate(cls) -> Self:
+        """A new key pair from the operating system's randomness."""
+        return cls(ec.generate_private_key(ec.SECP256R1()))
+
+    def exchange(self, peer: ec.EllipticCurvePublicKey) -> bytes:
+        """The ECDH shared secret, 32 bytes; RuntimeError once destroyed."""
+        if self._private is None:
+            raise RuntimeError("ephemeral key was destroyed")
+        return self._private.exchange(ec.ECDH(), peer)
+
+    def destroy(self) -> None:
+        """Drop the private key; OpenSSL clears it when it frees it."""
+        self._private = None
+
+    def __repr__(self) -> str:
+        return "<ephemeral key>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a secret is not copied or pickled")
+
+
+class ReleasedKey:
+    """The model key, 32 bytes, for as long as its `with` block lasts."""
+
+    __slots__ = ("key_id", "key_version", "secret")
+
+    def __init__(self, secret: SecretBuffer, key_id: Ident, key_version: int) -> None:
+        self.secret = secret
+        self.key_id = key_id
+        self.key_version = key_version
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.secret.wipe()
+
+
+def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> ReleasedKey:
+    """Open the sealed model key. The ephemeral key is destroyed, also on failure.
+
+    Args:
+        sealed: what the broker released.
+        key: the key pair of the same handshake.
+        secured: the proof that the GPU gate was passed.
+
+    Raises:
+        KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no 32-byte key.
+    """
+    if not isinstance(secured, SecuredDevices):
+        raise RuntimeError("the gate comes before the key")
+    secret = SecretBuffer(KEY_BYTES)
+    try:
+        open_jwe(sealed.jwe, key, secret.view())
+    finally:
+        key.destroy()
+    return ReleasedKey(secret, sealed.key_id, sealed.key_version)
+
+
+def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
+    """Decrypt a flattened JWE of at most 8 KiB into `out` (32 bytes), which holds nothing to be used on failure.
+
+    Raises:
+        KeyUnwrapError: as `unwrap`; one check is named, never a value.
+    Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3; Trustee's form of them: exactly these members, no apu, apv, zip, crit.
+    """
+    # 1. Exactly the five members, each canonical base64url and of its one possible length.
+    try:
+        members = parse_object(jwe, MAX_JWE_BYTES)
+        if set(members) != {"protected", "encrypted_key", "iv", "ciphertext", "tag"}:
+            raise ValueError
+        protected = string(members, "protected")
+        header = parse_object(parse_b64url(protected), MAX_JWE_BYTES)
+        wrapped, iv, ciphertext, tag = (
+            parse_b64url(string(members, name)) for name in ("encrypted_key", "iv", "ciphertext", "tag")
+        )
+        if (len(wrapped), len(iv), len(tag)) != (_WRAPPED_KEY_BYTES, _IV_BYTES, _TAG_BYTES):
+            raise ValueError
+        if set(header) != {"alg", "enc", "epk"}:
+            raise ValueError
+    except ValueError:
+        raise KeyUnwrapError(UnwrapCheck.FORMAT) from None
+
+    # 2. One algorithm; nothing is negotiated.
+    if header["alg"] != ALGORITHM or header["enc"] != ENCRYPTION:
+        raise KeyUnwrapError(UnwrapCheck.ALGORITHM)
+
+    # 3. The sender's ephemeral key is a point of our curve (an invalid point would leak our private key bit by bit).
+    try:
+        epk = header["epk"]
+        if not isinstance(epk, dict) or set(epk) != {"kty", "crv", "x", "y"}:
+            raise ValueError
+        point = parse_point(epk)
+        numbers = ec.EllipticCurvePublicNumbers(int.from_bytes(point.x), int.from_bytes(point.y), ec.SECP256R1())
+        sender = numbers.public_key()
+    except ValueError:
+        raise KeyUnwrapError(UnwrapCheck.EPHEMERAL_KEY) from None
+
+    # 4. The only content that can be a model key; GCM keeps lengths.
+    if len(ciphertext) != KEY_BYTES:
+        raise KeyUnwrapError(UnwrapCheck.LENGTH)
+
+    # 5. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
+    other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
+    key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(sender))
+    try:
+        content_key = aes_key_unwrap(key_encryption_key, wrapped)
+    except InvalidUnwrap:
+        raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
+
+    # 6. AES-GCM into the caller's memory; the header is authenticated as it was received.
+    try:
+        AESGCM(content_key).decrypt_into(iv, ciphertext + tag, protected.encode("ascii"), out)
+    except InvalidTag:
+        raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+
+
+def _length_prefixed(data: bytes) -> bytes:
+    return len(data).to_bytes(4) + data

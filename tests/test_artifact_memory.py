@@ -1,0 +1,448 @@
+import errno
+import fcntl
+import mmap
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from agent.artifact import DestinationKind
+from agent.artifact.memory import (
+    PARTIAL_NAME,
+    Destination,
+    DetachedTmpfs,
+    GivenDirectory,
+    SealedMemfd,
+    check_memory,
+    choose_destination,
+    in_pages,
+)
+from agent.errors import (
+    DestinationError,
+    DestinationProblem,
+    InsufficientMemoryError,
+    MemoryLimit,
+    SwapActiveError,
+)
+from agent.guest import mounts
+from agent.guest.memory_info import MemoryInfo
+
+PAGE = mmap.PAGESIZE
+MIB = 1 << 20
+GID = 1234
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="making mounts and changing users needs root")
+
+
+@pytest.fixture
+def given() -> Iterator[Path]:
+    """An empty folder on tmpfs."""
+    path = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    fd = os.open(path, os.O_RDONLY)
+    on_tmpfs = mounts.is_tmpfs(fd)
+    os.close(fd)
+    if not on_tmpfs:
+        pytest.skip("/dev/shm is not a tmpfs here")
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.fixture
+def guest(tmp_path: Path) -> MemoryInfo:
+    """A machine with 100 MiB available, a cgroup that leaves 50 MiB, and no swap."""
+    info = MemoryInfo(tmp_path / "proc", tmp_path / "sys")
+    group = info.sys / "fs/cgroup"
+    for path, text in {
+        info.proc / "meminfo": f"MemAvailable: {100 << 10} kB\n",
+        info.proc / "swaps": "Filename\tType\tSize\tUsed\tPriority\n",
+        info.proc / "self/cgroup": "0::/\n",
+        group / "memory.max": str(50 * MIB),
+        group / "memory.current": "0",
+        group / "memory.stat": "inactive_file 0\n",
+    }.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return info
+
+
+@pytest.fixture
+def swapping(guest: MemoryInfo) -> MemoryInfo:
+    with (guest.proc / "swaps").open("a") as swaps:
+        swaps.write("/dev/vda2\tpartition\t1048572\t0\t-2\n")
+    return guest
+
+
+def descriptors() -> list[str]:
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            found.append(os.readlink(f"/proc/self/fd/{name}"))
+        except FileNotFoundError:  # the one that listed the others
+            continue
+    return sorted(found)
+
+
+def fill(destination: Destination, path: str, data: bytes) -> None:
+    destination.create(path, len(data))
+    with destination.window(path, 0, len(data)) as window:
+        window.populate(0, len(data))
+        with window.view(0, len(data)) as view:
+            view[:] = data
+
+
+def as_nobody(body: Callable[[], None]) -> int:
+    """Exit status of a forked process without privilege: 0, or 1 after any exception."""
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.setgroups([])
+            os.setresgid(65534, 65534, 65534)
+            os.setresuid(65534, 65534, 65534)
+            body()
+            status = 0
+        finally:
+            os._exit(status)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+# --- windows ----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_of_one_file_overlap_in_a_page_and_write_the_same_bytes() -> None:
+    destination = SealedMemfd(None)
+    data = os.urandom(3 * PAGE)
+    destination.create("w", len(data))
+    for start, end in ((0, 10), (10, PAGE + 1), (PAGE + 1, len(data))):
+        with destination.window("w", start, end - start) as window:
+            window.populate(start, end - start)
+            with window.view(start, end - start) as view:
+                view[:] = data[start:end]
+    with destination.window("w", 5, len(data) - 5) as window, window.view(7, 2 * PAGE) as view:
+        assert bytes(view) == data[7 : 7 + 2 * PAGE]
+    destination.close()
+
+
+def test_bytes_copied_in_are_those_of_the_view_and_come_out_again() -> None:
+    destination = SealedMemfd(None)
+    destination.create("w", PAGE)
+    out = bytearray(5)
+    with destination.window("w", 0, PAGE) as window:
+        window.copy_in(100, memoryview(b"12345"))
+        window.copy_out(100, memoryview(out))
+        with window.view(100, 5) as view:
+            assert bytes(view) == bytes(out) == b"12345"
+        with pytest.raises(DestinationError):
+            window.copy_out(PAGE - 4, memoryview(out))
+    destination.close()
+
+
+def test_a_window_on_nothing_is_empty() -> None:
+    destination = SealedMemfd(None)
+    destination.create("w", 0)
+    with destination.window("w", 0, 0) as window:
+        window.populate(0, 0)
+        with window.view(0, 0) as view:
+            assert len(view) == 0
+    destination.close()
+
+
+def test_a_window_is_kept_out_of_core_files() -> None:
+    destination = SealedMemfd(None)
+    destination.create("w", PAGE)
+    with destination.window("w", 0, PAGE):
+        smaps = Path("/proc/self/smaps").read_text()
+    mapping = smaps[smaps.index("memfd:keyturn") :]
+    flags = mapping[mapping.index("VmFlags:") :].splitlines()[0].split()
+    assert "dd" in flags  # "do not include area into core dump", proc(5)
+    destination.close()
+
+
+@needs_root
+def test_memory_that_is_not_there_is_an_error_not_a_signal() -> None:
+    destination = DetachedTmpfs(PAGE, None)
+    destination.create("w", 2 * PAGE)
+    with destination.window("w", 0, 2 * PAGE) as window:
+        with pytest.raises(DestinationError) as caught:
+            window.populate(0, 2 * PAGE)
+        with pytest.raises(DestinationError) as caught_copy:
+            window.copy_in(0, memoryview(bytes(2 * PAGE)))
+    destination.close()
+    assert caught.value.problem is DestinationProblem.KERNEL
+    assert caught_copy.value.code == errno.ENOSPC
+
+
+# --- detached tmpfs ---------------------------------------------------------------------------------------------------
+
+
+@needs_root
+def test_a_sealed_tmpfs_holds_every_file_readable_for_the_group_and_writable_for_nobody() -> None:
+    destination = DetachedTmpfs(8 * PAGE, GID)
+    files = {"a/b/c": b"1" * PAGE, "a/d": b"22", "e": b""}
+    for path, data in files.items():
+        fill(destination, path, data)
+    destination.seal_read_only()
+    (mount,) = destination.hand_over()
+    for path, data in files.items():
+        fd = os.open(path, os.O_RDONLY, dir_fd=mount)
+        status = os.fstat(fd)
+        assert os.read(fd, PAGE + 1) == data
+        assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o440, GID)
+        os.close(fd)
+        with pytest.raises(OSError, match="Read-only") as caught:
+            os.open(path, os.O_WRONLY, dir_fd=mount)
+        assert caught.value.errno == errno.EROFS
+    for folder in ("a", "a/b", "."):
+        status = os.stat(folder, dir_fd=mount)
+        assert (stat.S_IMODE(status.st_mode), status.st_gid) == (0o750, GID)
+    with pytest.raises(OSError, match="Read-only"):
+        os.open("new", os.O_WRONLY | os.O_CREAT, dir_fd=mount)
+    destination.close()
+
+
+@needs_root
+def test_a_tmpfs_is_not_sealed_under_an_open_window() -> None:
+    destination = DetachedTmpfs(PAGE, None)
+    destination.create("w", PAGE)
+    with destination.window("w", 0, PAGE), pytest.raises(DestinationError) as caught:
+        destination.seal_read_only()
+    assert caught.value.code == errno.EBUSY
+    destination.close()
+
+
+@needs_root
+@pytest.mark.parametrize("sizes", [[0], [1], [PAGE + 1, 1, 0], [3 * MIB + 5, 2 * MIB, PAGE - 1], [MIB - 16] * 3])
+def test_files_fit_exactly_into_their_pages(sizes: Sequence[int]) -> None:
+    destination = DetachedTmpfs(in_pages(sizes), None)
+    for i, size in enumerate(sizes):
+        fill(destination, str(i), b"x" * size)
+    destination.close()
+
+
+# --- sealed memfd -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sealed_memfd_can_be_read_through_proc_and_changed_by_nobody() -> None:
+    destination = SealedMemfd(None)
+    fill(destination, "model.gguf", b"weights")
+    destination.seal_read_only()
+    (fd,) = destination.hand_over()
+    assert Path(f"/proc/self/fd/{fd}").read_bytes() == b"weights"
+    seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+    assert fcntl.fcntl(fd, fcntl.F_GET_SEALS) & seals == seals
+    assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o440
+    for attempt in (lambda: os.pwrite(fd, b"x", 0), lambda: os.ftruncate(fd, 0), lambda: mmap.mmap(fd, 7)):
+        with pytest.raises(PermissionError):
+            attempt()
+    destination.close()
+
+
+def test_a_memfd_is_not_sealed_under_an_open_window() -> None:
+    destination = SealedMemfd(None)
+    destination.create("w", PAGE)
+    with destination.window("w", 0, PAGE), pytest.raises(DestinationError) as caught:
+        destination.seal_read_only()
+    assert caught.value.code == errno.EBUSY
+    destination.close()
+
+
+def test_a_memfd_holds_one_file() -> None:
+    destination = SealedMemfd(None)
+    destination.create("a", 1)
+    with pytest.raises(DestinationError) as caught:
+        destination.create("b", 1)
+    destination.close()
+    assert caught.value.problem is DestinationProblem.MANY_FILES
+
+
+@needs_root
+def test_another_user_of_the_group_can_open_a_sealed_memfd() -> None:
+    destination = SealedMemfd(65534)
+    fill(destination, "w", b"weights")
+    destination.seal_read_only()
+    (fd,) = destination.hand_over()
+
+    def body() -> None:
+        assert Path(f"/proc/self/fd/{fd}").read_bytes() == b"weights"
+
+    assert as_nobody(body) == 0
+    destination.close()
+
+
+# --- given directory --------------------------------------------------------------------------------------------------
+
+
+def test_a_given_directory_shows_nothing_before_all_of_it_is_there(given: Path) -> None:
+    destination = GivenDirectory(str(given), PAGE, os.getegid())
+    fill(destination, "a/b", b"weights")
+    assert os.listdir(given) == [PARTIAL_NAME]
+    assert stat.S_IMODE((given / PARTIAL_NAME).stat().st_mode) == 0o700
+    destination.seal_read_only()
+    assert os.listdir(given) == ["model"]
+    assert destination.directory == str(given / "model")
+    assert (given / "model/a/b").read_bytes() == b"weights"
+    modes = [stat.S_IMODE((given / path).stat().st_mode) for path in ("model", "model/a", "model/a/b")]
+    assert modes == [0o750, 0o750, 0o440]
+    assert destination.hand_over() == ()
+    destination.close()
+    assert os.listdir(given) == []
+
+
+def test_closing_an_unfinished_given_directory_leaves_nothing(given: Path) -> None:
+    before = descriptors()
+    destination = GivenDirectory(str(given), PAGE, None)
+    fill(destination, "a/b", b"weights")
+    destination.close()
+    destination.close()
+    assert os.listdir(given) == []
+    assert descriptors() == before
+
+
+def test_what_a_killed_predecessor_left_unfinished_is_wiped(given: Path) -> None:
+    (given / PARTIAL_NAME / "a").mkdir(parents=True)
+    (given / PARTIAL_NAME / "a/b").write_bytes(b"plaintext")
+    destination = GivenDirectory(str(given), PAGE, None)
+    assert os.listdir(given / PARTIAL_NAME) == []
+    destination.close()
+
+
+def test_a_given_directory_must_be_empty(given: Path) -> None:
+    before = descriptors()
+    (given / "model").mkdir()
+    with pytest.raises(DestinationError) as caught:
+        GivenDirectory(str(given), PAGE, None)
+    assert caught.value.problem is DestinationProblem.NOT_EMPTY
+    assert descriptors() == before
+    assert os.listdir(given) == ["model"]
+
+
+def test_a_given_directory_must_be_memory() -> None:
+    before = descriptors()
+    with pytest.raises(DestinationError) as caught:
+        GivenDirectory("/proc", PAGE, None)
+    assert caught.value.problem is DestinationProblem.NOT_MEMORY
+    assert descriptors() == before
+
+
+def test_a_link_to_a_directory_is_none(given: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(given)
+    with pytest.raises(DestinationError) as caught:
+        GivenDirectory(str(tmp_path / "link"), PAGE, None)
+    assert caught.value.code == errno.ENOTDIR
+
+
+def test_a_given_directory_must_have_room(given: Path) -> None:
+    needed = 1 << 50
+    with pytest.raises(InsufficientMemoryError) as caught:
+        GivenDirectory(str(given), needed, None)
+    assert (caught.value.limit, caught.value.needed_bytes) == (MemoryLimit.DESTINATION, needed)
+    assert 0 < caught.value.available_bytes < needed
+    assert os.listdir(given) == []
+
+
+# --- the choice -------------------------------------------------------------------------------------------------------
+
+
+def choose(kind: str, guest: MemoryInfo, sizes: Sequence[int] = (1,), directory: str | None = None) -> Destination:
+    return choose_destination(kind, directory, sizes, None, allow_swap=False, memory=guest)
+
+
+@needs_root
+def test_auto_is_a_tmpfs_where_the_kernel_lets_us(guest: MemoryInfo) -> None:
+    destination = choose("auto", guest, [1, 2])
+    assert destination.kind is DestinationKind.TMPFS
+    destination.close()
+
+
+@needs_root
+def test_without_privilege_auto_is_a_memfd_and_a_tmpfs_is_refused(guest: MemoryInfo) -> None:
+    readable = MemoryInfo(Path(tempfile.mkdtemp()))  # pytest keeps its own folders private
+    readable.proc.chmod(0o755)
+    shutil.copy(guest.proc / "swaps", readable.proc)
+
+    def body() -> None:
+        destination = choose("auto", readable)
+        assert destination.kind is DestinationKind.MEMFD
+        fill(destination, "w", b"weights")
+        destination.seal_read_only()
+        with pytest.raises(DestinationError) as caught:
+            choose("tmpfs", readable)
+        assert caught.value.code == errno.EPERM
+        with pytest.raises(DestinationError) as caught:
+            choose("auto", readable, [1, 2])
+        assert caught.value.problem is DestinationProblem.MANY_FILES
+
+    assert as_nobody(body) == 0
+    shutil.rmtree(readable.proc)
+
+
+def test_what_was_asked_for_by_name_is_what_comes(guest: MemoryInfo, given: Path) -> None:
+    memfd = choose("memfd", guest)
+    directory = choose("directory", guest, directory=str(given))
+    assert (memfd.kind, directory.kind) == (DestinationKind.MEMFD, DestinationKind.DIRECTORY)
+    memfd.close()
+    directory.close()
+
+
+def test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing(swapping: MemoryInfo, given: Path) -> None:
+    before = descriptors()
+    for kind, directory in (("memfd", None), ("directory", str(given))):
+        with pytest.raises(SwapActiveError):
+            choose(kind, swapping, directory=directory)
+    assert descriptors() == before
+    assert os.listdir(given) == []
+
+
+def test_swap_goes_on_only_when_allowed_by_name(swapping: MemoryInfo) -> None:
+    choose_destination("memfd", None, [1], None, allow_swap=True, memory=swapping).close()
+
+
+@needs_root
+def test_swap_does_not_reach_a_tmpfs_without_swap(swapping: MemoryInfo) -> None:
+    destination = DetachedTmpfs(PAGE, None)
+    noswap = destination.noswap
+    destination.close()
+    if not noswap:
+        pytest.skip("this kernel's tmpfs has no noswap")
+    choose("auto", swapping).close()
+
+
+# --- how much ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_takes_whole_pages() -> None:
+    assert in_pages([0, 1, PAGE, PAGE + 1]) == 4 * PAGE
+
+
+def test_the_tighter_limit_bites_and_headroom_counts(guest: MemoryInfo) -> None:
+    check_memory([49 * MIB], MIB, guest)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        check_memory([49 * MIB + 1], MIB, guest)
+    assert (caught.value.limit, caught.value.available_bytes) == (MemoryLimit.CGROUP, 50 * MIB)
+    assert caught.value.needed_bytes == 50 * MIB + PAGE
+
+
+def test_memory_of_the_machine_bites_without_a_cgroup_limit(guest: MemoryInfo) -> None:
+    (guest.sys / "fs/cgroup/memory.max").write_text("max")
+    check_memory([100 * MIB], 0, guest)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        check_memory([100 * MIB + 1], 0, guest)
+    assert caught.value.limit is MemoryLimit.AVAILABLE
+
+
+@pytest.mark.parametrize("text", ["", "MemAvailable: much kB\n"])
+def test_figures_that_are_none_are_an_error_not_a_guess(guest: MemoryInfo, text: str) -> None:
+    (guest.proc / "meminfo").write_text(text)
+    with pytest.raises(DestinationError):
+        check_memory([1], 0, guest)
+
+
+def test_figures_that_cannot_be_read_are_an_error_not_a_guess(guest: MemoryInfo) -> None:
+    (guest.proc / "meminfo").unlink()
+    with pytest.raises(DestinationError) as caught:
+        check_memory([1], 0, guest)
+    assert caught.value.code == errno.ENOENT

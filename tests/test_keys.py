@@ -1,0 +1,261 @@
+"""Secret memory, and the unwrapping of the model key against Trustee's vectors and two JOSE libraries."""
+
+import copy
+import json
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from joserfc import jwe as joserfc_jwe
+from joserfc.jwk import ECKey
+from jwcrypto import jwe as jwcrypto_jwe
+from jwcrypto import jwk as jwcrypto_jwk
+
+from agent.closed import Ident
+from agent.errors import KeyUnwrapError, UnwrapCheck
+from agent.evidence import Nonce
+from agent.evidence.gate import SecuredDevices, secure
+from agent.handshake import SealedKey, TeePublicKey, TokenClaims, Verdict
+from agent.jose import pack_b64url, pack_jwk, parse_b64url
+from agent.keys import EphemeralKey, ReleasedKey, SecretBuffer, open_jwe, unwrap
+from tests.shared import shared_data
+
+MODEL_KEY = bytes(range(32))
+PRIVATE = ec.derive_private_key(0x1234567890ABCDEF, ec.SECP256R1())
+HEADER = {"alg": "ECDH-ES+A256KW", "enc": "A256GCM"}
+Members = dict[str, str]
+
+
+def key() -> EphemeralKey:
+    return EphemeralKey(PRIVATE)
+
+
+def flattened(compact: str) -> bytes:
+    names = ("protected", "encrypted_key", "iv", "ciphertext", "tag")
+    return json.dumps(dict(zip(names, compact.split("."), strict=True))).encode()
+
+
+def sealed_by_jwcrypto(plaintext: bytes = MODEL_KEY) -> bytes:
+    token = jwcrypto_jwe.JWE(plaintext, protected=json.dumps(HEADER))
+    token.add_recipient(jwcrypto_jwk.JWK(**pack_jwk(key().public)))
+    return flattened(token.serialize(compact=True))  # its JSON form leaves the ephemeral key unprotected
+
+
+def sealed_by_joserfc(plaintext: bytes = MODEL_KEY) -> bytes:
+    recipient = ECKey.import_key({**pack_jwk(key().public)})
+    return flattened(joserfc_jwe.encrypt_compact(HEADER, plaintext, recipient, algorithms=list(HEADER.values())))
+
+
+def opened(jwe: bytes, with_key: EphemeralKey | None = None) -> bytes:
+    out = bytearray(32)
+    open_jwe(jwe, with_key or key(), memoryview(out))
+    return bytes(out)
+
+
+def refused(jwe: bytes) -> UnwrapCheck:
+    with pytest.raises(KeyUnwrapError) as raised:
+        opened(jwe)
+    return raised.value.check
+
+
+def changed(change: Callable[[Members], object]) -> bytes:
+    members: Members = json.loads(SEALED)
+    change(members)
+    return json.dumps(members).encode()
+
+
+def with_header(change: Callable[[dict[str, Any]], object]) -> bytes:
+    members: Members = json.loads(SEALED)
+    header = json.loads(parse_b64url(members["protected"]))
+    change(header)
+    members["protected"] = pack_b64url(json.dumps(header).encode())
+    return json.dumps(members).encode()
+
+
+def flipped(name: str) -> bytes:
+    def flip(members: Members) -> None:
+        data = bytearray(parse_b64url(members[name]))
+        data[0] ^= 1
+        members[name] = pack_b64url(bytes(data))
+
+    return changed(flip)
+
+
+SEALED = sealed_by_jwcrypto()
+OTHER_CURVE = jwcrypto_jwk.JWK.generate(kty="EC", crv="P-521").export_public(as_dict=True)
+CLAIMS = TokenClaims(Nonce(bytes(32)), key().public, Ident("kbs:///a/b/c"), Ident("p1"), 0, None, False, 0, 1)
+
+
+def secured() -> SecuredDevices:
+    return secure(Verdict(Ident("r"), "t", CLAIMS, ()), None, None, False)
+
+
+def test_trustees_p256_vector_opens() -> None:
+    cases = json.loads(shared_data("trustee/vectors/kbs_vectors.json").read_text())["jwe"]
+    case = next(case for case in cases if case["recipient_jwk"]["crv"] == "P-256")
+    private = ec.derive_private_key(int.from_bytes(parse_b64url(case["recipient_pkcs8_pem"]["d"])), ec.SECP256R1())
+    recipient = EphemeralKey(private)
+    assert pack_jwk(recipient.public) == case["recipient_jwk"]
+    assert opened(json.dumps(case["response"]).encode(), recipient) == case["plaintext"].encode()
+
+
+def test_trustees_p521_vector_is_refused() -> None:
+    cases = json.loads(shared_data("trustee/vectors/kbs_vectors.json").read_text())["jwe"]
+    case = next(case for case in cases if case["recipient_jwk"]["crv"] == "P-521")
+    assert refused(json.dumps(case["response"]).encode()) is UnwrapCheck.EPHEMERAL_KEY
+
+
+def test_what_jwcrypto_seals_opens() -> None:
+    assert opened(sealed_by_jwcrypto()) == MODEL_KEY
+
+
+def test_what_joserfc_seals_opens() -> None:
+    assert opened(sealed_by_joserfc()) == MODEL_KEY
+
+
+@pytest.mark.parametrize(
+    ("check", "jwe"),
+    [
+        (UnwrapCheck.FORMAT, b""),
+        (UnwrapCheck.FORMAT, b"{" * 5000),
+        (UnwrapCheck.FORMAT, SEALED + b" " * (8 << 10)),
+        (UnwrapCheck.FORMAT, SEALED[:-1] + b', "tag": "AAAAAAAAAAAAAAAAAAAAAA"}'),  # a member twice
+        (UnwrapCheck.FORMAT, changed(lambda m: m.pop("tag"))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(aad="AA"))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(header="{}"))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(iv=m["iv"] + "="))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(iv="AAAA"))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(tag=m["tag"][:-8]))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(encrypted_key=m["encrypted_key"] + "AAAAAAAAAAA"))),
+        (UnwrapCheck.FORMAT, changed(lambda m: m.update(protected="ö"))),
+        (UnwrapCheck.FORMAT, with_header(lambda h: h.update(apu="AA"))),
+        (UnwrapCheck.FORMAT, with_header(lambda h: h.update(apv="AA"))),
+        (UnwrapCheck.FORMAT, with_header(lambda h: h.update(zip="DEF"))),
+        (UnwrapCheck.FORMAT, with_header(lambda h: h.update(crit=["exp"]))),
+        (UnwrapCheck.FORMAT, with_header(lambda h: h.pop("epk"))),
+        (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(alg="ECDH-ES+A128KW"))),
+        (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(enc="A128GCM"))),
+        (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(alg=None))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk="x"))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(y=pack_b64url(b"y" * 32)))),  # not on the curve
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(bytes(32)), y=pack_b64url(bytes(32))))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(b"\xff" * 32)))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(kid="1"))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk=OTHER_CURVE))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(crv="secp256k1"))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(kty="OKP"))),
+        (UnwrapCheck.KEY_WRAP, flipped("encrypted_key")),
+        (UnwrapCheck.CONTENT, flipped("ciphertext")),
+        (UnwrapCheck.CONTENT, flipped("tag")),
+        (UnwrapCheck.CONTENT, flipped("iv")),
+        (UnwrapCheck.CONTENT, with_header(lambda h: None)),  # the same header in other bytes
+        (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"k" * 31)),
+        (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"k" * 33)),
+        (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"")),
+    ],
+)
+def test_a_sealed_key_that_is_not_exactly_ours_is_refused(check: UnwrapCheck, jwe: bytes) -> None:
+    assert refused(jwe) is check
+
+
+def test_a_key_sealed_to_somebody_else_is_a_key_wrap_error() -> None:
+    with pytest.raises(KeyUnwrapError) as raised:
+        opened(SEALED, EphemeralKey.generate())
+    assert raised.value.check is UnwrapCheck.KEY_WRAP
+
+
+@settings(max_examples=200)
+@given(st.data())
+def test_a_mutilated_jwe_opens_to_the_same_key_or_is_refused(data: st.DataObject) -> None:
+    jwe = bytearray(SEALED)
+    for _ in range(data.draw(st.integers(1, 3))):
+        jwe[data.draw(st.integers(0, len(jwe) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        assert opened(bytes(jwe)) == MODEL_KEY
+    except KeyUnwrapError as error:
+        assert error.__cause__ is None  # no foreign text travels with it
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_refused(jwe: bytes) -> None:
+    assert refused(jwe) is UnwrapCheck.FORMAT
+
+
+def test_unwrap_releases_the_key_and_destroys_the_ephemeral_key() -> None:
+    ephemeral = key()
+    with unwrap(SealedKey(SEALED, Ident("id-1"), 3), ephemeral, secured()) as released:
+        assert isinstance(released, ReleasedKey)
+        assert bytes(released.secret.view()) == MODEL_KEY
+        assert (released.key_id, released.key_version) == ("id-1", 3)
+    with pytest.raises(RuntimeError):
+        released.secret.view()
+    with pytest.raises(RuntimeError):
+        ephemeral.exchange(PRIVATE.public_key())
+
+
+def test_the_ephemeral_key_is_destroyed_when_unwrap_fails() -> None:
+    ephemeral = key()
+    with pytest.raises(KeyUnwrapError):
+        unwrap(SealedKey(b"{}", Ident("id-1"), 1), ephemeral, secured())
+    with pytest.raises(RuntimeError):
+        ephemeral.exchange(PRIVATE.public_key())
+
+
+def test_nothing_is_unwrapped_before_the_gate() -> None:
+    with pytest.raises(RuntimeError):
+        unwrap(SealedKey(SEALED, Ident("id-1"), 1), key(), None)  # type: ignore[arg-type]
+
+
+def test_two_handshakes_have_two_keys() -> None:
+    first, second = EphemeralKey.generate().public, EphemeralKey.generate().public
+    assert isinstance(first, TeePublicKey)
+    assert first != second
+    assert (len(first.x), len(first.y)) == (32, 32)
+
+
+def test_wiping_zeroes_the_memory_under_every_view() -> None:
+    secret = SecretBuffer(32)
+    view = secret.view()
+    view[:] = MODEL_KEY
+    secret.wipe()
+    secret.wipe()
+    assert bytes(view) == bytes(32)
+
+
+def test_secrets_print_as_their_size_and_are_neither_copied_nor_pickled() -> None:
+    secret, ephemeral = SecretBuffer(32), key()
+    assert repr(secret) == str(secret) == "<secret, 32 bytes>"
+    assert repr(ephemeral) == "<ephemeral key>"
+    for value in (secret, ephemeral):
+        with pytest.raises(TypeError):
+            pickle.dumps(value)
+        with pytest.raises(TypeError):
+            copy.copy(value)
+    with pytest.raises(TypeError):
+        pickle.dumps(ReleasedKey(secret, Ident("id"), 1))
+
+
+def test_a_forked_child_sees_zeros() -> None:
+    secret = SecretBuffer(32)
+    secret.view()[:] = MODEL_KEY
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if bytes(secret.view()) == bytes(32) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert bytes(secret.view()) == MODEL_KEY
+
+
+def test_secret_memory_is_not_dumped_and_is_locked_where_allowed() -> None:
+    secret = SecretBuffer(32)
+    secret.view()[:] = MODEL_KEY
+    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")[1:]
+    flags = [mapping.splitlines()[0].split() for mapping in mappings]
+    ours = [names for names in flags if "dd" in names and "wf" in names]
+    assert ours
+    assert any("lo" in names for names in ours) is secret.locked
