@@ -1,0 +1,136 @@
+"""What the guest says of itself: the types every other step knows, and the device Protocols.
+
+Terms follow RFC 9334: the CPU side is the lead Attester, GPUs are sub-Attesters, what they produce is Evidence.
+Does not parse, sign or verify anything: layouts live in the `_abi` modules, signatures in `agent/verify`.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NewType, Protocol
+
+Nonce = NewType("Nonce", bytes)
+"""The broker's nonce: 32 bytes, single use."""
+ReportData = NewType("ReportData", bytes)
+"""64 bytes the CPU report carries: SHA-384 over the runtime data, zero-padded on the right."""
+GpuNonce = NewType("GpuNonce", bytes)
+"""The SPDM requester nonce: 32 bytes, the first of the device digest."""
+
+NONCE_BYTES = 32
+REPORT_DATA_BYTES = 64
+GPU_NONCE_BYTES = 32
+
+
+class Tee(enum.Enum):
+    """Kinds of TEE, by their Trustee wire names."""
+
+    SNP = "snp"
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Evidence of the CPU TEE.
+
+    Attributes:
+        report: the binary report (SNP: 1184 bytes), as the device returned it.
+        cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own.
+    """
+
+    tee: Tee
+    report: bytes
+    cert_chain: tuple[bytes, ...] = ()
+
+
+class Attester(Protocol):
+    """One TEE device interface. Blocking; a request is never abandoned half-way."""
+
+    tee: Tee
+
+    def collect(self, report_data: ReportData) -> Evidence:
+        """Fresh Evidence over `report_data` (64 bytes).
+
+        Raises:
+            DeviceError: the device refused; `retryable` is never set for SNP.
+            MalformedEvidenceError: what came back does not parse.
+            EvidenceBindingError: what came back carries other report data.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class GpuEvidence:
+    """Evidence of one GPU.
+
+    Attributes:
+        arch: `HOPPER` or `BLACKWELL` (Trustee's words).
+        uuid: NVML's UUID, `GPU-…`.
+        report: SPDM GET_MEASUREMENTS request and response, binary (about 4 KiB).
+        certificate_chain: PEM, leaf first, five certificates.
+    """
+
+    arch: str
+    uuid: str
+    report: bytes
+    certificate_chain: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class GpuModes:
+    """NVML's confidential-compute state and settings, as the integers NVML defines."""
+
+    cc_feature: int  # 1 = on; protected PCIe shows as 0 with multi_gpu_mode 1
+    environment: int  # 0 unavailable, 1 simulation, 2 production
+    devtools: int  # 0 = off
+    multi_gpu_mode: int  # 0 none, 1 protected PCIe, 2 NVLE
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    uuid: str
+    arch: str
+    vbios_version: str
+
+
+@dataclass(frozen=True, slots=True)
+class GpuInventory:
+    """Everything the gate compares: read before attestation and again before the ready state is set."""
+
+    driver_version: str
+    gpus: tuple[Gpu, ...]
+    modes: GpuModes
+    ready: bool
+
+
+class GpuSystem(Protocol):
+    """All GPUs of this guest; ready state and modes are system-wide. Blocking, serial, never abandoned half-way."""
+
+    def inspect(self) -> GpuInventory:
+        """Inventory, modes and ready state as they are now. Raises DeviceError."""
+
+    def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
+        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order. Raises DeviceError; never retried."""
+
+    def check_faults(self) -> None:
+        """Raises GpuFaultError when the kernel log shows a fatal XID or CC fault, or cannot be read."""
+
+    def set_ready(self) -> None:
+        """Set the ready state 0→1 and read it back. Once per VM, without compensation. Raises DeviceError, GpuFaultError."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeData:
+    """What the Evidence must cover: the nonce as the broker sent it, and our ephemeral public key (EC P-256)."""
+
+    nonce: Nonce
+    public_key_x: bytes  # 32 bytes, big endian
+    public_key_y: bytes  # 32 bytes, big endian
+
+
+@dataclass(frozen=True, slots=True)
+class CompositeEvidence:
+    """CPU Evidence and the exact text of the device Evidence that it covers.
+
+    Attributes:
+        additional_evidence: Trustee's JSON text `{"nvidia":{"device_evidence_list":[…]}}`, `""` when there are no devices.
+    """
+
+    primary: Evidence
+    additional_evidence: str

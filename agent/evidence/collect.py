@@ -1,0 +1,96 @@
+"""The devices of this guest, and the composite Evidence they give: GPUs first, the CPU last and over everything.
+
+Owns the order of collection, and the check that the configuration which decides here is the one this guest was launched
+with. Device calls run in the calling thread; the caller never abandons them (`worker.in_thread`).
+"""
+
+from dataclasses import dataclass
+
+from agent.errors import ConfigNotMeasuredError, GpuCountError
+from agent.evidence import Attester, CompositeEvidence, GpuInventory, GpuSystem, RuntimeData
+from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
+from agent.evidence.gate import SecuredDevices, check_distinct, check_inventory, secure
+from agent.evidence.snp_abi import parse_report
+from agent.handshake import Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Open devices whose GPUs passed the rules that hold before attestation. Only `open_devices` makes one.
+
+    Attributes:
+        config_digest: SHA-256 of the measured configuration, 32 bytes; HOST_DATA must equal it.
+        inventory: the GPUs as they were before attestation; None without GPUs.
+    """
+
+    attester: Attester
+    gpus: GpuSystem | None
+    inventory: GpuInventory | None
+    ready_preset: bool
+    config_digest: bytes
+    manifest_digest: str
+    server_command_digest: str
+
+    def collect(self, data: RuntimeData) -> CompositeEvidence:
+        """Fresh Evidence over `data`. Blocking: seconds for GPUs, up to 65 s for a throttled SNP device.
+
+        Raises:
+            DeviceError, MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError: a device misbehaved.
+            GpuCountError: a GPU gave no evidence, or two sign with one key.
+            ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration.
+        """
+        # 1. Every GPU, over the broker's nonce and our public key.
+        text = ""
+        if self.gpus and self.inventory:
+            evidence = self.gpus.collect(device_nonce(data))
+            if len(evidence) != len(self.inventory.gpus):
+                raise GpuCountError(len(self.inventory.gpus), len(evidence))
+            check_distinct(evidence)
+            modes = self.inventory.modes
+            claims = KeyturnClaims(
+                cc_feature=modes.cc_feature,
+                environment=modes.environment,
+                devtools=modes.devtools,
+                multi_gpu_mode=modes.multi_gpu_mode,
+                ready=self.inventory.ready,
+                driver_version=self.inventory.driver_version,
+                manifest_digest=self.manifest_digest,
+                server_command_digest=self.server_command_digest,
+            )
+            text = additional_evidence(evidence, claims)
+
+        # 2. The CPU, over the same and over the text of step 1.
+        primary = self.attester.collect(report_data(data, text))
+
+        # 3. What decides here must be what this guest was launched with.
+        if parse_report(primary.report).host_data != self.config_digest:
+            raise ConfigNotMeasuredError
+        return CompositeEvidence(primary, text)
+
+    def secure(self, verdict: Verdict) -> SecuredDevices:
+        """The GPU gate, once, after the Verdict: see `gate.secure`."""
+        return secure(verdict, self.gpus, self.inventory, self.ready_preset)
+
+
+def open_devices(  # noqa: PLR0913  # one keyword per measured fact
+    attester: Attester,
+    gpus: GpuSystem | None,
+    *,
+    gpu_count: int,
+    ready_preset: bool,
+    config_digest: bytes,
+    manifest_digest: str,
+    server_command_digest: str,
+) -> Devices:
+    """Read the GPUs and check what must hold before attestation. `gpus` is None exactly when `gpu_count` is 0.
+
+    Raises:
+        DeviceError: the driver refused.
+        GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
+    """
+    inventory = None
+    if gpus:
+        inventory = gpus.inspect()
+        check_inventory(inventory, gpu_count, ready_preset)
+        gpus.check_faults()
+    return Devices(attester, gpus, inventory, ready_preset, config_digest, manifest_digest, server_command_digest)

@@ -1,0 +1,140 @@
+"""The GPU gate: what must hold of the GPUs before attestation, and the one step from ready 0 to ready 1 after the Verdict.
+
+Pure rules over what a `GpuSystem` says, and `secure`, the only maker of the `SecuredDevices` without which no key is unwrapped.
+The step has no compensation: the ready state is never set back, and one VM gets one gate. The ready state keeps user-mode
+work off the GPUs; it is no boundary against root in the guest. What is proven about the GPUs is proven by their Evidence.
+"""
+
+import enum
+from collections.abc import Sequence
+from dataclasses import InitVar, dataclass
+
+from agent.errors import GpuCountError, GpuFault, GpuFaultError, GpuMode, GpuModeError, VmRestartRequiredError
+from agent.evidence import GpuEvidence, GpuInventory, GpuSystem
+from agent.handshake import Verdict
+from agent.verify.nvidia import parse_chain
+
+_CC_ON = 1
+_PRODUCTION = 2
+_SINGLE_GPU = 0
+_MULTI_GPU_MODES = (1, 2)  # protected PCIe, NVLE
+_ONLY_SECURE = object()
+
+
+class ReadyState(enum.Enum):
+    """Who set the ready state that this boot relies on."""
+
+    NO_GPU = "no-gpu"
+    SET_BY_AGENT = "set-by-agent"
+    PRESET = "preset"  # by the image's init, before any attestation, as the measured configuration says
+
+
+@dataclass(frozen=True, slots=True)
+class SecuredDevices:
+    """Proof that the gate was passed; only `secure` makes one.
+
+    Attributes:
+        ready_state: who set it.
+        inventory: the GPUs as re-read at the gate; None without GPUs.
+    """
+
+    ready_state: ReadyState
+    inventory: GpuInventory | None
+    made_by: InitVar[object]
+
+    def __post_init__(self, made_by: object) -> None:
+        if made_by is not _ONLY_SECURE:
+            raise RuntimeError("only secure() makes SecuredDevices")
+
+
+def check_inventory(inventory: GpuInventory, count: int, ready_preset: bool) -> None:
+    """Check what must hold before attestation, and again before the gate.
+
+    Args:
+        inventory: as just read.
+        count: configured number of GPUs, 1 or more.
+        ready_preset: the measured configuration says that the image's init sets the ready state.
+
+    Raises:
+        GpuModeError: a mode in which the GPUs protect nothing, or one we do not know.
+        GpuCountError: a GPU is missing, extra, or listed twice.
+        VmRestartRequiredError: ready is already 1 and not preset.
+        GpuFaultError: ready is to be preset and is not.
+    """
+    # Devtools first: it also changes the environment and sets ready by itself.
+    modes = inventory.modes
+    if modes.devtools != 0:
+        raise GpuModeError(GpuMode.DEVTOOLS, modes.devtools, 0)
+    if modes.environment != _PRODUCTION:
+        raise GpuModeError(GpuMode.ENVIRONMENT, modes.environment, _PRODUCTION)
+    if modes.multi_gpu_mode not in (_SINGLE_GPU, *_MULTI_GPU_MODES):
+        raise GpuModeError(GpuMode.MULTI_GPU, modes.multi_gpu_mode, _SINGLE_GPU)
+    # The driver shows the feature as off in protected PCIe mode.
+    if modes.cc_feature != _CC_ON and modes.multi_gpu_mode not in _MULTI_GPU_MODES:
+        raise GpuModeError(GpuMode.CC_FEATURE, modes.cc_feature, _CC_ON)
+
+    distinct = len({gpu.uuid for gpu in inventory.gpus})
+    if len(inventory.gpus) != count:
+        raise GpuCountError(count, len(inventory.gpus))
+    if distinct != count:
+        raise GpuCountError(count, distinct)
+
+    if inventory.ready and not ready_preset:
+        raise VmRestartRequiredError
+    if ready_preset and not inventory.ready:
+        raise GpuFaultError(GpuFault.READY_NOT_SET)
+
+
+def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
+    """Every GPU signs with its own key: one device cannot stand for two.
+
+    Raises:
+        GpuCountError: two chains have the same leaf key.
+        MalformedEvidenceError: a chain does not parse.
+    """
+    keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    if len(keys) != len(evidence):
+        raise GpuCountError(len(evidence), len(keys))
+
+
+def check_unchanged(before: GpuInventory, after: GpuInventory) -> None:
+    """Nothing moved while the Verdict was on its way: neither GPUs nor versions, modes or ready state.
+
+    Raises:
+        GpuFaultError: something did.
+    """
+    if before != after:
+        raise GpuFaultError(GpuFault.INVENTORY_CHANGED)
+
+
+def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | None, ready_preset: bool) -> SecuredDevices:
+    """Pass the gate.
+
+    Args:
+        verdict: accepted, over Evidence collected after `before` was read; asked for so that nobody comes here without one.
+        system: the GPUs; None when the configuration has none.
+        before: their inventory as attested; None when the configuration has none.
+        ready_preset: the measured configuration says that the image's init sets the ready state.
+
+    Raises:
+        DeviceError: the driver refused.
+        GpuModeError, GpuCountError, VmRestartRequiredError: as `check_inventory`.
+        GpuFaultError: a fault since boot, a change since attestation, or ready does not read back as 1.
+    """
+    if system is None or before is None:
+        assert system is None and before is None, "a GPU system and its inventory come together"
+        return SecuredDevices(ReadyState.NO_GPU, None, made_by=_ONLY_SECURE)
+
+    # 1. The same GPUs, in the same modes, in the same ready state as attested, and these are still acceptable.
+    now = system.inspect()
+    check_unchanged(before, now)
+    check_inventory(now, len(before.gpus), ready_preset)
+
+    # 2. No fault so far.
+    system.check_faults()
+
+    # 3. The one step, last: what fails after it costs the VM.
+    if ready_preset:
+        return SecuredDevices(ReadyState.PRESET, now, made_by=_ONLY_SECURE)
+    system.set_ready()
+    return SecuredDevices(ReadyState.SET_BY_AGENT, now, made_by=_ONLY_SECURE)

@@ -1,0 +1,276 @@
+"""The NVIDIA GPUs of this guest, through NVML: what they are, their Evidence, their faults, and the one ready state.
+
+Owns every NVML call and every kernel file that says something about GPUs. Decides nothing about modes, counts or order: that
+is `gate.py`. Checks of a report only what must hold before it leaves: it parses, carries our nonce, and its leaf key signed it.
+
+A failed report or certificate call latches a fatal state in the driver that only a VM restart clears, so no call is ever made
+twice. NVML is never shut down either: the end of the process does it, and an adapter whose last client leaves needs a reset.
+Source: NVIDIA open-gpu-kernel-modules 595.45.04, conf_compute_api.c, conf_compute.c; nvidia-ml-py 13.
+"""
+
+import ctypes
+import os
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pynvml
+
+from agent.closed import Ident
+from agent.errors import (
+    DeviceError,
+    EvidenceBindingError,
+    EvidenceFormat,
+    GpuFault,
+    GpuFaultError,
+    GpuMode,
+    GpuModeError,
+    NoAttesterError,
+)
+from agent.evidence import Gpu, GpuEvidence, GpuInventory, GpuModes, GpuNonce
+from agent.evidence.gpu_abi import parse_report
+from agent.verify.nvidia import parse_chain, verify_report_signature
+
+# Absolute, so that neither the loader's search path nor its environment chooses the library.
+NVML_LIBRARIES = (
+    Path("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"),
+    Path("/usr/lib64/libnvidia-ml.so.1"),
+    Path("/usr/lib/libnvidia-ml.so.1"),
+)
+KERNEL_LOG = Path("/dev/kmsg")
+KERNEL_COMMAND_LINE = Path("/proc/cmdline")
+DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
+MAX_KERNEL_LOG_BYTES = 64 << 20
+MAX_PARAMETER_BYTES = 64 << 10
+
+_NVML = Ident("nvml")
+_ARCHITECTURES = {pynvml.NVML_DEVICE_ARCH_HOPPER: "HOPPER", pynvml.NVML_DEVICE_ARCH_BLACKWELL: "BLACKWELL"}
+
+# XIDs after which a GPU must be reset: 48 and 140 uncorrected ECC, 79 off the bus, 94 and 95 (un)contained ECC, 119 and 120 its
+# firmware does not answer or failed, 143 initialisation failed, 151 rotation of a confidential-computing key failed.
+# Source: NVIDIA Xid catalog.
+FATAL_XIDS = frozenset((48, 79, 94, 95, 119, 120, 140, 143, 151))
+_XID = re.compile(rb"NVRM: Xid \([^)\n]{1,64}\): ([0-9]{1,5}),")
+_CC_FATAL = b"ConfCompute: Fatal error hit!"
+_LONGEST_MATCH_BYTES = 128
+_MAX_KERNEL_RECORD_BYTES = 8 << 10
+
+# The first can turn the ready check off and devtools on, the second the encrypted session.
+_WEAKENING_KEYS = re.compile(rb"RmConfidentialCompute|RmConfComputeSpdmPolicy", re.IGNORECASE)
+
+# pynvml keeps its library, and the function pointers of it, in module globals.
+_pynvml_lock = threading.Lock()
+
+
+def open_nvml(candidates: tuple[Path, ...] = NVML_LIBRARIES) -> ctypes.CDLL:
+    """The driver's NVML.
+
+    Raises:
+        NoAttesterError: none of the absolute paths can be loaded.
+    """
+    for path in candidates:
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            continue
+    raise NoAttesterError(_NVML)
+
+
+class NvmlGpuSystem:
+    """The `GpuSystem` of this guest. Blocking and serial; a call is never abandoned and never repeated."""
+
+    def __init__(
+        self,
+        library: Any = None,
+        *,
+        kernel_log: Path = KERNEL_LOG,
+        kernel_command_line: Path = KERNEL_COMMAND_LINE,
+        driver_parameters: Path = DRIVER_PARAMETERS,
+    ) -> None:
+        """Initialise NVML.
+
+        Args:
+            library: what has NVML's functions as attributes; None opens the driver's.
+            kernel_log: read to its present end at `check_faults`.
+            kernel_command_line: searched for registry keys at `inspect`.
+            driver_parameters: likewise; what the loaded driver really has.
+
+        Raises:
+            NoAttesterError: no NVML library.
+            DeviceError: NVML refused, usually because the driver is not loaded or refused the GPU.
+        """
+        self._library = open_nvml() if library is None else library
+        self._kernel_log = kernel_log
+        self._parameter_files = (kernel_command_line, driver_parameters)
+        with self._nvml():
+            _call("nvmlInit")
+
+    def inspect(self) -> GpuInventory:
+        """Inventory, modes and ready state as they are now.
+
+        Raises:
+            DeviceError: an NVML call or the read of a kernel file failed.
+            GpuModeError: registry keys are set that weaken confidential computing.
+            NoAttesterError: a GPU is of an architecture that has no attestation.
+        """
+        self._check_registry_keys()
+        with self._nvml():
+            return GpuInventory(
+                driver_version=_call("nvmlSystemGetDriverVersion"),
+                gpus=tuple(_inspect_gpu(handle) for handle in _handles()),
+                modes=_modes(),
+                ready=_ready(),
+            )
+
+    def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
+        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order.
+
+        Raises:
+            DeviceError: an NVML call failed; the driver is then in its fatal state.
+            MalformedEvidenceError: report or chain does not parse.
+            EvidenceBindingError: a report carries another nonce.
+            EvidenceVerificationError: a report is not signed by the key whose certificate came with it.
+        """
+        with self._nvml():
+            return tuple(_collect_gpu(handle, nonce) for handle in _handles())
+
+    def check_faults(self) -> None:
+        """Search the kernel log since boot.
+
+        Raises:
+            GpuFaultError: a fatal XID or confidential-computing fault is there, or the log cannot be read.
+        """
+        tail = b""
+        for chunk in _read_kernel_log(self._kernel_log):
+            window = tail + chunk
+            if _CC_FATAL in window:
+                raise GpuFaultError(GpuFault.CC_FATAL)
+            for match in _XID.finditer(window):
+                if int(match[1]) in FATAL_XIDS:
+                    raise GpuFaultError(GpuFault.FATAL_XID, int(match[1]))
+            tail = window[-_LONGEST_MATCH_BYTES:]
+
+    def set_ready(self) -> None:
+        """Set the ready state to 1, for all GPUs at once, and read it back. Nothing sets it back.
+
+        Raises:
+            DeviceError: NVML refused.
+            GpuFaultError: it does not read back as 1.
+        """
+        with self._nvml():
+            _call("nvmlSystemSetConfComputeGpusReadyState", pynvml.NVML_CC_ACCEPTING_CLIENT_REQUESTS_TRUE)
+            if not _ready():
+                raise GpuFaultError(GpuFault.READY_NOT_SET)
+
+    def _check_registry_keys(self) -> None:
+        for path in self._parameter_files:
+            try:
+                with path.open("rb") as file:
+                    text = file.read(MAX_PARAMETER_BYTES)
+            except OSError as exc:
+                raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
+            found = len(_WEAKENING_KEYS.findall(text))
+            if found:
+                raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
+
+    @contextmanager
+    def _nvml(self) -> Iterator[None]:
+        with _pynvml_lock:
+            before = pynvml.nvmlLib
+            pynvml.nvmlLib = self._library
+            pynvml._nvmlGetFunctionPointer_cache.clear()
+            try:
+                yield
+            finally:
+                pynvml.nvmlLib = before
+                pynvml._nvmlGetFunctionPointer_cache.clear()
+
+
+def _call(name: str, *arguments: object) -> Any:
+    try:
+        return getattr(pynvml, name)(*arguments)
+    except pynvml.NVMLError as exc:
+        raise DeviceError(_NVML, Ident(name), exc.value) from exc
+    except UnicodeDecodeError:  # a driver that returns text which is none
+        raise DeviceError(_NVML, Ident(name), pynvml.NVML_ERROR_UNKNOWN) from None
+
+
+def _handles() -> Iterator[Any]:
+    for index in range(_call("nvmlDeviceGetCount")):
+        yield _call("nvmlDeviceGetHandleByIndex", index)
+
+
+def _architecture(handle: Any) -> str:
+    number = _call("nvmlDeviceGetArchitecture", handle)
+    if number not in _ARCHITECTURES:
+        raise NoAttesterError(Ident(f"nvml-architecture-{number}"))
+    return _ARCHITECTURES[number]
+
+
+def _inspect_gpu(handle: Any) -> Gpu:
+    return Gpu(
+        uuid=_call("nvmlDeviceGetUUID", handle),
+        arch=_architecture(handle),
+        vbios_version=_call("nvmlDeviceGetVbiosVersion", handle),
+    )
+
+
+def _modes() -> GpuModes:
+    settings = pynvml.c_nvmlSystemConfComputeSettings_v1_t()
+    # Unlike its siblings this function returns the code and never raises it.
+    code = _call("nvmlSystemGetConfComputeSettings", ctypes.byref(settings))
+    if code != pynvml.NVML_SUCCESS:
+        raise DeviceError(_NVML, Ident("nvmlSystemGetConfComputeSettings"), code)
+    return GpuModes(
+        cc_feature=settings.ccFeature,
+        environment=settings.environment,
+        devtools=settings.devToolsMode,
+        multi_gpu_mode=settings.multiGpuMode,
+    )
+
+
+def _ready() -> bool:
+    return bool(_call("nvmlSystemGetConfComputeGpusReadyState") == pynvml.NVML_CC_ACCEPTING_CLIENT_REQUESTS_TRUE)
+
+
+def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
+    # A size beyond its buffer is cut to the buffer by ctypes, and what is left does not parse.
+    certificate = _call("nvmlDeviceGetConfComputeGpuCertificate", handle)
+    chain = bytes(certificate.attestationCertChain[: certificate.attestationCertChainSize])
+    answer = _call("nvmlDeviceGetConfComputeGpuAttestationReport", handle, nonce)
+    report = bytes(answer.attestationReport[: answer.attestationReportSize])
+
+    parsed = parse_report(report)
+    if parsed.requester_nonce != nonce:
+        raise EvidenceBindingError(EvidenceFormat.NVIDIA_REPORT)
+    verify_report_signature(parsed, parse_chain(chain))
+    return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
+
+
+def _read_kernel_log(path: Path) -> Iterator[bytes]:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as exc:
+        raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE) from exc
+    try:
+        budget = MAX_KERNEL_LOG_BYTES  # a log that grows faster than we read must end somewhere
+        while budget > 0:
+            try:
+                chunk = os.read(descriptor, 64 << 10)
+            except BlockingIOError:  # how /dev/kmsg says that there is no more
+                return
+            except BrokenPipeError:  # records were overwritten while we read; the next read continues with the oldest left
+                budget -= _MAX_KERNEL_RECORD_BYTES
+                continue
+            except OSError as exc:
+                raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE) from exc
+            if not chunk:
+                return
+            budget -= len(chunk)
+            yield chunk
+        raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,5 @@
+"""Simulated silicon: real report and certificate formats, signed by throw-away keys under unmistakable names.
+
+A simulated machine is a directory, so agent, broker and tests can be separate processes over the same silicon.
+Chosen by name only, never a fallback; refused where a real TEE device exists; not part of a guest image.
+"""

@@ -1,0 +1,275 @@
+"""Verify the Evidence of one NVIDIA GPU: fresh, genuine, and from the firmware its key was made for.
+
+Owns signatures, chains and firmware identity of GPU reports. Does not appraise: which driver, VBIOS, feature or number of GPUs
+is acceptable is a policy's business, and so are revocation and NVIDIA's reference measurements.
+Spec: NVIDIA attestation-sdk and nvtrust (report and chain); TCG DICE Attestation Architecture 1.1 (TcbInfo), DICE Layering
+Architecture 1.0 (CompositeDeviceID).
+"""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat import asn1
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
+
+from agent.closed import Ident
+from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
+from agent.evidence import GpuEvidence, GpuNonce
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
+from agent.verify.roots import NVIDIA_DEVICE_ROOT_SHA256, fingerprint
+
+CHAIN_CERTIFICATES = 5  # attestation key, boot ROM identity, provisioner, chip identity, device root
+_FIRST_DRIVER_WITH_FWID = 550
+_ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL"}  # first letters of the hardware model
+COMPOSITE_DEVICE_ID = x509.ObjectIdentifier("2.23.133.5.4.1")  # Hopper
+DICE_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")  # Blackwell
+
+
+@dataclass(frozen=True, slots=True)
+class GpuClaims:
+    """What one GPU's Evidence proves.
+
+    Attributes:
+        driver_version: `580.95.05`.
+        vbios_version: `96.00.74.00.1A`.
+        leaf_key_sha256: SHA-256 of the attestation key's SubjectPublicKeyInfo, hex; tells devices apart.
+        ueid: serial number of the attestation key's certificate, decimal, as NVIDIA's tools print it.
+        hwmodel: common name of the boot ROM identity, `GH100 A01 GSP BROM`.
+        arch: `HOPPER` or `BLACKWELL`, from the certificate.
+        feature_flag: 0 one GPU, 1 several, 2 protected PCIe; None from drivers before 580.
+        simulated: the chain ends in a root passed in whose name says SIMULATED.
+    """
+
+    driver_version: str
+    vbios_version: str
+    leaf_key_sha256: str
+    ueid: str
+    hwmodel: str
+    arch: str
+    feature_flag: int | None
+    simulated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GpuChain:
+    """Five P-384 certificates, leaf first, not yet verified."""
+
+    certificates: tuple[x509.Certificate, ...]
+    leaf_key: ec.EllipticCurvePublicKey
+
+    @property
+    def leaf_key_sha256(self) -> str:
+        spki = self.leaf_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+        return hashlib.sha256(spki).hexdigest()
+
+
+def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> GpuClaims:
+    """Verify Evidence of one GPU.
+
+    1. Parse report and chain.
+    2. The report carries our nonce.
+    3. Every certificate is valid now; the chain ends in the pinned NVIDIA device root or in one of `roots`.
+    4. The leaf key signed the report.
+    5. The leaf key was made for the firmware the report names (FWID).
+    6. Hardware model, driver and VBIOS version are there, and the architecture is the one the Evidence names.
+
+    Args:
+        evidence: report and PEM chain of one GPU.
+        nonce: 32 bytes, the device nonce of this handshake.
+        roots: further trusted roots: simulated silicon. Empty in production.
+        now: timezone-aware time at which the certificates must be valid.
+    Raises:
+        MalformedEvidenceError: report or chain does not parse.
+        EvidenceVerificationError: one of the checks above does not hold.
+    """
+    # 1.
+    report = parse_report(evidence.report)
+    chain = parse_chain(evidence.certificate_chain)
+    leaf, brom = chain.certificates[:2]
+
+    # 2.
+    if report.requester_nonce != nonce:
+        raise _failed(EvidenceCheck.NONCE)
+
+    # 3.
+    extra_root = _verify_chain(chain, roots, now)
+
+    # 4.
+    verify_report_signature(report, chain)
+
+    # 5. Drivers before 550 do not report the field; from 550 on its absence is a failure, never a reason to skip.
+    driver_version = report.driver_version
+    if driver_version is None:
+        raise _malformed_report("driver-version")
+    if report.fwid is not None:
+        if report.fwid != _fwid_of_certificate(leaf):
+            raise _failed(EvidenceCheck.FWID)
+    elif _major(driver_version) >= _FIRST_DRIVER_WITH_FWID:
+        raise _failed(EvidenceCheck.FWID)
+
+    # 6.
+    vbios_version = report.vbios_version
+    if vbios_version is None:
+        raise _malformed_report("vbios-version")
+    hwmodel = _common_name(brom)
+    arch = _ARCH_OF_CHIP.get(hwmodel[:2])
+    if arch is None or arch != evidence.arch:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
+
+    return GpuClaims(
+        driver_version=driver_version,
+        vbios_version=vbios_version,
+        leaf_key_sha256=chain.leaf_key_sha256,
+        ueid=str(leaf.serial_number),
+        hwmodel=hwmodel,
+        arch=arch,
+        feature_flag=report.feature_flag,
+        simulated=extra_root and "SIMULATED" in _common_name(chain.certificates[-1]),
+    )
+
+
+def parse_chain(chain: bytes) -> GpuChain:
+    """Parse a certificate chain.
+
+    Args:
+        chain: five PEM certificates, leaf first, at most 5120 bytes.
+    Raises:
+        MalformedEvidenceError: it is not five certificates with keys on P-384.
+    """
+    if len(chain) > MAX_CHAIN_BYTES:
+        raise _malformed_chain("length", len(chain), MAX_CHAIN_BYTES)
+    try:
+        certificates = tuple(x509.load_pem_x509_certificates(chain))
+        keys = [certificate.public_key() for certificate in certificates]
+    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as exc:
+        raise _malformed_chain("certificate") from exc
+    if len(certificates) != CHAIN_CERTIFICATES:
+        raise _malformed_chain("number-of-certificates", len(certificates), CHAIN_CERTIFICATES)
+    leaf_key = keys[0]
+    if not all(isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1) for key in keys):
+        raise _malformed_chain("public-key")
+    assert isinstance(leaf_key, ec.EllipticCurvePublicKey)
+    return GpuChain(certificates, leaf_key)
+
+
+def verify_report_signature(report: GpuReport, chain: GpuChain) -> None:
+    """The leaf key of the chain signed the report; says nothing about the chain itself.
+
+    Raises:
+        EvidenceVerificationError: it did not.
+    """
+    r, s = (int.from_bytes(half, "big") for half in (report.signature[:48], report.signature[48:]))
+    try:
+        chain.leaf_key.verify(encode_dss_signature(r, s), report.signed_bytes, ec.ECDSA(hashes.SHA384()))
+    except InvalidSignature as exc:
+        raise _failed(EvidenceCheck.REPORT_SIGNATURE) from exc
+
+
+def _verify_chain(chain: GpuChain, roots: Sequence[x509.Certificate], now: datetime) -> bool:
+    """True when the root is one of `roots`, False when it is the pinned one."""
+    certificates = chain.certificates
+    root = certificates[-1]
+    pinned = fingerprint(root) == NVIDIA_DEVICE_ROOT_SHA256
+    if not pinned and root not in roots:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    # The library does not look at the dates of a trust anchor, and does not tell dates from other failures.
+    if not all(certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc for certificate in certificates):
+        raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY)
+    policy = PolicyBuilder().store(Store([root])).time(now).max_chain_depth(CHAIN_CERTIFICATES)
+    try:
+        verified = policy.build_client_verifier().verify(certificates[0], list(certificates[1:-1]))
+    except VerificationError as exc:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN) from exc
+    # The path found must be the whole chain: no certificate is along for the ride.
+    if tuple(verified.chain) != certificates:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    return not pinned
+
+
+@asn1.sequence
+class Fwid:
+    """A firmware identity: digest algorithm and digest."""
+
+    algorithm: x509.ObjectIdentifier
+    digest: bytes
+
+
+@asn1.sequence
+class CompositeDeviceId:
+    """The key a device was made with and the firmware its certificate is for."""
+
+    version: int
+    device_key: asn1.TLV
+    fwid: Fwid
+
+
+@asn1.sequence
+class DiceTcbInfo:
+    """What DICE says of a firmware layer."""
+
+    vendor: Annotated[str | None, asn1.Implicit(0)]
+    model: Annotated[str | None, asn1.Implicit(1)]
+    version: Annotated[str | None, asn1.Implicit(2)]
+    svn: Annotated[int | None, asn1.Implicit(3)]
+    layer: Annotated[int | None, asn1.Implicit(4)]
+    index: Annotated[int | None, asn1.Implicit(5)]
+    fwids: Annotated[list[Fwid] | None, asn1.Implicit(6)]
+    flags: Annotated[asn1.BitString | None, asn1.Implicit(7)]
+    vendor_info: Annotated[bytes | None, asn1.Implicit(8)]
+    type: Annotated[bytes | None, asn1.Implicit(9)]
+
+
+def _fwid_of_certificate(leaf: x509.Certificate) -> bytes:
+    """The 48-byte firmware identity; a Blackwell leaf lists two and the second is zero."""
+    try:
+        for extension in leaf.extensions:
+            if not isinstance(extension.value, x509.UnrecognizedExtension):
+                continue
+            if extension.oid == COMPOSITE_DEVICE_ID:
+                return asn1.decode_der(CompositeDeviceId, extension.value.value).fwid.digest
+            if extension.oid == DICE_TCB_INFO:
+                fwids = asn1.decode_der(DiceTcbInfo, extension.value.value).fwids
+                if fwids:
+                    return fwids[0].digest
+    except ValueError as exc:
+        raise _malformed_chain("fwid-extension") from exc
+    raise _malformed_chain("fwid-extension")
+
+
+def _common_name(certificate: x509.Certificate) -> str:
+    try:
+        names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
+    except ValueError as exc:
+        raise _malformed_chain("subject") from exc
+    if len(names) != 1 or not isinstance(names[0].value, str):
+        raise _malformed_chain("subject")
+    return names[0].value
+
+
+def _major(driver_version: str) -> int:
+    major = re.match(r"([0-9]{1,4})\.", driver_version)
+    if major is None:
+        raise _malformed_report("driver-version")
+    return int(major[1])
+
+
+def _failed(check: EvidenceCheck) -> EvidenceVerificationError:
+    of_report = check in (EvidenceCheck.NONCE, EvidenceCheck.REPORT_SIGNATURE, EvidenceCheck.FWID)
+    return EvidenceVerificationError(EvidenceFormat.NVIDIA_REPORT if of_report else EvidenceFormat.NVIDIA_CHAIN, check)
+
+
+def _malformed_report(field: str) -> MalformedEvidenceError:
+    return MalformedEvidenceError(EvidenceFormat.NVIDIA_REPORT, Ident(field))
+
+
+def _malformed_chain(field: str, got: int | None = None, expected: int | None = None) -> MalformedEvidenceError:
+    return MalformedEvidenceError(EvidenceFormat.NVIDIA_CHAIN, Ident(field), got, expected)

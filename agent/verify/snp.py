@@ -1,0 +1,272 @@
+"""Verify SEV-SNP evidence: a chip that AMD (or a root passed in) vouches for signed exactly this report.
+
+Does not appraise: measurement, policy bits, minimum TCB, report data and VMPL are claims for the broker's policy. Does not
+check revocation: that needs AMD's current list, which is the caller's to bring.
+
+Spec: AMD 56860 "SEV-SNP Firmware ABI", ATTESTATION_REPORT; AMD 57230 "VCEK Certificate and KDS Interface", 3 (extensions).
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from cryptography import x509
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
+from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA384
+from cryptography.utils import CryptographyDeprecationWarning
+from cryptography.x509.oid import ExtensionOID, NameOID
+
+from agent.closed import Ident
+from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
+from agent.evidence import Evidence
+from agent.evidence.snp_abi import (
+    SIGNED_BYTES,
+    Product,
+    SigningKey,
+    SnpReport,
+    TcbVersion,
+    parse_report,
+    product_of,
+)
+from agent.verify.roots import AMD_ARK_SHA256, fingerprint
+
+ACCEPTED_VERSIONS = range(3, 6)
+"""Version 2 does not name the processor; Trustee refuses it too."""
+SIMULATED_MARK = "SIMULATED"
+AMD_EXTENSIONS = "1.3.6.1.4.1.3704.1."
+"""The arc of the VCEK and VLEK extensions."""
+HWID_EXTENSION = "4"
+SPL_EXTENSIONS = {"bootloader": "3.1", "tee": "3.2", "snp": "3.3", "microcode": "3.8", "fmc": "3.9"}
+
+_LEAF_NAMES = {SigningKey.VCEK: "SEV-VCEK", SigningKey.VLEK: "SEV-VLEK"}
+_PSS = padding.PSS(padding.MGF1(SHA384()), salt_length=48)
+_UNDERSTOOD_CRITICAL = {ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE}
+
+
+@dataclass(frozen=True, slots=True)
+class SnpClaims:
+    """What genuine silicon said. Only `verify_snp` makes one.
+
+    Attributes:
+        chip_id_hash: SHA-256 of the chip id, hex; of 64 zeros where a VLEK signed.
+        simulated: the root is a simulated one; always False under AMD's own roots.
+    """
+
+    report: SnpReport
+    product: Product
+    chip_id_hash: str
+    simulated: bool
+
+
+def verify_snp(
+    evidence: Evidence,
+    roots: Sequence[x509.Certificate],
+    endorsements: Sequence[x509.Certificate],
+    now: datetime,
+) -> SnpClaims:
+    """The claims of `evidence`, verified.
+
+    Args:
+        evidence: report and whatever certificates the host supplied, in any order.
+        roots: root certificates trusted beside AMD's pinned ones.
+        endorsements: certificates the Verifier has itself, of any chip (`load_certificate`). They come before the host's.
+        now: the moment certificates must be valid at, with time zone.
+
+    Raises:
+        MalformedEvidenceError: report, certificate or extension does not parse, or the processor is unknown.
+        EvidenceVerificationError: a check failed; `check` says which.
+    """
+    # 1. The report parses, with every reserved bit zero.
+    report = parse_report(evidence.report)
+
+    # 2. Its version names the processor.
+    if report.version not in ACCEPTED_VERSIONS:
+        raise _failed(EvidenceCheck.REPORT_VERSION, EvidenceFormat.SNP_REPORT)
+    product = product_of(report)
+
+    # 3. It is signed at all: with the chip key masked, or no key chosen, the firmware leaves the signature zero.
+    if report.mask_chip_key or report.signing_key not in _LEAF_NAMES:
+        raise _failed(EvidenceCheck.SIGNING_KEY, EvidenceFormat.SNP_REPORT)
+
+    # 4. Leaf, intermediate and root are chosen by name. Nothing is believed yet, except that the root is one of ours.
+    known = [_read(certificate) for certificate in (*endorsements, *map(load_certificate, evidence.cert_chain))]
+    leaf = _choose_leaf(report, known)
+    intermediate = _first(c for c in known if c.subject == leaf.issuer)
+    trusted = AMD_ARK_SHA256 | {fingerprint(root) for root in roots}
+    root = _first(c for c in (*map(_read, roots), *known) if c.subject == intermediate.issuer and c.fingerprint in trusted)
+
+    # 5. The root is that of this processor generation: AMD has one per generation.
+    if not root.common_name.endswith(f"-{product.value}"):
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+
+    # 6. Root and intermediate may issue certificates; no certificate says something critical that we do not understand.
+    if not (root.may_issue and intermediate.may_issue):
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    if not root.critical | intermediate.critical | leaf.critical <= _UNDERSTOOD_CRITICAL:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+
+    # 7. Each is signed by the next, RSASSA-PSS with SHA-384 whatever it declares. The root's signature of itself would
+    #    prove nothing: it is trusted by its fingerprint.
+    _check_issued(intermediate, by=root)
+    _check_issued(leaf, by=intermediate)
+
+    # 8. All three are valid now.
+    if not all(c.not_before <= now <= c.not_after for c in (leaf, intermediate, root)):
+        raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY)
+
+    # 9. The leaf is for the TCB the report claims: the chip derives its key from it, so an older TCB has another key.
+    if leaf.tcb() != report.reported_tcb:
+        raise _failed(EvidenceCheck.CERTIFICATE_TCB)
+
+    # 10. A VCEK is for this very chip. A VLEK belongs to a cloud provider's fleet and names none.
+    if report.signing_key is SigningKey.VCEK and leaf.chip_id() != report.chip_id:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
+
+    # 11. The leaf's key signed the report.
+    if not isinstance(leaf.key, ec.EllipticCurvePublicKey) or not isinstance(leaf.key.curve, ec.SECP384R1):
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    signature = encode_dss_signature(report.signature_r, report.signature_s)
+    try:
+        leaf.key.verify(signature, evidence.report[:SIGNED_BYTES], ec.ECDSA(SHA384()))
+    except InvalidSignature as exc:
+        raise _failed(EvidenceCheck.REPORT_SIGNATURE, EvidenceFormat.SNP_REPORT) from exc
+
+    return SnpClaims(
+        report=report,
+        product=product,
+        chip_id_hash=hashlib.sha256(report.chip_id).hexdigest(),
+        simulated=root.fingerprint not in AMD_ARK_SHA256 and SIMULATED_MARK in root.common_name,
+    )
+
+
+def load_certificate(der: bytes) -> x509.Certificate:
+    """One certificate, also with the serial number 0 that AMD gives every VCEK and VLEK.
+
+    Raises:
+        MalformedEvidenceError: not a certificate.
+    """
+    # cryptography warns about serial 0 and means to refuse it one day; every test with an SNP chain will then fail. The
+    # filter names that one warning, because filters are shared by all threads: a race can only keep this one silent.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Parsed a serial number which wasn't positive", CryptographyDeprecationWarning)
+        try:
+            return x509.load_der_x509_certificate(der)
+        except (ValueError, x509.InvalidVersion) as exc:
+            raise _malformed("certificate") from exc
+
+
+@dataclass(frozen=True, slots=True)
+class _Certificate:
+    """What we use of a certificate, read at once: `cryptography` parses lazily and would raise in the middle of a check."""
+
+    certificate: x509.Certificate
+    fingerprint: bytes
+    subject: x509.Name
+    issuer: x509.Name
+    common_name: str
+    not_before: datetime
+    not_after: datetime
+    key: object
+    may_issue: bool
+    critical: set[x509.ObjectIdentifier]
+    amd_extensions: dict[str, bytes]
+
+    def tcb(self) -> TcbVersion:
+        """The TCB version this leaf is for. Raises MalformedEvidenceError."""
+        return TcbVersion(
+            bootloader=self._spl("bootloader"),
+            tee=self._spl("tee"),
+            snp=self._spl("snp"),
+            microcode=self._spl("microcode"),
+            fmc=self._spl("fmc") if SPL_EXTENSIONS["fmc"] in self.amd_extensions else None,
+        )
+
+    def chip_id(self) -> bytes:
+        """The chip id this leaf is for, 64 bytes: 8 zero-padded on Turin. Raises MalformedEvidenceError."""
+        value = self.amd_extensions.get(HWID_EXTENSION, b"")
+        if value[:2] in (b"\x04\x40", b"\x04\x08") and len(value) == 2 + value[1]:  # newer ones are a DER OCTET STRING
+            value = value[2:]
+        if len(value) not in (8, 64):
+            raise _malformed("hwid_extension", len(value))
+        return value.ljust(64, b"\0")
+
+    def _spl(self, part: str) -> int:
+        match tuple(self.amd_extensions.get(SPL_EXTENSIONS[part], b"")):  # a DER INTEGER 0..255
+            case (2, 1, value) if value < 0x80:
+                return value
+            case (2, 2, 0, value) if value >= 0x80:
+                return value
+        raise _malformed("tcb_extension")
+
+
+def _read(certificate: x509.Certificate) -> _Certificate:
+    try:
+        extensions = certificate.extensions
+        names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        return _Certificate(
+            certificate=certificate,
+            fingerprint=fingerprint(certificate),
+            subject=certificate.subject,
+            issuer=certificate.issuer,
+            common_name=str(names[0].value) if names else "",
+            not_before=certificate.not_valid_before_utc,
+            not_after=certificate.not_valid_after_utc,
+            key=certificate.public_key(),
+            may_issue=_may_issue(extensions),
+            critical={extension.oid for extension in extensions if extension.critical},
+            amd_extensions={
+                extension.oid.dotted_string.removeprefix(AMD_EXTENSIONS): extension.value.value
+                for extension in extensions
+                if isinstance(extension.value, x509.UnrecognizedExtension)
+            },
+        )
+    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as exc:
+        raise _malformed("certificate") from exc
+
+
+def _may_issue(extensions: x509.Extensions) -> bool:
+    """AMD's roots and intermediates all carry both extensions, so both are required."""
+    try:
+        constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return constraints.ca and usage.key_cert_sign
+
+
+def _choose_leaf(report: SnpReport, known: Sequence[_Certificate]) -> _Certificate:
+    """The certificate that fits chip and TCB, else any of the right kind, so that the check that fails is named."""
+    candidates = [c for c in known if c.common_name == _LEAF_NAMES[report.signing_key]]
+    for candidate in candidates:
+        right_chip = report.signing_key is SigningKey.VLEK or candidate.chip_id() == report.chip_id
+        if right_chip and candidate.tcb() == report.reported_tcb:
+            return candidate
+    return _first(candidates)
+
+
+def _first(candidates: Iterable[_Certificate]) -> _Certificate:
+    for candidate in candidates:
+        return candidate
+    raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+
+
+def _check_issued(certificate: _Certificate, by: _Certificate) -> None:
+    if not isinstance(by.key, rsa.RSAPublicKey):
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    signed = certificate.certificate
+    try:
+        by.key.verify(signed.signature, signed.tbs_certificate_bytes, _PSS, SHA384())
+    except InvalidSignature as exc:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHAIN) from exc
+
+
+def _failed(check: EvidenceCheck, where: EvidenceFormat = EvidenceFormat.SNP_CHAIN) -> EvidenceVerificationError:
+    return EvidenceVerificationError(where, check)
+
+
+def _malformed(field: str, got: int | None = None) -> MalformedEvidenceError:
+    return MalformedEvidenceError(EvidenceFormat.SNP_CHAIN, Ident(field), got)

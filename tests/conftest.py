@@ -1,0 +1,21 @@
+"""Simulated silicon for every test, so that a plain clone without recorded evidence tests the same verifiers."""
+
+from pathlib import Path
+
+import pytest
+
+from agent.sim.machine import SimulatedMachine, create_silicon
+
+
+@pytest.fixture(scope="session")
+def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Keys and roots of simulated vendors, with eight GPUs. Once per session: two RSA-4096 keys take seconds."""
+    directory = tmp_path_factory.mktemp("silicon")
+    create_silicon(directory, gpus=8)
+    return directory
+
+
+@pytest.fixture
+def machine(silicon: Path, tmp_path: Path) -> SimulatedMachine:
+    """A fresh simulated machine with one GPU."""
+    return SimulatedMachine.create(tmp_path / "machine", silicon=silicon)

@@ -1,0 +1,173 @@
+"""The GPU report as bytes: recorded reports, one defect at a time, and the exact inverse."""
+
+import struct
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.errors import EvidenceFormat, MalformedEvidenceError
+from agent.evidence.gpu_abi import MAX_REPORT_BYTES, GpuReport, pack_report, parse_report
+from tests.gpus import NONCE, RECORDED, recorded
+
+REPORT = GpuReport(
+    requester_nonce=NONCE,
+    measurements=(b"\x01" * 48, b"\x02" * 48),
+    responder_nonce=b"\x03" * 32,
+    opaque=(
+        (6, bytes.fromhex("007400961a000000")),
+        (3, b"580.95.05\0"),
+        (20, b"\x04" * 48),
+        (36, b"\2\0"),
+        (17, b"1010\0"),
+        (18, b"0205\0"),
+        (15, b"882\0\0\0"),
+        (77, b"unknown"),
+    ),
+    signature=b"\x05" * 96,
+)
+PACKED = pack_report(REPORT)
+RECORD_END = 45 + 2 * 55
+
+
+def field_of_error(report: bytes) -> str:
+    with pytest.raises(MalformedEvidenceError) as caught:
+        parse_report(report)
+    assert caught.value.format is EvidenceFormat.NVIDIA_REPORT
+    return caught.value.field
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_reports_parse_to_the_expected_fields_and_pack_to_the_same_bytes(name: str) -> None:
+    sample = recorded(name)
+    report, expected = parse_report(sample.report), sample.expected
+    assert pack_report(report) == sample.report
+    assert report.requester_nonce == sample.nonce
+    assert report.responder_nonce.hex() == expected["responder_nonce"]
+    assert [kind for kind, _ in report.opaque] == expected["opaque_ids"]
+    assert (report.driver_version, report.vbios_version) == (expected["driver"], expected["vbios"])
+    assert (report.project, report.project_sku, report.chip_sku) == tuple(
+        expected[key] for key in ("project", "project_sku", "chip_sku")
+    )
+    assert (report.fwid.hex() if report.fwid else None) == expected["fwid"]
+    assert report.feature_flag == expected["feature_flag"]
+    assert (len(report.measurements), report.trailing_bytes) == (expected["blocks"], expected["trailing_bytes"])
+    assert len(report.signed_bytes) == expected["signed_len"]
+
+
+def test_the_layout_is_the_documented_one() -> None:
+    assert PACKED[4:36] == NONCE
+    assert PACKED[41:45] == bytes((2, 110, 0, 0))
+    assert PACKED[45:52] == bytes((1, 1, 51, 0, 1, 48, 0))
+    assert PACKED[RECORD_END : RECORD_END + 32] == b"\x03" * 32
+    assert PACKED[-96:] == b"\x05" * 96
+    assert parse_report(PACKED) == REPORT
+
+
+def test_typed_fields_are_decoded() -> None:
+    assert REPORT.vbios_version == "96.00.74.00.1A"
+    assert REPORT.driver_version == "580.95.05"
+    assert (REPORT.project, REPORT.project_sku, REPORT.chip_sku) == ("1010", "0205", "882")
+    assert (REPORT.fwid, REPORT.feature_flag) == (b"\x04" * 48, 2)
+
+
+def test_fields_that_are_absent_are_none() -> None:
+    report = parse_report(pack_report(replace(REPORT, opaque=())))
+    assert (report.vbios_version, report.driver_version, report.fwid, report.feature_flag, report.project) == (None,) * 5
+
+
+@pytest.mark.parametrize(
+    ("offset", "field"),
+    [
+        (0, "request-version"),
+        (1, "request-code"),
+        (2, "request-param1"),
+        (3, "request-param2"),
+        (36, "request-slot"),
+        (37, "version"),
+        (38, "code"),
+        (39, "param1"),
+        (40, "param2"),
+        (41, "measurement-record-length"),
+        (42, "measurement-record-length"),
+        (44, "measurement-record-length"),
+        (45, "block-index"),
+        (46, "block-specification"),
+        (47, "block-size"),
+        (49, "block-type"),
+        (50, "block-length"),
+        (100, "block-index"),
+    ],
+)
+def test_every_constant_of_the_layout_is_checked(offset: int, field: str) -> None:
+    assert field_of_error(PACKED[:offset] + bytes((PACKED[offset] ^ 0x10,)) + PACKED[offset + 1 :]) == field
+
+
+@pytest.mark.parametrize("length", [0, 3, 20, 36, 43, 60, RECORD_END + 1, RECORD_END + 33, RECORD_END + 40, len(PACKED) - 1])
+def test_a_report_cut_anywhere_is_malformed(length: int) -> None:
+    field_of_error(PACKED[:length])
+
+
+def test_a_report_larger_than_the_driver_can_return_is_malformed() -> None:
+    assert field_of_error(bytes(MAX_REPORT_BYTES + 1)) == "length"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_few_trailing_zero_bytes_are_kept_and_not_signed(count: int) -> None:
+    report = parse_report(PACKED + bytes(count))
+    assert report.trailing_bytes == count
+    assert pack_report(report) == PACKED + bytes(count)
+    assert report.signed_bytes == REPORT.signed_bytes
+
+
+@pytest.mark.parametrize("tail", [bytes(4), b"\1", b"\0\1"])
+def test_other_trailing_bytes_are_malformed(tail: bytes) -> None:
+    assert field_of_error(PACKED + tail) == "trailing-bytes"
+
+
+@pytest.mark.parametrize(
+    ("opaque", "field"),
+    [
+        (((3, b"580.95.05\0"), (3, b"535.00.00\0")), "opaque-type"),
+        (((255, b""),), "opaque-type"),
+        (((20, bytes(47)),), "fwid"),
+        (((36, b"\0"),), "feature-flag"),
+        (((3, b"\0"),), "driver-version"),
+        (((3, b"580\0.95"),), "driver-version"),
+        (((3, b"\xb5" * 4),), "driver-version"),
+        (((3, b"5" * 65),), "driver-version"),
+        (((6, b"\x80" * 9),), "vbios-version"),
+        (((17, b" "),), "project"),
+        (((18, b"\n"),), "project-sku"),
+        (((15, b""),), "chip-sku"),
+    ],
+)
+def test_opaque_fields_have_the_shape_their_type_asks_for(opaque: tuple[tuple[int, bytes], ...], field: str) -> None:
+    assert field_of_error(pack_report(replace(REPORT, opaque=opaque))) == field
+
+
+@pytest.mark.parametrize(
+    ("opaque", "field"),
+    [(b"\3", "opaque-type"), (b"\3\0\1", "opaque-size"), (struct.pack("<HH", 77, 2) + b"x", "opaque-value")],
+)
+def test_opaque_data_must_be_consumed_to_the_last_byte(opaque: bytes, field: str) -> None:
+    head = PACKED[: RECORD_END + 32]
+    assert field_of_error(head + struct.pack("<H", len(opaque)) + opaque + bytes(96)) == field
+
+
+@settings(deadline=None)  # the machine that runs this may be busy
+@given(st.integers(0, len(PACKED) - 1), st.integers(1, 255), st.integers(0, 5))
+def test_whatever_parses_packs_to_the_same_bytes(position: int, flip: int, trailing: int) -> None:
+    mutated = PACKED[:position] + bytes((PACKED[position] ^ flip,)) + PACKED[position + 1 :] + bytes(trailing)
+    try:
+        report = parse_report(mutated)
+    except MalformedEvidenceError:
+        return
+    assert pack_report(report) == mutated
+
+
+@settings(deadline=None)  # the machine that runs this may be busy
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_malformed_and_nothing_else(data: bytes) -> None:
+    field_of_error(data)

@@ -1,0 +1,308 @@
+"""GPU evidence against the pinned root, and every way it can fail to be genuine or fresh."""
+
+import base64
+import datetime
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.hashes import SHA256, SHA384
+from cryptography.hazmat.primitives.serialization import Encoding
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
+from agent.evidence import GpuEvidence, GpuNonce
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
+from agent.sim.nvml import FWID, issue
+from agent.verify.nvidia import COMPOSITE_DEVICE_ID, GpuClaims, parse_chain, verify_gpu
+from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, NONCE, gpu_machine, recorded, signed_by, simulated_root
+from tests.shared import shared_data
+
+NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
+END_LINE = b"-----END CERTIFICATE-----\n"
+
+
+def check_that_fails(
+    evidence: GpuEvidence, nonce: GpuNonce, roots: list[x509.Certificate], now: datetime.datetime = NOW
+) -> EvidenceCheck:
+    with pytest.raises(EvidenceVerificationError) as caught:
+        verify_gpu(evidence, nonce, roots, now)
+    return caught.value.check
+
+
+def field_of_error(evidence: GpuEvidence, nonce: GpuNonce, roots: list[x509.Certificate]) -> tuple[EvidenceFormat, str]:
+    with pytest.raises(MalformedEvidenceError) as caught:
+        verify_gpu(evidence, nonce, roots, NOW)
+    return caught.value.format, caught.value.field
+
+
+def certificates(chain: bytes) -> list[bytes]:
+    return [part + END_LINE for part in chain.split(END_LINE) if part]
+
+
+def pem(der: bytes) -> bytes:
+    return b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + END_LINE
+
+
+def with_version_4(certificate: bytes) -> bytes:
+    der = x509.load_pem_x509_certificate(certificate).public_bytes(Encoding.DER)
+    return pem(der.replace(bytes.fromhex("a003020102"), bytes.fromhex("a003020103"), 1))
+
+
+class Silicon:
+    """Two simulated GPUs, their evidence, and their signatures over any report."""
+
+    def __init__(self, directory: Path) -> None:
+        self.machine = gpu_machine(directory)
+        self.root = simulated_root(self.machine)
+        self.first, self.second = self.machine.gpu_system().collect(NONCE)
+        self.report = parse_report(self.first.report)
+
+    def verify(self, evidence: GpuEvidence) -> GpuClaims:
+        return verify_gpu(evidence, NONCE, [self.root], NOW)
+
+    def saying(self, report: GpuReport) -> GpuEvidence:
+        return replace(self.first, report=signed_by(self.machine.silicon, 0, report))
+
+    def without(self, kind: int) -> GpuReport:
+        return replace(self.report, opaque=tuple(field for field in self.report.opaque if field[0] != kind))
+
+    def with_field(self, kind: int, value: bytes, report: GpuReport | None = None) -> GpuReport:
+        report = report or self.report
+        return replace(report, opaque=tuple((found, value if found == kind else old) for found, old in report.opaque))
+
+
+@pytest.fixture(scope="module")
+def gpus(tmp_path_factory: pytest.TempPathFactory) -> Silicon:
+    return Silicon(tmp_path_factory.mktemp("gpu") / "machine")
+
+
+@pytest.mark.parametrize("name", GENUINE_GPUS)
+def test_recorded_gpus_verify_under_the_pinned_root_alone(name: str) -> None:
+    sample = recorded(name)
+    claims = verify_gpu(sample.evidence, sample.nonce, (), NOW)
+    expected = sample.expected
+    assert (claims.driver_version, claims.vbios_version) == (expected["driver"], expected["vbios"])
+    assert (claims.ueid, claims.hwmodel) == (expected["ueid"], expected["hwmodel"])
+    assert claims.feature_flag == expected["feature_flag"]
+    assert claims.arch == sample.evidence.arch
+    assert not claims.simulated
+
+
+@pytest.mark.parametrize("name", INVALID_SIGNATURES)
+def test_recorded_reports_with_an_invalid_signature_do_not_verify(name: str) -> None:
+    sample = recorded(name)
+    assert check_that_fails(sample.evidence, sample.nonce, []) is EvidenceCheck.REPORT_SIGNATURE
+
+
+def test_a_genuine_switch_is_no_gpu() -> None:
+    sample = recorded("ls10_96.10.55")
+    assert field_of_error(sample.evidence, sample.nonce, []) == (EvidenceFormat.NVIDIA_REPORT, "driver-version")
+
+
+def test_the_same_claims_tell_devices_apart_by_their_key() -> None:
+    claims = [verify_gpu(sample.evidence, sample.nonce, (), NOW) for sample in map(recorded, GENUINE_GPUS)]
+    assert len({claim.leaf_key_sha256 for claim in claims}) == len(GENUINE_GPUS) - 1  # one device was recorded twice
+    assert len({claim.ueid for claim in claims}) == len(GENUINE_GPUS) - 1
+
+
+def test_a_vendor_chain_is_not_simulated_even_when_its_root_is_passed_in() -> None:
+    sample = recorded("hopper_550.90.07")
+    root = parse_chain(sample.chain).certificates[-1]
+    assert not verify_gpu(sample.evidence, sample.nonce, [root], NOW).simulated
+
+
+def test_an_extra_root_does_not_replace_the_pinned_one(gpus: Silicon) -> None:
+    sample = recorded("hopper_550.90.07")
+    verify_gpu(sample.evidence, sample.nonce, [gpus.root], NOW)
+
+
+@pytest.mark.parametrize("case", [2, 3, 4])
+def test_recorded_partial_chains_do_not_parse(case: int) -> None:
+    sample = recorded("hopper_550.90.07")
+    chain = shared_data(f"nvidia/trustee/hopper_cert_chain_case{case}.txt").read_bytes()
+    with pytest.raises(AgentError):
+        verify_gpu(replace(sample.evidence, certificate_chain=chain), sample.nonce, (), NOW)
+
+
+def test_a_simulated_gpu_verifies_under_its_root_and_says_so(gpus: Silicon) -> None:
+    claims = gpus.verify(gpus.first)
+    assert claims.simulated
+    assert claims.hwmodel == "GH100 SIMULATED GSP BROM"
+    assert claims.leaf_key_sha256 != gpus.verify(gpus.second).leaf_key_sha256
+
+
+def test_a_simulated_gpu_is_nothing_to_production(gpus: Silicon) -> None:
+    assert check_that_fails(gpus.first, NONCE, []) is EvidenceCheck.CERTIFICATE_CHAIN
+
+
+def test_another_nonce_does_not_verify(gpus: Silicon) -> None:
+    assert check_that_fails(gpus.first, GpuNonce(bytes(32)), [gpus.root]) is EvidenceCheck.NONCE
+
+
+def test_the_chain_of_another_gpu_does_not_verify_the_report(gpus: Silicon) -> None:
+    stolen = replace(gpus.first, certificate_chain=gpus.second.certificate_chain)
+    assert check_that_fails(stolen, NONCE, [gpus.root]) is EvidenceCheck.REPORT_SIGNATURE
+
+
+@pytest.mark.parametrize("position", [45 + 20, -200, -1, -96])
+def test_one_flipped_bit_breaks_the_signature(gpus: Silicon, position: int) -> None:
+    report = bytearray(gpus.first.report)
+    report[position] ^= 1
+    assert check_that_fails(replace(gpus.first, report=bytes(report)), NONCE, [gpus.root]) is EvidenceCheck.REPORT_SIGNATURE
+
+
+def test_trailing_bytes_do_not_disturb_the_signature(gpus: Silicon) -> None:
+    gpus.verify(replace(gpus.first, report=gpus.first.report + b"\0"))
+
+
+def test_a_signature_of_zeros_does_not_verify(gpus: Silicon) -> None:
+    report = gpus.first.report[:-96] + bytes(96)
+    assert check_that_fails(replace(gpus.first, report=report), NONCE, [gpus.root]) is EvidenceCheck.REPORT_SIGNATURE
+
+
+def test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify(gpus: Silicon) -> None:
+    report = gpus.with_field(20, bytes(48))
+    assert check_that_fails(gpus.saying(report), NONCE, [gpus.root]) is EvidenceCheck.FWID
+
+
+@pytest.mark.parametrize("driver", ["550.01", "580.95.05", "1000.1"])
+def test_a_driver_that_must_report_its_firmware_and_does_not_fails(gpus: Silicon, driver: str) -> None:
+    report = gpus.with_field(3, driver.encode(), gpus.without(20))
+    assert check_that_fails(gpus.saying(report), NONCE, [gpus.root]) is EvidenceCheck.FWID
+
+
+def test_an_old_driver_does_not_report_its_firmware(gpus: Silicon) -> None:
+    report = gpus.with_field(3, b"535.86.09\0", gpus.without(20))
+    assert gpus.verify(gpus.saying(report)).driver_version == "535.86.09"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda gpus: gpus.without(3), "driver-version"),
+        (lambda gpus: gpus.without(6), "vbios-version"),
+        (lambda gpus: gpus.with_field(3, b"newest", gpus.without(20)), "driver-version"),
+        (lambda gpus: gpus.with_field(3, b"9" * 60 + b".1", gpus.without(20)), "driver-version"),
+    ],
+)
+def test_a_report_without_its_versions_is_malformed(gpus: Silicon, change: Callable[[Silicon], GpuReport], field: str) -> None:
+    assert field_of_error(gpus.saying(change(gpus)), NONCE, [gpus.root]) == (EvidenceFormat.NVIDIA_REPORT, field)
+
+
+@pytest.mark.parametrize("arch", ["BLACKWELL", "LS10", "hopper", ""])
+def test_the_architecture_is_the_one_of_the_certificate(gpus: Silicon, arch: str) -> None:
+    assert check_that_fails(replace(gpus.first, arch=arch), NONCE, [gpus.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
+
+
+@pytest.mark.parametrize("year", [2010, 2023])
+def test_certificates_are_checked_at_the_given_time(gpus: Silicon, year: int) -> None:
+    then = datetime.datetime(year, 1, 1, tzinfo=datetime.UTC)
+    assert check_that_fails(gpus.first, NONCE, [gpus.root], then) is EvidenceCheck.CERTIFICATE_VALIDITY
+
+
+def test_a_recorded_chain_is_checked_at_the_given_time() -> None:
+    sample = recorded("hopper_550.90.07")
+    then = datetime.datetime(2019, 1, 1, tzinfo=datetime.UTC)
+    assert check_that_fails(sample.evidence, sample.nonce, [], then) is EvidenceCheck.CERTIFICATE_VALIDITY
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3, 4), (0, 1, 3, 2, 4), (0, 1, 1, 3, 4), (0, 2, 2, 3, 4), (1, 1, 2, 3, 4)])
+def test_certificates_out_of_order_or_repeated_are_no_chain(gpus: Silicon, order: tuple[int, ...]) -> None:
+    parts = certificates(gpus.first.certificate_chain)
+    evidence = replace(gpus.first, certificate_chain=b"".join(parts[index] for index in order))
+    assert check_that_fails(evidence, NONCE, [gpus.root]) is EvidenceCheck.CERTIFICATE_CHAIN
+
+
+@pytest.mark.parametrize("foreign", [0, 1, 2, 3, 4])
+def test_one_certificate_of_another_vendor_breaks_the_chain(gpus: Silicon, tmp_path: Path, foreign: int) -> None:
+    parts = certificates(gpus.first.certificate_chain)
+    others = certificates(gpu_machine(tmp_path / "other").gpu_system().collect(NONCE)[0].certificate_chain)
+    parts[foreign] = others[foreign]
+    evidence = replace(gpus.first, certificate_chain=b"".join(parts))
+    assert check_that_fails(evidence, NONCE, [gpus.root]) is EvidenceCheck.CERTIFICATE_CHAIN
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (lambda chain: b"", "certificate"),
+        (lambda chain: b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n", "certificate"),
+        (lambda chain: with_version_4(certificates(chain)[0]) + b"".join(certificates(chain)[1:]), "certificate"),
+        (lambda chain: b"".join(certificates(chain)[:4]), "number-of-certificates"),
+        (lambda chain: chain + certificates(chain)[4], "number-of-certificates"),
+        (lambda chain: chain + b"#" * MAX_CHAIN_BYTES, "length"),
+    ],
+)
+def test_a_chain_is_five_certificates(gpus: Silicon, change: Callable[[bytes], bytes], field: str) -> None:
+    evidence = replace(gpus.first, certificate_chain=change(gpus.first.certificate_chain))
+    assert field_of_error(evidence, NONCE, [gpus.root]) == (EvidenceFormat.NVIDIA_CHAIN, field)
+
+
+def test_every_key_is_on_p384(gpus: Silicon) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "SIMULATED P-256")])
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, NOW, NOW)
+    weak = builder.sign(key, SHA256()).public_bytes(Encoding.PEM)
+    for position in range(5):
+        parts = certificates(gpus.first.certificate_chain)
+        parts[position] = weak
+        evidence = replace(gpus.first, certificate_chain=b"".join(parts))
+        assert field_of_error(evidence, NONCE, [gpus.root]) == (EvidenceFormat.NVIDIA_CHAIN, "public-key")
+
+
+def fwid_extension(value: bytes) -> x509.UnrecognizedExtension:
+    return x509.UnrecognizedExtension(COMPOSITE_DEVICE_ID, value)
+
+
+@pytest.mark.parametrize(
+    "extensions",
+    [(), (fwid_extension(b""),), (fwid_extension(b"\x30\x00"),), (fwid_extension(FWID),)],
+    ids=["none", "empty", "empty sequence", "bare digest"],
+)
+def test_a_leaf_without_a_readable_firmware_identity_is_malformed(
+    gpus: Silicon, extensions: tuple[x509.UnrecognizedExtension, ...]
+) -> None:
+    issued = [issue("SIMULATED root", None)]
+    for name in ("SIMULATED identity", "SIMULATED provisioner", "GH100 SIMULATED BROM"):
+        issued.append(issue(name, issued[-1]))
+    issued.append(issue("GH100 SIMULATED leaf", issued[-1], extensions))
+    chain = b"".join(certificate.public_bytes(Encoding.PEM) for _, certificate in reversed(issued))
+    r, s = decode_dss_signature(issued[-1][0].sign(gpus.report.signed_bytes, ec.ECDSA(SHA384())))
+    report = gpus.report.signed_bytes + r.to_bytes(48, "big") + s.to_bytes(48, "big")
+    evidence = replace(gpus.first, report=report, certificate_chain=chain)
+    assert field_of_error(evidence, NONCE, [issued[0][1]]) == (EvidenceFormat.NVIDIA_CHAIN, "fwid-extension")
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(position=st.integers(0, 3000), byte=st.integers(0, 255))
+def test_a_damaged_chain_fails_within_the_error_tree(gpus: Silicon, position: int, byte: int) -> None:
+    chain = bytearray(gpus.first.certificate_chain)
+    changed = chain[position] != byte
+    chain[position] = byte
+    try:
+        gpus.verify(replace(gpus.first, certificate_chain=bytes(chain)))
+    except AgentError:
+        assert changed
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number")
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 850), st.integers(0, 255))
+def test_damaged_certificate_der_fails_within_the_error_tree(position: int, byte: int) -> None:
+    """In PEM most damage is caught by base64; this reaches the structure of a vendor's leaf."""
+    sample = recorded("blackwell_575.32")
+    leaf = bytearray(parse_chain(sample.chain).certificates[0].public_bytes(Encoding.DER))
+    changed = leaf[position] != byte
+    leaf[position] = byte
+    chain = pem(bytes(leaf)) + b"".join(certificates(sample.chain)[1:])
+    try:
+        verify_gpu(replace(sample.evidence, certificate_chain=chain), sample.nonce, (), NOW)
+    except AgentError:
+        assert changed
