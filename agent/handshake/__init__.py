@@ -1,0 +1,121 @@
+"""The messages of the handshake, as values. The order is `machine.py`'s, the bytes are `grpc_wire.py`'s.
+
+Sizes are checked where a value is built from the wire. See `protos/HANDSHAKE.md`.
+"""
+
+from dataclasses import dataclass
+
+from agent.closed import Ident
+from agent.errors import DenialReason
+from agent.evidence import CompositeEvidence, Nonce, Tee
+
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_ADDITIONAL_EVIDENCE_BYTES = 512 << 10
+MAX_CERTIFICATES = 8
+MAX_CERTIFICATE_BYTES = 8 << 10
+MAX_TOKEN_BYTES = 16 << 10
+MAX_JWE_BYTES = 8 << 10
+MIN_CHALLENGE_LIFE_S = 180
+PROTOCOL_VERSION = "1"
+
+
+@dataclass(frozen=True, slots=True)
+class TeePublicKey:
+    """The guest's ephemeral EC P-256 key; x and y are 32 bytes each, big endian."""
+
+    x: bytes
+    y: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    request_id: Ident
+    key_uri: Ident
+    tee: Tee
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    request_id: Ident
+    nonce: Nonce
+    expires_in_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    request_id: Ident
+    tee_pubkey: TeePublicKey
+    evidence: CompositeEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """Everything but the token is for display: only the token's signed claims decide."""
+
+    request_id: Ident
+    token: str
+    policy_version: Ident
+    reference_value_ids: tuple[Ident, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Denied:
+    request_id: Ident
+    reason: DenialReason
+    claim: Ident
+    reference_value_id: Ident | None
+    policy_version: Ident
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRequest:
+    request_id: Ident
+    token: str
+    key_uri: Ident
+
+
+@dataclass(frozen=True, slots=True)
+class KeyResponse:
+    """`jwe` is the flattened JSON serialisation, UTF-8."""
+
+    request_id: Ident
+    jwe: bytes
+    key_id: Ident
+    key_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenClaims:
+    """The signed claims of a Verdict token (ES256 JWT). Times are Unix seconds.
+
+    `lease_s` is None when the key comes without a lease; `min_model_version` is the rollback floor.
+    """
+
+    nonce: Nonce
+    tee_pubkey: TeePublicKey
+    key_uri: Ident
+    policy_version: Ident
+    min_model_version: int
+    lease_s: int | None
+    simulated: bool
+    issued_at: int
+    expires_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """An accepted Verdict whose token verified under the pinned authority keys. Only `token.verify` makes one."""
+
+    request_id: Ident
+    token: str
+    claims: TokenClaims
+    reference_value_ids: tuple[Ident, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SealedKey:
+    """The model key as JWE to our ephemeral key; nothing can open it before the gate (`keys.unwrap`)."""
+
+    jwe: bytes
+    key_id: Ident
+    key_version: int

@@ -1,0 +1,109 @@
+"""What a failed gRPC call was: the status, the broker's own words about it, and TLS where gRPC only says UNAVAILABLE.
+
+gRPC tells a refused connection, a foreign CA, a wrong name and an expired certificate apart in prose only (grpcio 1.85:
+all are UNAVAILABLE, measured). So an unavailable endpoint is asked once more with a plain TLS handshake under the same
+CA and name: deterministic answers where the cause is still there, and a retryable one where it is gone.
+Imported only when a call failed.
+"""
+
+import asyncio
+import socket
+import ssl
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from agent.closed import Ident
+from agent.errors import (
+    AgentError,
+    BrokerFailureError,
+    BrokerIdentityError,
+    BrokerUnreachableError,
+    IdentityProblem,
+    ProtocolProblem,
+    RemoteProtocolError,
+    Unreachable,
+)
+from agent.handshake import grpc_status
+
+# OpenSSL x509_vfy.h, X509_V_ERR_…
+_VALIDITY_ERRORS = (9, 10)  # CERT_NOT_YET_VALID, CERT_HAS_EXPIRED
+_NAME_ERRORS = (62, 64)  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """An address (`host:port`, a hint) and the identity that must answer there (measured)."""
+
+    endpoint: str
+    ca_pem: str
+    server_name: str
+
+
+async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout_s: float) -> tuple[AgentError, float]:
+    """Our error for a failed call, and the seconds the broker asked us to wait at least.
+
+    Args:
+        exc: what gRPC raised; its text is dropped, because a peer can write it.
+        peer: whom we called.
+        state: the handshake's state, for the error.
+        timeout_s: for looking at the endpoint again.
+    """
+    code = exc.code()
+    status: int = code.value[0]
+    trailing: Any = exc.trailing_metadata() or ()  # pairs; the stubs say otherwise
+    details = next((value for key, value in trailing if key == grpc_status.DETAILS_KEY), None)
+    failure = grpc_status.parse_failure(details, status) if isinstance(details, bytes) else None
+    overloaded = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+    if failure is not None and overloaded and failure.retry_after_s is not None:
+        return BrokerUnreachableError(Unreachable.OVERLOADED), failure.retry_after_s
+
+    error: AgentError
+    match code:
+        case grpc.StatusCode.UNAVAILABLE:
+            error = await _look_again(peer, timeout_s)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            error = BrokerUnreachableError(Unreachable.TIMEOUT)
+        case grpc.StatusCode.CANCELLED:  # reset by the peer or a proxy; when we cancel, it is a CancelledError
+            error = BrokerUnreachableError(Unreachable.RESET)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if failure is None:  # gRPC's own message limit, on either side
+            error = RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
+        case grpc.StatusCode.UNIMPLEMENTED if failure is None:  # a gRPC server, but no key broker of this version
+            error = RemoteProtocolError(ProtocolProblem.VERSION, state)
+        case _:
+            error = BrokerFailureError(status, failure.reason if failure else Ident("unspecified"))
+    return error, 0.0
+
+
+async def _look_again(peer: Peer, timeout_s: float) -> AgentError:
+    host, _, port = peer.endpoint.rpartition(":")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the measured CA need not be self-signed
+    context.set_alpn_protocols(["h2"])
+    error: AgentError = BrokerUnreachableError(Unreachable.RESET)  # it answers now: the cause is gone
+    try:
+        context.load_verify_locations(cadata=peer.ca_pem)
+        async with asyncio.timeout(timeout_s):
+            _, writer = await asyncio.open_connection(host.strip("[]"), port, ssl=context, server_hostname=peer.server_name)
+        writer.transport.abort()
+    except ssl.SSLCertVerificationError as exc:
+        error = BrokerIdentityError(_problem(exc.verify_code))
+    except (ssl.SSLEOFError, ConnectionResetError):
+        error = BrokerUnreachableError(Unreachable.RESET)
+    except ssl.SSLError:
+        error = BrokerIdentityError(IdentityProblem.TLS)
+    except ConnectionRefusedError:
+        error = BrokerUnreachableError(Unreachable.REFUSED)
+    except socket.gaierror:
+        error = BrokerUnreachableError(Unreachable.NAME)
+    except OSError:  # TimeoutError, no route
+        error = BrokerUnreachableError(Unreachable.TIMEOUT)
+    return error
+
+
+def _problem(verify_code: int) -> IdentityProblem:
+    if verify_code in _VALIDITY_ERRORS:
+        return IdentityProblem.VALIDITY
+    return IdentityProblem.NAME if verify_code in _NAME_ERRORS else IdentityProblem.CHAIN

@@ -1,0 +1,231 @@
+"""The handshake as a table: events in, actions out. One machine for every wire.
+
+    broker = Handshake(request_id, key_uri, Tee.SNP, public_key, trust)
+    action = broker.start()                  # SendHello
+    action = broker.receive(challenge, now)  # NeedEvidence: an answer, not a call; the shell collects and feeds it back
+    …                                        # SendAttestation, SendKeyRequest, Done
+
+The order of a handshake is this table and nothing else; a missing row is the error, and FAILED is sticky. The Verdict's
+token is verified here, so a `Verdict` exists only for an answer that the authority signed for this handshake.
+Does not send, sleep, read a clock or collect: deadlines are events (`Expired`), `now` is an argument.
+"""
+
+import enum
+from dataclasses import dataclass
+from typing import NoReturn, assert_never
+
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from agent.closed import Ident
+from agent.errors import (
+    BrokerUnreachableError,
+    KeyReleaseDeniedError,
+    ProtocolProblem,
+    RemoteProtocolError,
+    SimulationRefusal,
+    SimulationRefusedError,
+    Unreachable,
+)
+from agent.evidence import CompositeEvidence, Nonce, RuntimeData, Tee
+from agent.handshake import (
+    Accepted,
+    Attestation,
+    Challenge,
+    Denied,
+    Hello,
+    KeyRequest,
+    KeyResponse,
+    SealedKey,
+    TeePublicKey,
+    Verdict,
+)
+from agent.handshake.token import verify_token
+
+
+class State(enum.Enum):
+    START = "START"
+    AWAIT_CHALLENGE = "AWAIT_CHALLENGE"
+    AWAIT_EVIDENCE = "AWAIT_EVIDENCE"
+    AWAIT_VERDICT = "AWAIT_VERDICT"
+    AWAIT_KEY = "AWAIT_KEY"
+    DONE = "DONE"
+    FAILED = "FAILED"
+
+
+# --- events: the messages of the broker, and three of our own -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Collected:
+    """The shell has the Evidence it was asked for."""
+
+    evidence: CompositeEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """What this state waits for did not come in its time. In AWAIT_EVIDENCE: the Challenge's life is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Closed:
+    """The peer ended the stream in good order, without a further message."""
+
+
+Message = Challenge | Accepted | Denied | KeyResponse
+Event = Message | Collected | Expired | Closed
+
+
+# --- actions ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SendHello:
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True)
+class NeedEvidence:
+    """Collect Evidence over `runtime_data`; after `expires_in_s` seconds the answer is `Expired`, not `Collected`."""
+
+    runtime_data: RuntimeData
+    expires_in_s: int
+
+
+@dataclass(frozen=True, slots=True)
+class SendAttestation:
+    attestation: Attestation
+
+
+@dataclass(frozen=True, slots=True)
+class SendKeyRequest:
+    """The stream is over; `verdict` is what the authority signed."""
+
+    verdict: Verdict
+    request: KeyRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    sealed_key: SealedKey
+
+
+Action = SendHello | NeedEvidence | SendAttestation | SendKeyRequest | Done
+
+_NEXT: dict[tuple[State, type[Event]], State] = {
+    (State.AWAIT_CHALLENGE, Challenge): State.AWAIT_EVIDENCE,
+    (State.AWAIT_EVIDENCE, Collected): State.AWAIT_VERDICT,
+    (State.AWAIT_EVIDENCE, Expired): State.AWAIT_CHALLENGE,  # a fresh Hello on the same stream
+    (State.AWAIT_VERDICT, Accepted): State.AWAIT_KEY,
+    (State.AWAIT_VERDICT, Denied): State.FAILED,
+    (State.AWAIT_KEY, KeyResponse): State.DONE,
+    (State.AWAIT_CHALLENGE, Expired): State.FAILED,
+    (State.AWAIT_VERDICT, Expired): State.FAILED,
+    (State.AWAIT_KEY, Expired): State.FAILED,
+    (State.AWAIT_CHALLENGE, Closed): State.FAILED,
+    (State.AWAIT_VERDICT, Closed): State.FAILED,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """What the measured configuration lets this guest believe.
+
+    Attributes:
+        token_keys: `broker.token_keys`, P-256, at least one.
+        allow_simulation: whether a verdict over simulated evidence may count.
+    """
+
+    token_keys: tuple[ec.EllipticCurvePublicKey, ...]
+    allow_simulation: bool
+
+
+class Handshake:
+    """One handshake with one request id and one key pair; a retry is another one."""
+
+    def __init__(self, request_id: Ident, key_uri: Ident, tee: Tee, public_key: TeePublicKey, trust: Trust) -> None:
+        self._hello = Hello(request_id, key_uri, tee)
+        self._public_key = public_key
+        self._trust = trust
+        self._nonce: Nonce | None = None
+        self._state = State.START
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def start(self) -> SendHello:
+        """The first action. RuntimeError when called twice."""
+        if self._state is not State.START:
+            raise RuntimeError("handshake already started")
+        self._state = State.AWAIT_CHALLENGE
+        return SendHello(self._hello)
+
+    def receive(self, event: Event, now: int) -> Action:
+        """The action that follows from `event`.
+
+        Args:
+            event: what happened; messages come checked for size and form by the wire.
+            now: Unix seconds, for the token.
+
+        Raises:
+            RemoteProtocolError: out of order, another request id, or the stream ended too early.
+            KeyReleaseDeniedError: the broker denied.
+            TokenError: the Verdict is not one the authority signed for this handshake.
+            SimulationRefusedError: the Verdict is over simulated evidence and that is not allowed.
+            BrokerUnreachableError: what we waited for expired.
+            RuntimeError: we fed an event of our own that this state does not ask for.
+        """
+        state = self._state
+        self._state = State.FAILED  # whatever raises below leaves it there
+        if (state, type(event)) not in _NEXT:
+            self._out_of_order(state, event)
+        if isinstance(event, Message) and event.request_id != self._hello.request_id:
+            raise RemoteProtocolError(ProtocolProblem.REQUEST_ID, Ident(state.value))
+        action = self._accept(state, event, now)
+        self._state = _NEXT[state, type(event)]
+        return action
+
+    def _out_of_order(self, state: State, event: Event) -> NoReturn:
+        if isinstance(event, Message | Closed):
+            raise RemoteProtocolError(ProtocolProblem.UNEXPECTED_MESSAGE, Ident(state.value))
+        raise RuntimeError(f"{type(event).__name__} fed in state {state.value}")
+
+    def _accept(self, state: State, event: Event, now: int) -> Action:
+        match event:
+            case Challenge():
+                self._nonce = event.nonce
+                runtime_data = RuntimeData(event.nonce, self._public_key.x, self._public_key.y)
+                return NeedEvidence(runtime_data, event.expires_in_s)
+            case Collected():
+                return SendAttestation(Attestation(self._hello.request_id, self._public_key, event.evidence))
+            case Accepted():
+                return self._verified(event, now)
+            case Denied():
+                raise KeyReleaseDeniedError(event.reason, event.claim, event.reference_value_id, event.policy_version)
+            case KeyResponse():
+                return Done(SealedKey(event.jwe, event.key_id, event.key_version))
+            case Expired():
+                if state is State.AWAIT_EVIDENCE:
+                    self._nonce = None
+                    return SendHello(self._hello)
+                raise BrokerUnreachableError(Unreachable.TIMEOUT)
+            case Closed():
+                raise RemoteProtocolError(ProtocolProblem.CLOSED, Ident(state.value))
+            case _:
+                assert_never(event)
+
+    def _verified(self, accepted: Accepted, now: int) -> SendKeyRequest:
+        assert self._nonce is not None, "AWAIT_VERDICT is reached through a Challenge only"
+        claims = verify_token(
+            accepted.token,
+            keys=self._trust.token_keys,
+            nonce=self._nonce,
+            tee_pubkey=self._public_key,
+            key_uri=self._hello.key_uri,
+            now=now,
+        )
+        if claims.simulated and not self._trust.allow_simulation:
+            raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
+        verdict = Verdict(self._hello.request_id, accepted.token, claims, accepted.reference_value_ids)
+        return SendKeyRequest(verdict, KeyRequest(self._hello.request_id, accepted.token, self._hello.key_uri))

@@ -1,0 +1,41 @@
+"""Failure details: what the broker packs comes back, and a peer's bytes can only make us wait or stop."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.closed import Ident
+from agent.handshake.grpc_status import Failure, pack_failure, parse_failure
+
+ID = Ident("request-1")
+
+
+def test_failures_come_back() -> None:
+    for failure in (
+        Failure(14, Ident("BUSY"), ID, 1.5),
+        Failure(7, Ident("TOKEN_EXPIRED"), None, None),
+        Failure(14, Ident("BUSY"), None, 0.0),
+    ):
+        assert parse_failure(pack_failure(failure), failure.code) == failure
+
+
+def test_failure_details_that_do_not_fit_say_nothing() -> None:
+    packed = pack_failure(Failure(14, Ident("BUSY"), ID, 1.5))
+    assert parse_failure(packed, 7) is None
+    assert parse_failure(packed[:-1], 14) is None
+    assert parse_failure(b"", 0) is None
+    same_with_9000_bytes_of_text = packed + b"\x12\xa8\x46" + b"a" * 9000
+    assert parse_failure(same_with_9000_bytes_of_text, 14) is None
+
+
+def test_a_peers_delay_is_bounded() -> None:
+    for asked, got in ((-5.0, 0.0), (1e9, 86_400.0)):
+        packed = pack_failure(Failure(14, Ident("BUSY"), None, asked))
+        failure = parse_failure(packed, 14)
+        assert failure is not None
+        assert failure.retry_after_s == got
+
+
+@given(st.binary(max_size=200))
+def test_any_failure_details_are_read_or_say_nothing(data: bytes) -> None:
+    failure = parse_failure(data, 14)
+    assert failure is None or failure.code == 14
