@@ -1,0 +1,79 @@
+"""What the broker's Verifier trusts and knows beside the vendors' pinned roots, and how that is read from files."""
+
+import binascii
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from cryptography import x509
+from cryptography.x509.oid import NameOID
+
+from agent.closed import Ident
+from agent.errors import ConfigError, ConfigProblem, MalformedEvidenceError
+from agent.verify.snp import SIMULATED_MARK, load_certificate
+
+SIMULATION_ROOT_FILES = ("ark.pem", "nvidia-root.pem")
+MAX_FILE_BYTES = 64 << 10
+_PEM = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
+
+
+@dataclass(frozen=True, slots=True)
+class TrustAnchors:
+    """Attributes:
+    simulation_roots: empty unless the broker was started with `--unsafe-simulation-roots`.
+    endorsements: certificates of chips and their issuers, for guests whose host supplies none. They are not trusted:
+        they must lead to a pinned root like any other.
+    """
+
+    simulation_roots: tuple[x509.Certificate, ...] = ()
+    endorsements: tuple[x509.Certificate, ...] = ()
+
+
+def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:
+    """The roots of simulated silicon: `ark.pem` and, where there are GPUs, `nvidia-root.pem`.
+
+    Raises:
+        ConfigError: there is none, or one does not say SIMULATED: such a root would make claims that look real.
+    """
+    key = Ident("unsafe-simulation-roots")
+    roots: list[x509.Certificate] = []
+    for name in SIMULATION_ROOT_FILES:
+        if (directory / name).is_file():
+            roots += _load_file(directory / name, key)
+    if not roots:
+        raise ConfigError(ConfigProblem.NOT_FOUND, key)
+    for root in roots:
+        names = root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        if len(names) != 1 or SIMULATED_MARK not in str(names[0].value):
+            raise ConfigError(ConfigProblem.BAD_VALUE, key)
+    return tuple(roots)
+
+
+def load_endorsements(directory: Path) -> tuple[x509.Certificate, ...]:
+    """Every certificate in the `.pem` and `.der` files of a folder, as AMD's key distribution service gives them out.
+
+    Raises:
+        ConfigError: the folder has none, or a file is not a certificate.
+    """
+    key = Ident("endorsements")
+    found: list[x509.Certificate] = []
+    for path in sorted(directory.glob("*")):
+        if path.suffix in (".pem", ".der"):
+            found += _load_file(path, key)
+    if not found:
+        raise ConfigError(ConfigProblem.NOT_FOUND, key)
+    return tuple(found)
+
+
+def _load_file(path: Path, key: Ident) -> list[x509.Certificate]:
+    try:
+        with path.open("rb") as stream:
+            data = stream.read(MAX_FILE_BYTES)
+        ders = [binascii.a2b_base64(match[1]) for match in _PEM.finditer(data)] if path.suffix == ".pem" else [data]
+        if not ders:
+            raise ConfigError(ConfigProblem.BAD_VALUE, key)
+        return [load_certificate(der) for der in ders]
+    except OSError as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, key) from error
+    except (binascii.Error, MalformedEvidenceError) as error:
+        raise ConfigError(ConfigProblem.BAD_VALUE, key) from error

@@ -1,0 +1,224 @@
+"""The two decisions of the broker: is this guest what the policy wants, and may this token have its key.
+
+Verifies through `agent/verify`, appraises through `policy.py`, and writes one audit line for every decision before anybody
+learns of it. Blocking: the service calls it in worker threads. Knows no wire and keeps no nonce.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime
+
+from agent.broker.anchors import TrustAnchors
+from agent.broker.audit import AuditLog, AuditRecord, AuditStep, Decision, timestamp
+from agent.broker.jwe import seal
+from agent.broker.keystore import KeyStore
+from agent.broker.policy import PolicyTable, appraise
+from agent.broker.token import TOKEN_LIFE_S, TokenKey
+from agent.closed import Ident
+from agent.errors import (
+    BrokerFailureError,
+    DenialReason,
+    EvidenceCheck,
+    EvidenceFormat,
+    EvidenceVerificationError,
+    KeyReleaseDeniedError,
+    MalformedEvidenceError,
+    RemoteProtocolError,
+    TokenError,
+)
+from agent.evidence import Nonce, RuntimeData
+from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
+from agent.handshake import Accepted, Attestation, Denied, Hello, KeyRequest, KeyResponse, TokenClaims
+from agent.verify.nvidia import verify_gpu
+from agent.verify.snp import verify_snp
+
+_CERTIFICATE_CHECKS = (
+    EvidenceCheck.CERTIFICATE_CHAIN,
+    EvidenceCheck.CERTIFICATE_VALIDITY,
+    EvidenceCheck.CERTIFICATE_TCB,
+    EvidenceCheck.CERTIFICATE_CHIP_ID,
+)
+_PREFIX = {
+    EvidenceFormat.SNP_REPORT: "snp",
+    EvidenceFormat.SNP_CHAIN: "snp",
+    EvidenceFormat.NVIDIA_REPORT: "gpu",
+    EvidenceFormat.NVIDIA_CHAIN: "gpu",
+    EvidenceFormat.ADDITIONAL: "evidence",
+}
+
+
+class Authority:
+    """Decides under one policy, which may be replaced at any time: a decision sees one version of it.
+
+    Args:
+        now: the time of day, with a time zone.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyTable,
+        anchors: TrustAnchors,
+        token_key: TokenKey,
+        keys: KeyStore,
+        audit: AuditLog,
+        *,
+        now: Callable[[], datetime],
+    ) -> None:
+        self.policy = policy
+        self._anchors = anchors
+        self._token_key = token_key
+        self._keys = keys
+        self._audit = audit
+        self._now = now
+
+    def attest(self, hello: Hello, attestation: Attestation, nonce: Nonce) -> Accepted | Denied:
+        """Verify and appraise the Evidence of one handshake.
+
+        Args:
+            hello: what the stream began with.
+            attestation: Evidence and public key of the guest.
+            nonce: the 32 bytes that this stream's last Challenge carried.
+        Raises:
+            BrokerFailureError: the decision could not be recorded, and so does not count.
+        """
+        policy, now = self.policy, self._now()
+        record = replace(
+            self._record(AuditStep.ATTEST, hello.request_id, hello.key_uri, policy, now),
+            nonce=Ident(nonce.hex()),
+            tee=Ident(hello.tee.value),
+        )
+        try:
+            # 1. A genuine chip signed the report.
+            evidence = attestation.evidence
+            snp = verify_snp(evidence.primary, self._anchors.simulation_roots, self._anchors.endorsements, now)
+            record = replace(
+                record,
+                measurement=Ident(snp.report.measurement.hex()),
+                host_data=Ident(snp.report.host_data.hex()),
+                chip_id_hash=Ident(snp.chip_id_hash),
+                simulated=snp.simulated,
+            )
+
+            # 2. For this handshake: it covers our nonce, the guest's key and all that was sent about devices.
+            runtime = RuntimeData(nonce, attestation.tee_pubkey.x, attestation.tee_pubkey.y)
+            if snp.report.report_data != report_data(runtime, evidence.additional_evidence):
+                raise EvidenceVerificationError(EvidenceFormat.SNP_REPORT, EvidenceCheck.REPORT_DATA)
+
+            # 3. So did every GPU.
+            sent, keyturn = parse_additional_evidence(evidence.additional_evidence)
+            wanted = device_nonce(runtime)
+            gpus = [verify_gpu(gpu, wanted, self._anchors.simulation_roots, now) for gpu in sent]
+            simulated = snp.simulated or any(gpu.simulated for gpu in gpus)
+            record = replace(record, simulated=simulated)
+
+            # 4. What they say is what the row wants.
+            appraisal = appraise(policy, hello.key_uri, snp=snp, gpus=gpus, keyturn=keyturn, now=now)
+        except (MalformedEvidenceError, EvidenceVerificationError) as error:
+            return self._deny(record, _denial_of(error, policy))
+        except KeyReleaseDeniedError as error:
+            return self._deny(record, error)
+
+        row, matched = appraisal.row, appraisal.reference_value_ids
+        issued_at = int(now.timestamp())
+        claims = TokenClaims(
+            nonce=nonce,
+            tee_pubkey=attestation.tee_pubkey,
+            key_uri=hello.key_uri,
+            policy_version=policy.version,
+            min_model_version=row.min_model_version,
+            lease_s=row.lease_s,
+            simulated=simulated,
+            issued_at=issued_at,
+            expires_at=issued_at + TOKEN_LIFE_S,
+        )
+        token = self._token_key.mint(claims)
+        self._audit.append(
+            replace(
+                record,
+                decision=Decision.ALLOWED,
+                release_channel=Ident(row.release_channel),
+                reference_value_ids=matched,
+            )
+        )
+        return Accepted(hello.request_id, token, policy.version, matched)
+
+    def release(self, request: KeyRequest) -> KeyResponse:
+        """The key that the token names, sealed to the key pair that the token names.
+
+        Raises:
+            TokenError: the token is not one of ours, or no longer.
+            KeyReleaseDeniedError: it is for another key, or the policy does not want it any more.
+            RemoteProtocolError: the token's public key is no point on P-256.
+            BrokerFailureError: the key is not there, or the decision could not be recorded.
+        """
+        policy, now = self.policy, self._now()
+        record = self._record(AuditStep.RELEASE, request.request_id, request.key_uri, policy, now)
+        try:
+            # 1. We signed the token, and it has not expired.
+            claims = self._token_key.read(request.token, int(now.timestamp()))
+            record = replace(record, nonce=Ident(claims.nonce.hex()), simulated=claims.simulated)
+
+            # 2. It is for this key. A replica that shares our token key may accept simulated evidence; we do not.
+            if claims.key_uri != request.key_uri:
+                raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.key_uri"), None, policy.version)
+            if claims.simulated and not self._anchors.simulation_roots:
+                raise KeyReleaseDeniedError(DenialReason.COLLATERAL, Ident("token.simulated"), None, policy.version)
+
+            # 3. The row is still there: it may have been revoked since the Verdict.
+            row = policy.live_row(claims.key_uri, now)
+            record = replace(record, release_channel=Ident(row.release_channel))
+
+            # 4. Only now is the key touched.
+            stored = self._keys.fetch(claims.key_uri)
+            sealed = seal(stored.key, claims.tee_pubkey)
+        except KeyReleaseDeniedError as error:
+            self._deny(record, error)
+            raise
+        except (TokenError, RemoteProtocolError, BrokerFailureError) as error:
+            self._audit.append(replace(record, decision=Decision.FAILED, reason=failure_reason(error)))
+            raise
+        self._audit.append(replace(record, decision=Decision.ALLOWED, key_version=stored.version))
+        return KeyResponse(request.request_id, sealed, stored.key_id, stored.version)
+
+    def record_failure(self, hello: Hello, reason: Ident) -> None:
+        """The audit line of an attestation that ended before there was anything to decide. Raises BrokerFailureError."""
+        record = self._record(AuditStep.ATTEST, hello.request_id, hello.key_uri, self.policy, self._now())
+        self._audit.append(replace(record, decision=Decision.FAILED, reason=reason, tee=Ident(hello.tee.value)))
+
+    def _record(self, step: AuditStep, request_id: Ident, key_uri: Ident, policy: PolicyTable, now: datetime) -> AuditRecord:
+        return AuditRecord(
+            time=timestamp(now),
+            step=step,
+            decision=Decision.DENIED,
+            request_id=request_id,
+            key_id=key_uri,
+            policy_version=policy.version,
+        )
+
+    def _deny(self, record: AuditRecord, error: KeyReleaseDeniedError) -> Denied:
+        reason, value = Ident(error.reason.value), error.reference_value_id
+        self._audit.append(replace(record, reason=reason, claim=error.claim, reference_value_id=value))
+        return Denied(record.request_id, error.reason, error.claim, value, error.policy_version)
+
+
+def failure_reason(error: TokenError | RemoteProtocolError | BrokerFailureError) -> Ident:
+    """The word for a failure in ErrorInfo and audit log: upper case, as google.rpc wants it."""
+    match error:
+        case TokenError():
+            return Ident(f"TOKEN_{error.check.name}")
+        case RemoteProtocolError():
+            return Ident(f"PROTOCOL_{error.problem.name}")
+        case BrokerFailureError():
+            return error.reason
+
+
+def _denial_of(error: MalformedEvidenceError | EvidenceVerificationError, policy: PolicyTable) -> KeyReleaseDeniedError:
+    """Evidence that is not genuine, not fresh or not readable, in the words of a denial."""
+    prefix = _PREFIX[error.format]
+    if isinstance(error, EvidenceVerificationError):
+        claim, collateral = f"{prefix}.{error.check.value}", error.check in _CERTIFICATE_CHECKS
+    else:
+        claim = f"{prefix}.malformed.{error.field}"
+        collateral = error.format in (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN)
+    reason = DenialReason.COLLATERAL if collateral else DenialReason.DEVICE
+    return KeyReleaseDeniedError(reason, Ident(claim), None, policy.version)

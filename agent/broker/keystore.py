@@ -1,0 +1,91 @@
+"""Where the broker finds model keys: the `KeyStore` Protocol and a store that is a directory.
+
+Does not decide who may have a key, and does not encrypt it: `policy.py` and `jwe.py` do.
+"""
+
+import os
+import re
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from agent.closed import Ident
+from agent.errors import BrokerFailureError
+
+KEY_BYTES = 32
+MAX_VERSION_BYTES = 10
+_KEY_URI = re.compile(r"kbs:///([A-Za-z0-9_-][A-Za-z0-9_.-]*(?:/[A-Za-z0-9_-][A-Za-z0-9_.-]*){2})")
+_VERSION = re.compile(rb"[1-9][0-9]{0,8}\n?")
+
+# gRPC status codes: what the guest is told beside the reason.
+_NOT_FOUND, _FAILED_PRECONDITION, _UNAVAILABLE = 5, 9, 14
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKey:
+    """A model key: 32 bytes, its id (the key URI) and its version, from 1."""
+
+    key: bytes = field(repr=False)
+    key_id: Ident
+    version: int
+
+
+class KeyStore(Protocol):
+    """Finds keys. Blocking; called in a worker thread, after every check of the request has passed."""
+
+    def fetch(self, key_uri: Ident) -> StoredKey:
+        """The key of `kbs:///repository/type/tag`.
+
+        Raises:
+            BrokerFailureError: there is no such key (reason KEY_NOT_FOUND), or the store cannot or must not be used.
+        """
+
+
+class DirectoryKeyStore:
+    """`<directory>/<repository>/<type>/<tag>`: files of exactly 32 bytes, readable by their owner alone.
+
+    The version stands in a sibling `.<tag>.version` (a decimal number from 1); without one it is 1. The name cannot clash
+    with a key, since no part of a key URI begins with a dot. Symbolic links are followed inside the directory only, so that
+    a mounted Kubernetes secret works and a link to elsewhere does not.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def fetch(self, key_uri: Ident) -> StoredKey:
+        match = _KEY_URI.fullmatch(key_uri)
+        if match is None:
+            raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
+        path = self._directory / match[1]
+        key = self._read(path, KEY_BYTES)
+        if key is None:
+            raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
+        if len(key) != KEY_BYTES:
+            raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_LENGTH"))
+        version = self._read(path.with_name(f".{path.name}.version"), MAX_VERSION_BYTES)
+        if version is not None and not _VERSION.fullmatch(version):
+            raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_VERSION_FILE"))
+        return StoredKey(key, key_uri, int(version or 1))
+
+    def _read(self, path: Path, limit: int) -> bytes | None:
+        """At most `limit` + 1 bytes of a file that is ours alone; None when there is none."""
+        try:
+            real = path.resolve(strict=True)
+            if not real.is_relative_to(self._directory.resolve(strict=True)):
+                raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_OUTSIDE_STORE"))
+            # The resolved path has no links left; O_NONBLOCK, because a FIFO must not hang the broker.
+            descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                status = os.fstat(descriptor)
+                if not stat.S_ISREG(status.st_mode):
+                    raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_TYPE"))
+                if status.st_mode & 0o077:
+                    raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_MODE"))
+                return os.read(descriptor, limit + 1)
+            finally:
+                os.close(descriptor)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, RuntimeError) as error:  # RuntimeError: pathlib's word for a loop of links
+            raise BrokerFailureError(_UNAVAILABLE, Ident("KEY_STORE_IO")) from error

@@ -1,0 +1,341 @@
+"""The broker's policy: one row per key URI, and the appraisal of verified claims against it.
+
+Pure. Takes claims whose signatures `agent/verify` has checked and either returns the row with the ids of the reference
+values that matched, or raises the denial with the first claim that failed. No row is a denial; an empty or missing field
+matches nothing; a device that says nothing matches nothing.
+
+The lists of a row are alternatives, each on its own: any listed measurement goes with any listed HOST_DATA. What belongs
+together only as a pair needs two key URIs.
+"""
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Literal
+
+import msgspec
+
+from agent.closed import Ident
+from agent.config import parse_toml
+from agent.errors import ConfigError, ConfigProblem, DenialReason, KeyReleaseDeniedError
+from agent.evidence.binding import KeyturnClaims
+from agent.evidence.snp_abi import TcbVersion
+from agent.verify.nvidia import GpuClaims
+from agent.verify.snp import SnpClaims
+
+SCHEMA = "keyturn-policy/v1"
+PRODUCTION_ENVIRONMENT = 2
+
+_IDENT = r"^[A-Za-z0-9_][A-Za-z0-9_.:/@+\[\]-]{0,127}\Z"
+_Name = Annotated[str, msgspec.Meta(pattern=_IDENT)]
+_Level = Annotated[int, msgspec.Meta(ge=0, le=255)]
+_KeyUri = Annotated[
+    str, msgspec.Meta(pattern=r"^kbs:///[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){2}\Z", max_length=128)
+]
+
+
+class Claim(enum.Enum):
+    """Every claim a denial can name here, in the order of the checks."""
+
+    ROW = "policy.row"
+    REVOKED = "policy.revoked"
+    NOT_AFTER = "policy.not_after"
+    MEASUREMENT = "snp.measurement"
+    HOST_DATA = "snp.host_data"
+    DEBUG = "snp.policy.debug"
+    MIGRATION = "snp.policy.migrate_ma"
+    VMPL = "snp.vmpl"
+    TCB_PRODUCT = "snp.tcb.product"
+    TCB_BOOTLOADER = "snp.tcb.bootloader"
+    TCB_TEE = "snp.tcb.tee"
+    TCB_SNP = "snp.tcb.snp"
+    TCB_MICROCODE = "snp.tcb.microcode"
+    TCB_FMC = "snp.tcb.fmc"
+    GPU_DUPLICATE = "gpu.duplicate"
+    GPU_COUNT = "gpu.count"
+    DRIVER_VERSION = "gpu.driver_version"
+    VBIOS_VERSION = "gpu.vbios_version"
+    KEYTURN = "keyturn.claims"
+    ENVIRONMENT = "gpu.environment"
+    DEVTOOLS = "gpu.devtools"
+    MODES = "gpu.modes"
+    READY = "gpu.ready"
+    MANIFEST = "keyturn.manifest_digest"
+    COMMAND = "keyturn.server_command_digest"
+
+
+class GpuMode(enum.Enum):
+    """The confidential-computing modes a row can allow: NVML's `ccFeature` and `multiGpuMode`."""
+
+    CC = "cc"
+    PROTECTED_PCIE = "ppcie"
+    NVLE = "nvle"
+
+
+_FLAG_PROTECTED_PCIE = 2  # FEATURE_FLAG of the GPU's own report
+_MODES = {(1, 0): GpuMode.CC, (0, 1): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
+
+
+class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Unknown keys are errors in every section."""
+
+
+class _Measurement(_Section, frozen=True):
+    id: _Name
+    value: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{96}\Z")]
+
+
+class _HostData(_Section, frozen=True):
+    id: _Name
+    value: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{64}\Z")]
+
+
+class _Version(_Section, frozen=True):
+    id: _Name
+    value: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")]
+
+
+class _Digest(_Section, frozen=True):
+    id: _Name
+    value: Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
+
+
+class MinimumTcb(_Section, frozen=True):
+    """The lowest patch levels of one processor generation. `fmc` is required where the generation has one."""
+
+    id: _Name
+    product: Literal["Milan", "Genoa", "Turin", "Venice"]
+    bootloader: _Level
+    tee: _Level
+    snp: _Level
+    microcode: _Level
+    fmc: _Level | None = None
+
+
+class SnpRow(_Section, frozen=True):
+    """Reference values of the CPU TEE. `debug` is the guest policy bit, `vmpl` the privilege level of the report."""
+
+    measurements: tuple[_Measurement, ...] = ()
+    host_data: tuple[_HostData, ...] = ()
+    minimum_tcb: tuple[MinimumTcb, ...] = ()
+    debug: bool | None = None
+    vmpl: Annotated[int, msgspec.Meta(ge=0, le=3)] | None = None
+
+
+class GpuRow(_Section, frozen=True):
+    """Reference values of the GPUs. `ready` is the ready state at attestation: true where the image's init sets it."""
+
+    count: Annotated[int, msgspec.Meta(ge=0, le=16)] | None = None
+    driver_versions: tuple[_Version, ...] = ()
+    vbios_versions: tuple[_Version, ...] = ()
+    modes: tuple[GpuMode, ...] = ()
+    ready: bool | None = None
+
+
+class Row(_Section, frozen=True):
+    """Who may have one key, and what goes into the token with it.
+
+    Attributes:
+        not_after: the last moment of the row, with a time zone.
+        min_model_version: the rollback floor, 0 for none.
+        lease_s: seconds the key may be used; None for without end.
+    """
+
+    key_uri: _KeyUri
+    release_channel: _Name
+    min_model_version: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+    lease_s: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
+    revoked: bool | None = None
+    not_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    manifest_digests: tuple[_Digest, ...] = ()
+    server_command_digests: tuple[_Digest, ...] = ()
+    snp: SnpRow = SnpRow()
+    gpu: GpuRow = GpuRow()
+
+
+class _PolicyFile(_Section, frozen=True):
+    schema: Literal["keyturn-policy/v1"]
+    version: _Name
+    row: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyTable:
+    """A whole policy file. Replaced as one value, so a decision never sees two versions."""
+
+    version: Ident
+    rows: Mapping[str, Row]
+
+    def live_row(self, key_uri: Ident, now: datetime) -> Row:
+        """The row of a key URI, if it is there, not revoked and not expired. `now` has a time zone.
+
+        Raises:
+            KeyReleaseDeniedError: otherwise.
+        """
+        row = self.rows.get(key_uri)
+        if row is None:
+            raise self.denial(DenialReason.POLICY, Claim.ROW)
+        if row.revoked is None:
+            raise self.denial(DenialReason.REFERENCE_VALUE, Claim.REVOKED)
+        if row.revoked:
+            raise self.denial(DenialReason.POLICY, Claim.REVOKED)
+        if row.not_after is None:
+            raise self.denial(DenialReason.REFERENCE_VALUE, Claim.NOT_AFTER)
+        if now > row.not_after:
+            raise self.denial(DenialReason.POLICY, Claim.NOT_AFTER)
+        return row
+
+    def denial(self, reason: DenialReason, claim: Claim, reference_value_id: str | None = None) -> KeyReleaseDeniedError:
+        """A denial under this version of the policy."""
+        value = Ident(reference_value_id) if reference_value_id is not None else None
+        return KeyReleaseDeniedError(reason, Ident(claim.value), value, self.version)
+
+
+@dataclass(frozen=True, slots=True)
+class Appraisal:
+    """Every check passed: the row and the ids of the reference values that matched, in the order of the checks."""
+
+    row: Row
+    reference_value_ids: tuple[Ident, ...]
+
+
+def appraise(
+    table: PolicyTable,
+    key_uri: Ident,
+    *,
+    snp: SnpClaims,
+    gpus: Sequence[GpuClaims],
+    keyturn: KeyturnClaims | None,
+    now: datetime,
+) -> Appraisal:
+    """Hold verified claims against the row of the key they ask for.
+
+    Args:
+        table: the policy.
+        key_uri: the key that is asked for.
+        snp: what the CPU said.
+        gpus: what each GPU said, in any order.
+        keyturn: what the agent in the measured image says of itself, covered by the report; None when there are no GPUs.
+        now: with a time zone.
+    Raises:
+        KeyReleaseDeniedError: with the first claim that failed. The reference value it names is the only candidate, or
+            the first of the list.
+    """
+    matched: list[str] = []
+
+    def one_of(claim: Claim, values: Sequence[_Measurement | _HostData | _Version | _Digest], got: str) -> None:
+        if not values:
+            raise table.denial(DenialReason.REFERENCE_VALUE, claim)
+        for value in values:
+            if value.value == got:
+                matched.append(value.id)
+                return
+        raise table.denial(DenialReason.CLAIM, claim, values[0].id)
+
+    def equal(claim: Claim, value: int | None, got: int) -> None:
+        if value is None:
+            raise table.denial(DenialReason.REFERENCE_VALUE, claim)
+        require(claim, value == got)
+
+    def require(claim: Claim, holds: bool) -> None:
+        if not holds:
+            raise table.denial(DenialReason.CLAIM, claim)
+
+    # 1. The row.
+    row = table.live_row(key_uri, now)
+
+    # 2. The guest: what was launched, with which configuration, and who else may look into it.
+    report = snp.report
+    one_of(Claim.MEASUREMENT, row.snp.measurements, report.measurement.hex())
+    one_of(Claim.HOST_DATA, row.snp.host_data, report.host_data.hex())
+    equal(Claim.DEBUG, row.snp.debug, report.policy.debug)
+    require(Claim.MIGRATION, not report.policy.migrate_ma)  # a migration agent holds the guest's memory: no row can allow it
+    equal(Claim.VMPL, row.snp.vmpl, report.vmpl)
+
+    # 3. The firmware: the one that signed, and the one under which the guest was launched, which may be older.
+    minimum = next((entry for entry in row.snp.minimum_tcb if entry.product == snp.product.value), None)
+    if minimum is None:
+        raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_PRODUCT)
+    for tcb in (report.reported_tcb, report.launch_tcb):
+        _appraise_tcb(table, minimum, tcb)
+    matched.append(minimum.id)
+
+    # 4. The GPUs: first that they are different ones, so that a doubled one is not taken for a wrong number.
+    if len({gpu.leaf_key_sha256 for gpu in gpus}) != len(gpus):
+        raise table.denial(DenialReason.DEVICE, Claim.GPU_DUPLICATE)
+    equal(Claim.GPU_COUNT, row.gpu.count, len(gpus))
+    for gpu in gpus:
+        one_of(Claim.DRIVER_VERSION, row.gpu.driver_versions, gpu.driver_version)
+        one_of(Claim.VBIOS_VERSION, row.gpu.vbios_versions, gpu.vbios_version)
+
+    # 5. What the agent says of itself. Without GPUs there is no place for it, and HOST_DATA covers the configuration.
+    if gpus and keyturn is None:
+        raise table.denial(DenialReason.DEVICE, Claim.KEYTURN)
+    if keyturn is not None:
+        require(Claim.ENVIRONMENT, keyturn.environment == PRODUCTION_ENVIRONMENT)
+        require(Claim.DEVTOOLS, keyturn.devtools == 0)
+        if not row.gpu.modes:
+            raise table.denial(DenialReason.REFERENCE_VALUE, Claim.MODES)
+        mode = _MODES.get((keyturn.cc_feature, keyturn.multi_gpu_mode))
+        require(Claim.MODES, mode in row.gpu.modes)
+        # The one mode that the GPU itself signs; drivers before 580 leave it out.
+        flags = {gpu.feature_flag for gpu in gpus} - {None}
+        require(Claim.MODES, all((flag == _FLAG_PROTECTED_PCIE) == (mode is GpuMode.PROTECTED_PCIE) for flag in flags))
+        equal(Claim.READY, row.gpu.ready, keyturn.ready)
+        one_of(Claim.MANIFEST, row.manifest_digests, keyturn.manifest_digest)
+        one_of(Claim.COMMAND, row.server_command_digests, keyturn.server_command_digest)
+    return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(matched)))
+
+
+def _appraise_tcb(table: PolicyTable, minimum: MinimumTcb, got: TcbVersion) -> None:
+    levels = (
+        (Claim.TCB_BOOTLOADER, minimum.bootloader, got.bootloader),
+        (Claim.TCB_TEE, minimum.tee, got.tee),
+        (Claim.TCB_SNP, minimum.snp, got.snp),
+        (Claim.TCB_MICROCODE, minimum.microcode, got.microcode),
+    )
+    for claim, lowest, level in levels:
+        if level < lowest:
+            raise table.denial(DenialReason.CLAIM, claim, minimum.id)
+    if got.fmc is not None and minimum.fmc is None:
+        raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_FMC, minimum.id)
+    if minimum.fmc is not None and (got.fmc is None or got.fmc < minimum.fmc):
+        raise table.denial(DenialReason.CLAIM, Claim.TCB_FMC, minimum.id)
+
+
+def parse_policy(data: bytes) -> PolicyTable:
+    """Parse a policy file: UTF-8 TOML, at most 1 MiB.
+
+    Raises:
+        ConfigError: with the place concerned; never with a value.
+    """
+    file = parse_toml(data, _PolicyFile, SCHEMA)
+    rows: dict[str, Row] = {}
+    for index, row in enumerate(file.row):
+        if row.key_uri in rows:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].key_uri"))
+        _check_unique(f"row[{index}]", row)
+        rows[row.key_uri] = row
+    return PolicyTable(Ident(file.version), rows)
+
+
+def _check_unique(where: str, row: Row) -> None:
+    """One id names one value in a row, and a processor generation has one minimum: a record must not be ambiguous."""
+    lists: dict[str, Sequence[_Measurement | _HostData | _Version | _Digest | MinimumTcb]] = {
+        "manifest_digests": row.manifest_digests,
+        "server_command_digests": row.server_command_digests,
+        "snp.measurements": row.snp.measurements,
+        "snp.host_data": row.snp.host_data,
+        "snp.minimum_tcb": row.snp.minimum_tcb,
+        "gpu.driver_versions": row.gpu.driver_versions,
+        "gpu.vbios_versions": row.gpu.vbios_versions,
+    }
+    seen: set[str] = set()
+    for name, values in lists.items():
+        for value in values:
+            if value.id in seen:
+                raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.{name}"))
+            seen.add(value.id)
+    if len({entry.product for entry in row.snp.minimum_tcb}) != len(row.snp.minimum_tcb):
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.snp.minimum_tcb"))

@@ -1,0 +1,275 @@
+"""The broker's gRPC service: streams, nonces, deadlines, limits. What is decided, and why, is `authority.py`'s.
+
+A nonce is drawn for a Challenge, lives in the coroutine of its stream and nowhere else, and is gone with the first
+Attestation, the next Hello or the end of the stream: so it is used once, only here, and any number of brokers can share an
+address. Bytes become messages in `agent/handshake/grpc_wire.py`; gRPC's own (de)serialisers are not used.
+"""
+
+import asyncio
+import contextlib
+import secrets
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import grpc
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+
+from agent.broker.audit import AUDIT_LOG
+from agent.broker.authority import Authority, failure_reason
+from agent.closed import Ident
+from agent.errors import (
+    AgentError,
+    BrokerFailureError,
+    ConfigError,
+    ConfigProblem,
+    InternalError,
+    KeyReleaseDeniedError,
+    ProtocolProblem,
+    RemoteProtocolError,
+    TokenError,
+)
+from agent.evidence import NONCE_BYTES, Nonce
+from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, grpc_wire
+from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
+
+SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
+_RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
+
+CHALLENGE_LIFE_S = 300
+HELLO_TIMEOUT_S = 10  # a stream that says nothing is not kept
+STREAM_TIMEOUT_S = 900
+MAX_HELLOS = 8  # of one stream
+MAX_CALLS = 256  # attestations and key requests at one time
+MAX_CALLS_PER_CONNECTION = 64
+VERIFIER_THREADS = 4
+RETRY_AFTER_S = 5.0
+DRAIN_S = 25.0  # below Kubernetes' 30 s; a guest whose stream is cut starts a new handshake with another replica
+
+_OPTIONS = [
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
+    ("grpc.so_reuseport", 0),  # a second broker on the same address is an error, not a lottery
+    ("grpc.keepalive_time_ms", 30_000),  # finds guests that vanished in the middle of a stream
+    ("grpc.keepalive_timeout_ms", 10_000),
+]
+_Context = grpc.aio.ServicerContext[bytes, bytes]
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """PEM: certificate chain, leaf first, and its private key."""
+
+    certificate_chain: bytes
+    private_key: bytes
+
+
+class BrokerServer:
+    """One listening broker.
+
+    Args:
+        report: told of failures that the operator must act on; called on the event loop.
+        monotonic: seconds; the clock of nonces.
+        max_calls: attestations and key requests at one time; further ones are asked to come back later.
+    """
+
+    def __init__(
+        self,
+        authority: Authority,
+        report: Callable[[AgentError], None],
+        monotonic: Callable[[], float] = time.monotonic,
+        max_calls: int = MAX_CALLS,
+    ) -> None:
+        self._authority = authority
+        self._report = report
+        self._monotonic = monotonic
+        self._max_calls = max_calls
+        self._calls = 0
+        self._threads = ThreadPoolExecutor(VERIFIER_THREADS, "verifier")
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
+        self._server = grpc.aio.server(options=_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        handlers = {
+            _ATTEST: grpc.stream_stream_rpc_method_handler(self._serve_attest),
+            _RELEASE_KEY: grpc.unary_unary_rpc_method_handler(self._serve_release_key),
+        }
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+
+    async def start(self, listen: str, tls: Tls) -> int:
+        """Listen on `host:port` (port 0: any free one); the value is the port.
+
+        Raises:
+            ConfigError: the address cannot be had, or certificate and key do not fit together.
+        """
+        credentials = grpc.ssl_server_credentials([(tls.private_key, tls.certificate_chain)])
+        try:
+            port: int = self._server.add_secure_port(listen, credentials)
+        except RuntimeError as error:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident("listen")) from error
+        if port == 0:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident("tls"))
+        await self._health.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+        await self._server.start()
+        return port
+
+    async def drain(self, grace_s: float = DRAIN_S) -> None:
+        """Take no new work, let what runs come to its end for at most `grace_s` seconds, and close."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+        self._threads.shutdown()
+
+    # --- attestation --------------------------------------------------------------------------------------------------
+
+    async def _serve_attest(self, _: object, context: _Context) -> None:
+        stream = _AttestStream(context)
+        try:
+            with self._slot():
+                async with asyncio.timeout(STREAM_TIMEOUT_S):
+                    await self._attest(stream)
+        except TimeoutError:
+            await self._fail(stream, _broker_failure(grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TIMEOUT"))
+        except AgentError as error:
+            await self._fail(stream, error)
+        except grpc.aio.BaseError:
+            pass  # the guest is gone in the middle of a message: nobody is left to tell
+        except Exception as error:  # noqa: BLE001  # the server loop: a bug ends its own stream; gRPC would send its text
+            await self._fail(stream, _internal(error))
+
+    async def _attest(self, stream: "_AttestStream") -> None:
+        message = await stream.read()
+        for _ in range(MAX_HELLOS):
+            assert isinstance(message, Hello), "the stream lets no Attestation pass before a Hello"
+            hello = message
+            # 1. A fresh nonce, whatever there was before.
+            nonce = Nonce(secrets.token_bytes(NONCE_BYTES))
+            expires_at = self._monotonic() + CHALLENGE_LIFE_S
+            await stream.write(Challenge(hello.request_id, nonce, CHALLENGE_LIFE_S))
+            message = await stream.read()
+            if isinstance(message, Attestation):
+                # 2. The Attestation, in time, is judged with the nonce of this stream's last Challenge.
+                if self._monotonic() >= expires_at:
+                    raise _broker_failure(grpc.StatusCode.FAILED_PRECONDITION, "NONCE_EXPIRED")
+                verdict = await self._in_thread(self._authority.attest, hello, message, nonce)
+                return await stream.write(verdict)
+        raise _broker_failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_HELLOS")
+
+    async def _fail(self, stream: "_AttestStream", error: AgentError) -> None:
+        if (hello := stream.hello) is not None:
+            reason = _failure(error, None).reason
+            try:
+                await self._in_thread(self._authority.record_failure, hello, reason)
+            except BrokerFailureError as unrecorded:
+                error = unrecorded
+        self._report_own(error)
+        await _abort(stream.context, error, stream.hello.request_id if stream.hello else None)
+
+    # --- release ------------------------------------------------------------------------------------------------------
+
+    async def _serve_release_key(self, data: bytes, context: _Context) -> bytes:
+        request_id: Ident | None = None
+        try:
+            request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"))
+            request_id = request.request_id
+            with self._slot():
+                return grpc_wire.pack_key_response(await self._in_thread(self._authority.release, request))
+        except AgentError as error:
+            failure: AgentError = error
+        except Exception as error:  # noqa: BLE001  # as above
+            failure = _internal(error)
+        self._report_own(failure)
+        await _abort(context, failure, request_id)
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        if self._calls >= self._max_calls:
+            raise _broker_failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self._calls -= 1
+
+    async def _in_thread(self, work: Callable[..., _Result], *args: object) -> _Result:
+        """Signatures take milliseconds of CPU and the audit log waits for the disk: neither may stop the other streams."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+    def _report_own(self, error: AgentError) -> None:
+        """What the audit log cannot say: bugs, and that it cannot be written."""
+        if isinstance(error, InternalError) or (isinstance(error, BrokerFailureError) and error.reason == AUDIT_LOG):
+            self._report(error)
+
+
+class _AttestStream:
+    """Messages of one attestation stream; what one handshake must have in common is checked here."""
+
+    def __init__(self, context: _Context) -> None:
+        self.context = context
+        self.hello: Hello | None = None
+
+    @property
+    def state(self) -> Ident:
+        return Ident("AWAIT_ATTESTATION" if self.hello else "AWAIT_HELLO")
+
+    async def read(self) -> Hello | Attestation:
+        async with asyncio.timeout(None if self.hello else HELLO_TIMEOUT_S):
+            data = await self.context.read()
+        if not isinstance(data, bytes):  # grpc.aio.EOF
+            raise RemoteProtocolError(ProtocolProblem.CLOSED, self.state)
+        message = grpc_wire.parse_attest_request(data, self.state)
+        if self.hello is not None and message.request_id != self.hello.request_id:
+            raise RemoteProtocolError(ProtocolProblem.REQUEST_ID, self.state)
+        if isinstance(message, Hello):
+            if self.hello is not None and message != self.hello:  # another key or TEE is another handshake
+                raise RemoteProtocolError(ProtocolProblem.MALFORMED, self.state)
+            self.hello = message
+        elif self.hello is None:
+            raise RemoteProtocolError(ProtocolProblem.UNEXPECTED_MESSAGE, self.state)
+        return message
+
+    async def write(self, message: Challenge | Accepted | Denied) -> None:
+        await self.context.write(grpc_wire.pack_attest_response(message))
+
+
+def _failure(error: AgentError, request_id: Ident | None) -> Failure:
+    """How a failure looks on the wire. A denial of the key keeps its claim: `policy.revoked` is POLICY_REVOKED."""
+    match error:
+        case KeyReleaseDeniedError():
+            return Failure(_code(grpc.StatusCode.PERMISSION_DENIED), Ident(error.claim.upper().replace(".", "_")), request_id)
+        case TokenError():
+            return Failure(_code(grpc.StatusCode.UNAUTHENTICATED), failure_reason(error), request_id)
+        case RemoteProtocolError():
+            return Failure(_code(grpc.StatusCode.INVALID_ARGUMENT), failure_reason(error), request_id)
+        case BrokerFailureError():
+            retry_after_s = RETRY_AFTER_S if error.status == _code(grpc.StatusCode.UNAVAILABLE) else None
+            return Failure(error.status, error.reason, request_id, retry_after_s)
+        case _:
+            return Failure(_code(grpc.StatusCode.INTERNAL), Ident("INTERNAL"), request_id)
+
+
+async def _abort(context: _Context, error: AgentError, request_id: Ident | None) -> NoReturn:
+    failure = _failure(error, request_id)
+    code = next(code for code in grpc.StatusCode if _code(code) == failure.code)
+    await context.abort(code, str(failure.reason), ((DETAILS_KEY, pack_failure(failure)),))
+
+
+def _code(status: grpc.StatusCode) -> int:
+    code: int = status.value[0]
+    return code
+
+
+def _broker_failure(status: grpc.StatusCode, reason: str) -> BrokerFailureError:
+    return BrokerFailureError(_code(status), Ident(reason))
+
+
+def _internal(error: Exception) -> InternalError:
+    """A bug. Only its place is told, never its text."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return InternalError(Ident.of_peer(f"{Path(frame.filename).stem}:{frame.lineno}"))
