@@ -1,0 +1,87 @@
+"""The worker's story: one boot, step by step. This is the page to read first.
+
+Evidence of CPU and GPUs goes to the key broker; its signed Verdict comes back, then the model key, still sealed; the GPU
+gate is passed; only then is the key opened and the sealed model with it, into guest memory. Nothing that does not need
+the key waits for it: the manifest is authenticated and memory is made present while attestation is under way.
+
+The order is enforced by types, each step returning what the next one asks for:
+`Devices` → `Verdict` → `SealedKey` + `SecuredDevices` → `ReleasedKey` → `LoadedArtifact`; the supervisor makes the
+`RunningServer` of it. Whatever fails cancels the rest, and `undo` takes back what was done, in reverse order; the gate
+alone cannot be taken back. Blocking work runs in threads that are always joined, because a device request that is
+abandoned half-way can cost the guest its attestation key.
+"""
+
+import asyncio
+from contextlib import ExitStack
+
+from agent import keys
+from agent.artifact import LoadedArtifact, load
+from agent.artifact.sources import BlobSource
+from agent.closed import Ident
+from agent.config import MeasuredConfig
+from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
+from agent.evidence.collect import Devices
+from agent.evidence.gate import ReadyState
+from agent.handshake.grpc_client import GrpcBroker
+from agent.stages import Notify, stage
+from agent.threads import in_thread
+
+
+async def boot(
+    cfg: MeasuredConfig,
+    devices: Devices,
+    broker: GrpcBroker,
+    store: BlobSource,
+    undo: ExitStack,
+    notify: Notify,
+    gid: int | None,
+) -> tuple[LoadedArtifact, int | None]:
+    """Attest, secure the devices, open the model.
+
+    Args:
+        undo: takes the compensations; what it holds must be handed on before it is unwound.
+        gid: group that may read the open model; None: our own.
+
+    Returns:
+        The model, and the lease of its key in seconds, None without one.
+
+    Raises:
+        AgentError: whatever step failed, possibly inside an ExceptionGroup.
+    """
+    async with asyncio.TaskGroup() as work:  # any failure cancels the rest
+        prepared = work.create_task(_prepare(cfg, store, undo, notify, gid))  # no key needed
+
+        with stage(Stage.ATTEST, notify):
+            verdict, ephemeral = await broker.attest(
+                Ident(cfg.broker.key_uri),
+                devices.attester.tee,
+                lambda data: in_thread(devices.collect, data),
+                lambda request_id, attempt: notify(Requested(request_id, attempt)),
+            )
+            claims = verdict.claims
+            notify(VerdictAccepted(verdict.request_id, claims.key_uri, claims.policy_version, claims.simulated, claims.lease_s))
+
+        with stage(Stage.RELEASE_KEY, notify):
+            sealed = await broker.release_key(verdict)
+
+        with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
+            secured = await in_thread(devices.secure, verdict)
+            if secured.inventory:
+                notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
+
+        with stage(Stage.UNWRAP, notify):
+            key = keys.unwrap(sealed, ephemeral, secured)
+
+    with key, stage(Stage.LOAD, notify) as progress:
+        floor = max(cfg.artifact.min_version, claims.min_model_version)
+        loaded = await load.load(prepared.result(), key, floor, progress.count)
+    return loaded, claims.lease_s
+
+
+async def _prepare(cfg: MeasuredConfig, store: BlobSource, undo: ExitStack, notify: Notify, gid: int | None) -> load.Prepared:
+    with stage(Stage.PREPARE, notify):
+        artifact = cfg.artifact
+        prepared = await load.prepare(store, artifact, cfg.broker.key_uri, undo, gid=gid, allow_swap=artifact.unsafe_allow_swap)
+        kind = Ident(prepared.destination.kind.value)
+        notify(DestinationChosen(kind, prepared.model.total_plaintext_bytes, prepared.destination.noswap))
+        return prepared

@@ -1,0 +1,52 @@
+"""`keyturn config check|explain|example`."""
+
+import argparse
+import json
+from typing import Any
+
+from agent import config
+from agent.closed import Ident
+from agent.config_source import read_bounded
+from agent.errors import ConfigError, ConfigProblem
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    parser = verbs.add_parser("config", help=summary, description=summary, allow_abbrev=False)
+    actions = parser.add_subparsers(dest="action", required=True, metavar="check|explain|example")
+    check = actions.add_parser("check", help="parse a configuration and print its digest (the guest's HOST_DATA)")
+    check.add_argument("file", metavar="FILE", help="configuration file, - for standard input")
+    check.add_argument("--json", action="store_true", help="print one JSON object")
+    explain = actions.add_parser("explain", help="what a key means; without KEY, all of them")
+    explain.add_argument("key", metavar="KEY", nargs="?", help="dotted path, e.g. broker.key_uri")
+    actions.add_parser("example", help="print a commented configuration to start from")
+
+
+def run(args: argparse.Namespace) -> int:
+    match args.action:
+        case "check":
+            return _check(args.file, args.json)
+        case "explain":
+            return _explain(args.key)
+        case _:
+            print(config.EXAMPLE, end="")
+            return 0
+
+
+def _check(file: str, as_json: bool) -> int:
+    measured = config.parse(read_bounded(file))
+    if as_json:
+        print(json.dumps({"ok": True, "schema": config.SCHEMA, "host_data": measured.digest.hex()}))
+    else:
+        print(f"ok: {config.SCHEMA}\nHOST_DATA (SHA-256 of the file): {measured.digest.hex()}")
+    return 0
+
+
+def _explain(key: str | None) -> int:
+    if key is None:
+        for name, text in config.EXPLAIN.items():
+            print(f"{name}\n    {text}")
+        return 0
+    if key not in config.EXPLAIN:
+        raise ConfigError(ConfigProblem.UNKNOWN_KEY, Ident.of_peer(key))
+    print(config.EXPLAIN[key])
+    return 0

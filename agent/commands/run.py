@@ -1,0 +1,72 @@
+"""`keyturn run`: the boot. Imports nothing heavy: this process becomes the supervisor."""
+
+import argparse
+import os
+from typing import TYPE_CHECKING, Any
+
+from agent.channel import Channel
+from agent.config_source import read_bounded
+from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
+
+if TYPE_CHECKING:
+    from agent.config import MeasuredConfig
+    from agent.evidence import Attester, GpuSystem
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    parser = verbs.add_parser(
+        "run",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Everything that decides stands in the configuration, which evidence covers; "
+        "the flags below only choose where the agent talks.",
+        epilog="SIGTERM or SIGINT: the server is stopped, guest memory is freed, exit status 0. See `keyturn --help` for the rest.",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(parser=parser)
+    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, - for standard input")
+    parser.add_argument(
+        "--status-file", metavar="FILE", help=f"status document, '' for none; default {DEFAULT_STATUS_FILE} as root"
+    )
+    parser.add_argument(
+        "--termination-log", metavar="FILE", help=f"last message; default {DEFAULT_TERMINATION_LOG} where it exists"
+    )
+    parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
+
+
+def run(args: argparse.Namespace) -> int:
+    address = None
+    if args.health:
+        host, _, port = args.health.rpartition(":")
+        if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+            args.parser.error("--health takes HOST:PORT")
+        address = (host.strip("[]"), int(port))
+    status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
+    termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
+    config = read_bounded(args.config)
+
+    def worker(channel: Channel) -> int:
+        from agent.worker import work
+
+        return work(channel, config, _open_hardware)
+
+    return Supervisor("run", HostHints(status_file or None, termination_log, address), worker).run()
+
+
+def _open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
+    """The devices the configuration names. Simulators are imported here and only when asked for by name."""
+    from pathlib import Path
+
+    from agent.errors import SimulationRefusal, SimulationRefusedError
+
+    if cfg.simulation is None:
+        from agent.evidence.gpu import NvmlGpuSystem
+        from agent.evidence.tsm import TsmSnp
+
+        return TsmSnp(), NvmlGpuSystem() if cfg.gpu.count else None
+    try:
+        from agent.sim.machine import SimulatedMachine
+    except ModuleNotFoundError:
+        raise SimulationRefusedError(SimulationRefusal.NOT_INSTALLED) from None
+    machine = SimulatedMachine.load(Path(cfg.simulation.machine))
+    return machine.attester(), machine.gpu_system() if cfg.gpu.count else None
+

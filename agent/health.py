@@ -1,0 +1,72 @@
+"""The health port: `/livez`, `/readyz`, `/status` over plain HTTP, inside the supervisor's loop.
+
+Owns sockets and bounds; the answers are `BootReport.health`. One short request, one short answer, then the end; no
+keep-alive, at most 16 callers at a time. Standard library only, because the supervisor imports it.
+"""
+
+import selectors
+import socket
+import time
+from contextlib import suppress
+
+from agent.report import BootReport
+
+MAX_CALLERS = 16
+MAX_REQUEST_BYTES = 2048
+CALLER_TIMEOUT_S = 5.0
+_REASONS = {200: "OK", 404: "Not Found", 503: "Service Unavailable", 400: "Bad Request"}
+
+
+class HealthPort:
+    """Listens from construction on. Raises OSError when the address cannot be had."""
+
+    def __init__(self, address: tuple[str, int], selector: selectors.BaseSelector, report: BootReport) -> None:
+        self._selector = selector
+        self._report = report
+        self._callers: dict[socket.socket, tuple[float, bytearray]] = {}
+        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        self._listener = socket.create_server(address, family=family)
+        self._listener.setblocking(False)
+        selector.register(self._listener, selectors.EVENT_READ, self._on_call)
+
+    def _on_call(self) -> None:
+        now = time.monotonic()
+        for caller, (since, _) in list(self._callers.items()):
+            if now - since > CALLER_TIMEOUT_S:
+                self._hang_up(caller)
+        with suppress(OSError):
+            caller, _ = self._listener.accept()
+            if len(self._callers) >= MAX_CALLERS:
+                caller.close()
+                return
+            caller.setblocking(False)
+            self._callers[caller] = (now, bytearray())
+            self._selector.register(caller, selectors.EVENT_READ, lambda: self._on_request(caller))
+
+    def _on_request(self, caller: socket.socket) -> None:
+        _, request = self._callers[caller]
+        try:
+            chunk = caller.recv(MAX_REQUEST_BYTES)
+        except BlockingIOError:
+            return
+        except OSError:
+            chunk = b""
+        request += chunk
+        if chunk and b"\r\n\r\n" not in request and len(request) <= MAX_REQUEST_BYTES:
+            return
+        words = bytes(request.split(b"\r\n", 1)[0]).split(b" ")
+        if b"\r\n\r\n" in request and len(words) == 3 and words[0] in (b"GET", b"HEAD"):
+            status, body = self._report.health(words[1].decode("latin-1"))
+        else:
+            status, body = 400, "bad request\n"
+        kind = "application/json" if body.startswith("{") else "text/plain"
+        head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
+        head += "Connection: close\r\n\r\n"
+        with suppress(OSError):  # a caller that does not read gets what its socket buffer takes
+            caller.send((head + ("" if words[0] == b"HEAD" else body)).encode())
+        self._hang_up(caller)
+
+    def _hang_up(self, caller: socket.socket) -> None:
+        del self._callers[caller]
+        self._selector.unregister(caller)
+        caller.close()

@@ -1,0 +1,120 @@
+"""From what the worker hands over to paths the model server can open: the model, and scratch space beside it.
+
+Owns the mount points in the supervisor's private mount namespace, and what the worker's last record says. Every step leaves
+its compensation on the caller's stack. Standard library only, because the supervisor imports it.
+"""
+
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from agent.artifact import DestinationKind
+from agent.errors import DestinationError, DestinationProblem, LeaseEndedError
+from agent.guest import mounts
+from agent.server import Placement, ServerPlan
+
+RUN_DIRECTORY = "/run/keyturn"
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  # a private folder is made in it
+
+
+@dataclass(frozen=True, slots=True)
+class HandedModel:
+    """An open model on its way from worker to supervisor.
+
+    Attributes:
+        directory: DIRECTORY destinations only: where the files lie.
+        single_file: its path below the model's root, when there is only one.
+        descriptors: as `LoadedArtifact.descriptors`; ours now.
+        lease: what to fail with when the lease of the key ends, None without a lease.
+        lease_ends_at: CLOCK_BOOTTIME seconds: the lease goes on while the guest sleeps.
+    """
+
+    plan: ServerPlan
+    destination: DestinationKind
+    directory: str | None
+    single_file: str | None
+    descriptors: tuple[int, ...]
+    lease: LeaseEndedError | None
+    lease_ends_at: float
+
+    def record(self) -> dict[str, object]:
+        """For the channel; the descriptors travel beside it."""
+        return {
+            "plan": self.plan.to_json(),
+            "destination": self.destination.value,
+            "directory": self.directory,
+            "single_file": self.single_file,
+            "lease_s": self.lease.lease_s if self.lease else None,
+            "lease_ends_at": self.lease_ends_at,
+        }
+
+    @classmethod
+    def of(cls, record: object, descriptors: tuple[int, ...]) -> "HandedModel":
+        """The inverse of `record`. Raises ValueError, KeyError or TypeError: not what our worker sends."""
+        if not isinstance(record, dict):
+            raise ValueError("record")
+        return cls(
+            plan=ServerPlan.from_json(record["plan"]),
+            destination=DestinationKind(record["destination"]),
+            directory=record["directory"],
+            single_file=record["single_file"],
+            descriptors=descriptors,
+            lease=None if record["lease_s"] is None else LeaseEndedError(record["lease_s"]),
+            lease_ends_at=float(record["lease_ends_at"]),
+        )
+
+
+def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placement:
+    """Give model and scratch space their paths.
+
+    Args:
+        model: its descriptors are closed by `undo`.
+        private_mounts: this process has a mount namespace of its own.
+        undo: gets every compensation.
+
+    Raises:
+        DestinationError: the kernel refused.
+    """
+    for descriptor in model.descriptors:
+        undo.callback(os.close, descriptor)
+    try:
+        scratch = _make_scratch(model.plan, private_mounts, undo)
+        if model.destination is DestinationKind.MEMFD:
+            (memfd,) = model.descriptors
+            return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,))
+        if model.destination is DestinationKind.TMPFS:
+            root = _attach(model.descriptors[0], "model", undo)
+        else:
+            assert model.directory is not None
+            root = model.directory
+    except OSError as error:
+        raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+    return Placement(f"{root}/{model.single_file}" if model.single_file else root, root, scratch)
+
+
+def _make_scratch(plan: ServerPlan, private_mounts: bool, undo: ExitStack) -> str:
+    """A writable, executable place for the server's caches: a mount of our own where we may, else in shared memory."""
+    if private_mounts:
+        uid, gid = plan.uid or 0, plan.gid or 0
+        made = mounts.detached_tmpfs(plan.scratch_max_bytes, gid, 0o700, uid=uid, executable=True, huge_pages=False)
+        try:
+            return _attach(made.fd, "scratch", undo)
+        finally:
+            os.close(made.fd)
+    path = f"{SHARED_MEMORY}/keyturn-{os.urandom(8).hex()}"
+    os.mkdir(path, 0o700)
+    undo.callback(shutil.rmtree, path, ignore_errors=True)
+    return path
+
+
+def _attach(mount: int, name: str, undo: ExitStack) -> str:
+    target = f"{RUN_DIRECTORY}/{name}"
+    previous = os.umask(0o022)  # the server's user must be able to walk here; what is mounted has its own mode
+    try:
+        os.makedirs(target, exist_ok=True)
+    finally:
+        os.umask(previous)
+    mounts.attach(mount, target)
+    undo.callback(mounts.detach, target)
+    return target

@@ -1,0 +1,381 @@
+"""The supervisor: forks the worker, takes the open model from it, runs the model server, and tells the world.
+
+Small and single-threaded, standard library only; it never holds a key. Owns the process tree, signals, the private mount
+namespace, the lease clock and the four faces of `report.py`. What happens after key release ends with this process: the
+kernel kills worker and server with it (PDEATHSIG), and the model's mount goes with its namespace.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+
+from agent import __version__
+from agent.channel import Channel
+from agent.closed import Ident
+from agent.errors import (
+    AgentError,
+    BootInterruptedError,
+    InternalError,
+    WorkerLostError,
+)
+from agent.events import (
+    BootStarted,
+    Message,
+    ServerEnded,
+    ServerOutputInherited,
+    ServerReady,
+    ServerRestarting,
+    ServerStarted,
+    Stage,
+    StageEnded,
+    StageFailed,
+    StageStarted,
+    Stopped,
+    Stopping,
+    Wiped,
+    message_from_record,
+)
+from agent.guest import hardening, mounts
+from agent.health import HealthPort
+from agent.publish import RUN_DIRECTORY, HandedModel, publish
+from agent.report import BootReport
+from agent.server import Output, Placement, policy
+from agent.server.probe import Probe, start_probe
+from agent.server.process import ServerProcess, fork, reap_orphans, spawn
+from agent.stages import stage
+from agent.telling import Teller
+
+DEFAULT_STATUS_FILE = f"{RUN_DIRECTORY}/status.json"
+DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+
+
+@dataclass(frozen=True, slots=True)
+class HostHints:
+    """What whoever starts the agent may choose. Nothing here decides anything."""
+
+    status_file: str | None
+    termination_log: str | None
+    health_address: tuple[str, int] | None
+
+
+class Supervisor:
+    """One boot from fork to wipe. `run` may be called once."""
+
+    def __init__(self, mode: str, hints: HostHints, worker: Callable[[Channel], int]) -> None:
+        """`worker` runs in the forked child and returns its exit status."""
+        self._worker_main = worker
+        self._teller = Teller(BootReport(__version__, mode), hints.status_file, hints.termination_log)
+        self._hints = hints
+        self._selector = selectors.DefaultSelector()
+        self._private_mounts = False
+        self._worker: tuple[int, int] | None = None  # pid, pidfd
+        self._channel: Channel | None = None
+        self._handed: HandedModel | None = None
+        self._model: HandedModel | None = None
+        self._undo = ExitStack()  # compensations of publishing
+        self._placement: Placement | None = None
+        self._policy: policy.RestartPolicy | None = None
+        self._server: ServerProcess | None = None
+        self._probe: Probe | None = None
+        self._stop_signal = 0
+        self._next_tick: float | None = None
+        self._kill_at: float | None = None
+        self._error: AgentError | None = None
+        self._ended = False
+
+    def run(self) -> int:
+        """Boot, serve, wipe. The value is the exit status."""
+        hardening.harden_agent()
+        hardening.become_subreaper()
+        with suppress(PermissionError):  # not root: no mounts of our own, the destination will be another
+            mounts.enter_private_mount_namespace()
+            self._private_mounts = True
+        self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
+        self._start_worker()
+        self._watch_signals()
+        if self._hints.health_address:
+            HealthPort(self._hints.health_address, self._selector, self._teller.report)
+        try:
+            while not self._ended:
+                self._turn()
+        except Exception as error:  # a bug must not leave a server running unwatched
+            from agent.worker import place_of
+
+            self._fail(InternalError(place_of(error)))
+        return self._wipe()
+
+    # --- the loop -----------------------------------------------------------------------------------------------------
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        for key, _ in self._selector.select(self._timeout(now)):
+            if self._selector.get_map().get(key.fd) is key:  # an earlier handler of this turn may have closed it
+                key.data()
+            if self._ended:
+                return
+        now = time.monotonic()
+        if self._model and self._model.lease and time.clock_gettime(time.CLOCK_BOOTTIME) >= self._model.lease_ends_at:
+            lease, self._model = self._model.lease, None
+            self._fail(lease)
+        if self._next_tick is not None and now >= self._next_tick and self._policy:
+            self._next_tick = None
+            self._obey(self._policy.decide(policy.Tick(), now))
+        if self._kill_at is not None and now >= self._kill_at:
+            self._ended = True
+        reap_orphans((*self._children(), *([self._server.pid] if self._server else [])))
+
+    def _timeout(self, now: float) -> float | None:
+        waits = [at - now for at in (self._next_tick, self._kill_at) if at is not None]
+        if self._model and self._model.lease:
+            waits.append(self._model.lease_ends_at - time.clock_gettime(time.CLOCK_BOOTTIME))
+        return max(0.0, min(waits)) if waits else None
+
+    def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
+        self._selector.register(descriptor, selectors.EVENT_READ, handler)
+
+    def _unwatch(self, descriptor: int) -> None:
+        with suppress(KeyError):
+            self._selector.unregister(descriptor)
+
+    def _tell(self, message: Message) -> None:
+        self._teller.tell(message)
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    def _watch_signals(self) -> None:
+        reader, writer = socket.socketpair()
+        for end in (reader, writer):
+            end.setblocking(False)
+        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(number, lambda *_: None)
+        self._signal_ends = (reader, writer)
+        self._watch(reader.fileno(), self._on_signal)
+
+    def _on_signal(self) -> None:
+        for number in self._signal_ends[0].recv(64):
+            if number != signal.SIGCHLD:  # that one only ends the wait
+                self._stop(number)
+
+    def _stop(self, number: int) -> None:
+        again, self._stop_signal = self._stop_signal != 0, number
+        if self._worker:
+            # Its device thread is joined, never killed: that can take a minute, and the status says so.
+            self._tell(Stopping(number, Ident("worker")))
+            with suppress(ProcessLookupError):
+                os.kill(self._worker[0], signal.SIGTERM)
+        elif self._policy and not again:
+            self._tell(Stopping(number, Ident("server") if self._server else None))
+            ready = self._policy.state is policy.State.READY
+            if not ready:
+                self._error = BootInterruptedError(number)
+            self._obey(self._policy.decide(policy.StopRequested(), time.monotonic()))
+        elif again:
+            self._ended = True  # asked twice: do not wait for the server
+
+    # --- worker -------------------------------------------------------------------------------------------------------
+
+    def _start_worker(self) -> None:
+        ours, theirs = Channel.pair()
+
+        def become_worker(parent: int) -> None:
+            status = 1
+            try:
+                ours.close()
+                hardening.die_with_parent(parent)
+                status = self._worker_main(theirs)
+            finally:
+                os._exit(status)
+
+        pid = fork(become_worker)
+        theirs.close()
+        self._worker = (pid, os.pidfd_open(pid))
+        self._channel = ours
+        self._watch(ours.fileno(), self._on_channel)
+        self._watch(self._worker[1], self._on_worker_end)
+
+    def _on_channel(self) -> None:
+        """Take everything the worker has said so far."""
+        while self._channel:
+            try:
+                packet = self._channel.receive()
+            except BlockingIOError:
+                return
+            if packet is None:
+                self._unwatch(self._channel.fileno())
+                self._channel.close()
+                self._channel = None
+            elif "loaded" in packet.record:
+                self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
+            else:
+                message = message_from_record(packet.record)
+                if isinstance(message, AgentError):
+                    if self._stop_signal:
+                        continue  # it was told to stop: what it met on the way out is not why it ended
+                    self._error = message
+                self._tell(message)
+
+    def _on_worker_end(self) -> None:
+        assert self._worker
+        self._on_channel()  # a last word may still be in the pipe
+        pid, pidfd = self._worker
+        self._unwatch(pidfd)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED)
+        os.close(pidfd)
+        self._worker = None
+        if self._error:  # told already
+            self._ended = True
+        elif self._stop_signal:
+            self._fail(BootInterruptedError(self._stop_signal))
+        elif self._handed is None:
+            by_itself = ended is not None and ended.si_code == os.CLD_EXITED
+            code = ended.si_status if ended is not None else 0
+            self._fail(WorkerLostError(signal=0 if by_itself else code, status=code if by_itself else 0))
+        else:
+            self._serve(self._handed)
+
+    # --- model and server ---------------------------------------------------------------------------------------------
+
+    def _serve(self, model: HandedModel) -> None:
+        self._model, plan = model, model.plan
+        try:
+            with stage(Stage.PUBLISH, self._tell):
+                self._placement = publish(model, self._private_mounts, self._undo)
+        except AgentError as error:
+            self._fail(error)
+            return
+        if plan.output is Output.INHERIT:
+            self._tell(ServerOutputInherited())
+        self._policy = policy.RestartPolicy(
+            ready_timeout_s=plan.ready_timeout_s, max_restarts=plan.max_restarts, restart_window_s=plan.restart_window_s
+        )
+        self._tell(StageStarted(Stage.SERVER))
+        self._obey(self._policy.decide(policy.Begin(), time.monotonic()))
+
+    def _obey(self, action: policy.Action) -> None:
+        match action:
+            case policy.Start():
+                self._start_server()
+            case policy.Wait(seconds):
+                self._next_tick = None if seconds is None else time.monotonic() + seconds
+            case policy.Stop():
+                self._ask_server_to_stop()
+            case policy.GiveUp(error):
+                self._fail(error)
+
+    def _start_server(self) -> None:
+        assert self._model and self._placement and self._policy
+        plan = self._model.plan
+        try:
+            self._server = server = spawn(plan, self._placement)
+        except AgentError as error:
+            self._fail(error)
+            return
+        self._tell(ServerStarted(server.pid, self._policy.starts, own_uid=bool(plan.uid)))
+        self._watch(server.pidfd, self._on_server_end)
+        if server.output_fd is not None:
+            output = server.output_fd
+            self._watch(output, lambda: None if server.drain() else self._unwatch(output))
+        self._ask_ready()
+        self._obey(self._policy.decide(policy.Tick(), time.monotonic()))
+
+    def _ask_ready(self) -> None:
+        assert self._model
+        self._probe = probe = start_probe(self._model.plan)
+        self._watch(probe.fd, lambda: self._on_probe(probe))
+
+    def _on_probe(self, probe: Probe) -> None:
+        assert self._policy and self._server
+        now = time.monotonic()
+        if probe.read():
+            self._obey(self._policy.decide(policy.NotReady(probe.last_reason), now))
+            return
+        self._unwatch(probe.fd)
+        self._probe = None
+        running = probe.finish(self._server)
+        if running is None:
+            if self._server.is_alive():
+                self._ask_ready()
+            return
+        if Stage.SERVER in self._teller.report.running():
+            self._tell(StageEnded(Stage.SERVER, running.ready_after_ms))
+        self._tell(ServerReady(running.ready_after_ms, self._policy.starts))
+        self._obey(self._policy.decide(policy.Ready(), now))
+
+    def _on_server_end(self) -> None:
+        ended = self._destroy_server()
+        if self._error or self._stop_signal:
+            self._ended = True
+            return
+        assert self._policy
+        action = self._policy.decide(ended, time.monotonic())
+        if isinstance(action, policy.Wait):
+            self._tell(ServerRestarting(round((action.seconds or 0) * 1000), self._policy.starts + 1))
+        self._obey(action)
+
+    def _destroy_server(self) -> policy.Exited:
+        assert self._server
+        server, self._server = self._server, None
+        if self._probe:
+            self._unwatch(self._probe.fd)
+            self._probe.stop()
+            self._probe = None
+        self._unwatch(server.pidfd)
+        if server.output_fd is not None:
+            self._unwatch(server.output_fd)
+        ended = server.destroy(self._children())
+        self._tell(ServerEnded(ended.status, ended.signal, server.output.total_bytes))
+        return ended
+
+    def _ask_server_to_stop(self) -> None:
+        self._next_tick = None
+        if self._server is None:
+            self._ended = True
+            return
+        assert self._model or self._handed
+        plan = (self._model or self._handed).plan  # type: ignore[union-attr]  # one of them is there once a server ran
+        self._server.ask_to_stop()
+        self._kill_at = time.monotonic() + plan.stop_timeout_s
+
+    def _children(self) -> tuple[int, ...]:
+        """Our own children that are not the server's."""
+        return tuple(pid for pid in (self._worker and self._worker[0], self._probe and self._probe.pid) if pid)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def _fail(self, error: AgentError) -> None:
+        """Tell the failure at once, then bring everything to an end."""
+        if self._error is not None:
+            return
+        self._error = error
+        if Stage.SERVER in self._teller.report.running():
+            self._tell(StageFailed(Stage.SERVER, 0))
+        self._tell(error)
+        self._ask_server_to_stop()
+
+    def _wipe(self) -> int:
+        """Run every compensation, whatever happened; then the last word."""
+        if self._worker:
+            os.kill(self._worker[0], signal.SIGKILL)
+            os.waitid(os.P_PID, self._worker[0], os.WEXITED)
+            self._worker = None
+        if self._server:
+            try:
+                self._destroy_server()
+            except AgentError as error:
+                self._error = self._error or error
+                self._tell(error)
+        with suppress(OSError):  # the kernel takes the rest with the process
+            self._undo.close()
+        self._tell(Wiped())
+        if self._error and self._teller.report.error is None:
+            self._tell(self._error)
+        status = self._error.exit_status if self._error else 0
+        self._tell(Stopped(status))
+        self._teller.last_word()
+        return status

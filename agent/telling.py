@@ -1,0 +1,71 @@
+"""Writes the four faces of a boot: stderr, the status file, the termination message. The health port is `health.py`.
+
+Owns the writing and nothing else: what is written is made by `report.py` and `events.py`. A face that cannot be written is
+told once on the others and never stops a boot. Standard library only, because the supervisor imports it.
+"""
+
+import json
+import os
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from agent.events import Message, StatusUnwritable, message_to_record
+from agent.report import BootReport, console_line
+
+
+class Teller:
+    """The only writer of this process."""
+
+    def __init__(self, report: BootReport, status_file: str | None, termination_log: str | None) -> None:
+        self.report = report
+        self._status_file = Path(status_file) if status_file else None
+        self._termination_log = termination_log
+        self._for_people = sys.stderr.isatty()
+        self._began = time.monotonic()
+
+    def tell(self, message: Message) -> None:
+        """One message to everybody."""
+        self.report.apply(message)
+        problem = None
+        if self._status_file:  # first: whoever reads the line may look at the status next
+            try:
+                self._write_status(self._status_file)
+            except OSError as error:
+                self._status_file = None
+                problem = StatusUnwritable(error.errno or 0)
+        self._write_line(message)
+        if problem:
+            self.tell(problem)
+
+    def last_word(self) -> None:
+        """The termination message, where Kubernetes or the operator has made a place for it."""
+        if self._termination_log:
+            with suppress(OSError):  # nobody asked for it, or nobody can read it: stderr had the same
+                Path(self._termination_log).write_text(self.report.termination_message())
+
+    def _write_line(self, message: Message) -> None:
+        if self._for_people:
+            line = console_line(message)
+            text = f"keyturn: {line}\n" if line else ""
+        else:
+            now = time.time()
+            at = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now)) + f".{int(now % 1 * 1000):03d}Z"
+            record = message_to_record(message)
+            record = {"event": record.pop("event"), "at": at, "t_ms": round((time.monotonic() - self._began) * 1000)} | record
+            text = json.dumps(record) + "\n"
+        with suppress(OSError, ValueError):  # whoever read us is gone; the boot goes on
+            sys.stderr.write(text)
+            sys.stderr.flush()
+
+    def _write_status(self, path: Path) -> None:
+        """Atomic: a reader sees the status before or after, never half of one."""
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        new = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            new.write_text(json.dumps(self.report.status()) + "\n")
+            new.rename(path)
+        except OSError:
+            new.unlink(missing_ok=True)
+            raise

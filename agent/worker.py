@@ -1,0 +1,166 @@
+"""The worker process: everything that needs threads, gRPC and cryptography, for the length of one boot.
+
+Forked by the supervisor, it runs `boot.py`, hands descriptors and outcome over the channel and exits: the exit of a process
+is the only real wipe Python has. Owns the translation of whatever went wrong into one AgentError. Its stdout and stderr
+lead nowhere, so that no library can say anything.
+"""
+
+import asyncio
+import os
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import PurePath
+
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+from agent.channel import Channel
+from agent.closed import Ident
+from agent.config import Measured, MeasuredConfig, ServerConfig, parse
+from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError
+from agent.events import Event, Stage, message_to_record
+from agent.evidence import Attester, GpuSystem
+from agent.evidence.collect import Devices, open_devices
+from agent.handshake.token import parse_token_key
+from agent.publish import HandedModel
+from agent.server import Output, ServerPlan
+from agent.server.presets import ProbeKind, command_digest, server_plan
+from agent.stages import Notify, stage
+from agent.threads import in_thread
+
+OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
+"""Opens the devices the configuration names; the command line chooses between silicon and simulators."""
+
+
+def work(channel: Channel, config: bytes, open_hardware: OpenHardware) -> int:
+    """Run one boot and report it over `channel`. The value is this process's exit status: 0 when the outcome was told."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+
+    def notify(event: Event) -> None:
+        channel.send(message_to_record(event))
+
+    with ExitStack() as undo:
+        try:
+            record, descriptors = asyncio.run(_boot(config, open_hardware, undo, notify))
+            channel.send(record, descriptors)
+        except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
+            failure = as_agent_error(error)
+            undo.close()  # first: when the supervisor hears of the failure, nothing is left here
+            if failure is not None:
+                channel.send(message_to_record(failure))
+    channel.close()
+    return 0
+
+
+async def _boot(
+    config: bytes, open_hardware: OpenHardware, undo: ExitStack, notify: Notify
+) -> tuple[dict[str, object], tuple[int, ...]]:
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+
+    with stage(Stage.CONFIG, notify):
+        measured = parse(config)
+        plan = plan_server(measured.config.server)
+
+    with stage(Stage.DEVICES, notify):
+        devices = await in_thread(_open, measured, plan, open_hardware)
+
+    # Imported here, so that a broken configuration or a missing device is told without paying for gRPC.
+    from agent.artifact.sources import open_source
+    from agent.boot import boot
+    from agent.handshake.grpc_client import GrpcBroker
+    from agent.handshake.machine import Trust
+
+    cfg = measured.config
+    store = open_source(cfg.artifact.source, cfg.artifact.ca_pem, timeout_s=60)
+    undo.callback(store.close)
+    trust = Trust(_token_keys(cfg.broker.token_keys), cfg.broker.allow_simulated)
+    lease_from = time.clock_gettime(
+        time.CLOCK_BOOTTIME
+    )  # from before the request: a slow answer costs the lease, not the authority
+    at = cfg.broker
+    async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s) as broker:
+        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, plan.gid)
+    handed = HandedModel(
+        plan=plan,
+        destination=loaded.destination,
+        directory=loaded.directory,
+        single_file=loaded.files[0].path if len(loaded.files) == 1 else None,
+        descriptors=loaded.descriptors,
+        lease=None if lease_s is None else LeaseEndedError(lease_s),
+        lease_ends_at=lease_from + (lease_s or 0),
+    )
+    return {"loaded": handed.record()}, handed.descriptors
+
+
+def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware) -> Devices:
+    cfg = measured.config
+    attester, gpus = open_hardware(cfg)
+    return open_devices(
+        attester,
+        gpus,
+        gpu_count=cfg.gpu.count,
+        ready_preset=cfg.gpu.ready_state == "preset",
+        config_digest=measured.digest,
+        manifest_digest=cfg.artifact.manifest_digest,
+        server_command_digest=command_digest(plan.argv),
+    )
+
+
+def _token_keys(pems: tuple[str, ...]) -> tuple[EllipticCurvePublicKey, ...]:
+    keys = []
+    for index, pem in enumerate(pems):
+        try:
+            keys.append(parse_token_key(pem))
+        except ValueError:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.token_keys[{index}]")) from None
+    return tuple(keys)
+
+
+def plan_server(server: ServerConfig) -> ServerPlan:
+    """The plan of the `[server]` section. Raises ConfigError."""
+    as_root = os.geteuid() == 0
+    keep_root = as_root and server.unsafe_run_as_root
+    return server_plan(
+        server.preset,
+        port=server.port,
+        command=server.command,
+        environment=server.environment,
+        uid=(0 if keep_root else server.uid) if as_root else None,
+        gid=(0 if keep_root else server.gid) if as_root else None,
+        model_id=server.model_id,
+        health_path=server.health_path,
+        probe=ProbeKind(server.probe) if server.probe else None,
+        ready_timeout_s=server.ready_timeout_s,
+        stop_timeout_s=server.stop_timeout_s,
+        max_restarts=server.max_restarts,
+        output=Output(server.output),
+    )
+
+
+def as_agent_error(error: BaseException) -> AgentError | None:
+    """The one AgentError to report: the first in a group; None for cancellation; InternalError for anything foreign."""
+    if isinstance(error, AgentError):
+        return error
+    if isinstance(error, BaseExceptionGroup):
+        found = [as_agent_error(inner) for inner in error.exceptions]
+        ours = [inner for inner in found if inner is not None]
+        return next((inner for inner in ours if not isinstance(inner, InternalError)), ours[0] if ours else None)
+    if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
+        return None
+    return InternalError(place_of(error))
+
+
+def place_of(error: BaseException) -> Ident:
+    """Where an exception outside our tree came from: module, function and line of our innermost frame; never its text."""
+    place = "unknown"
+    for frame in traceback.extract_tb(error.__traceback__):
+        path = PurePath(frame.filename)
+        if "agent" in path.parts:
+            place = f"{path.parent.name}/{path.stem}:{frame.lineno}"
+    return Ident.of_peer(f"{place}:{type(error).__name__}")

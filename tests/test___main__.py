@@ -1,0 +1,63 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+def environment_of_the_agent(**hostile: str) -> dict[str, str]:
+    """The environment after the first act of the process, read from inside by a verb that waits on its input."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "agent", "config", "check", "-"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **hostile},
+    )
+    assert process.stdin
+    assert process.stderr
+    try:
+        while True:  # the same process: it has replaced itself once its command line says so
+            with open(f"/proc/{process.pid}/cmdline", "rb") as stream:
+                if b"\0-I\0" in stream.read():
+                    break
+            assert process.poll() is None
+        with open(f"/proc/{process.pid}/environ", "rb") as stream:
+            pairs = stream.read().decode().split("\0")[:-1]
+    finally:
+        process.communicate(b"", timeout=20)
+    return dict(pair.split("=", 1) for pair in pairs)
+
+
+def test_nothing_of_the_callers_environment_passes_but_the_terminal() -> None:
+    hostile = {
+        "SSLKEYLOGFILE": "/tmp/keys",
+        "PYTHONPATH": "/tmp/evil",
+        "PYTHONSTARTUP": "/tmp/evil.py",
+        "LD_PRELOAD": "",
+        "GRPC_TRACE": "all",
+        "GRPC_VERBOSITY": "DEBUG",
+        "OPENSSL_CONF": "/tmp/openssl.cnf",
+        "https_proxy": "http://evil:1",
+        "SSL_CERT_FILE": "/tmp/ca.pem",
+        "PATH": "/tmp/evil:/usr/bin:/bin",
+        "TERM": "dumb",
+    }
+    found = environment_of_the_agent(**hostile)
+    assert set(found) <= {"PATH", "LC_ALL", "GRPC_VERBOSITY", "TERM", "COLUMNS", "LINES", "NO_COLOR"}
+    assert found["TERM"] == "dumb"
+    assert found["GRPC_VERBOSITY"] == "NONE"
+    assert "/tmp/evil" not in found["PATH"]
+
+
+@pytest.mark.parametrize("isolated", [[], ["-I"]])
+def test_however_it_is_started_the_command_line_is_reached(isolated: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *isolated, "-m", "agent", "--version", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=20,
+    )
+    assert "interfaces" in json.loads(done.stdout)

@@ -1,0 +1,35 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.cli import main
+from agent.commands.run import _open_hardware
+from agent.config import EXAMPLE, parse
+from agent.errors import AgentError
+from agent.sim.machine import SimulatedMachine
+
+
+@pytest.mark.parametrize("address", ["8080", "host:port", "127.0.0.1:65536", "127.0.0.1:-1"])
+def test_a_health_address_without_a_port_is_a_usage_error(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--config", "/dev/null", "--health", address])
+    assert caught.value.code == 2
+    assert "HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_configuration_that_is_not_there_is_told_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "--config", str(tmp_path / "none.toml")]) == 10
+    assert json.loads(capsys.readouterr().err)["class"] == "ConfigError"
+
+
+def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMachine) -> None:
+    simulated = EXAMPLE.replace('"snp"', '"simulated-snp"') + f'[simulation]\nmachine = "{machine.directory}"\n'
+    attester, gpus = _open_hardware(parse(simulated.encode()).config)
+    assert type(attester).__name__ == "SimulatedSnp"
+    assert gpus is not None
+    with pytest.raises(AgentError) as caught:
+        _open_hardware(parse(EXAMPLE.encode()).config)
+    assert caught.value.exit_status == 11

@@ -1,0 +1,40 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from agent.cli import main
+from agent.errors import GpuCountError
+from agent.events import ServerReady, Stage, StageEnded
+from agent.report import BootReport
+
+
+def written(path: Path, report: BootReport) -> list[str]:
+    path.write_text(json.dumps(report.status()))
+    return ["status", "--status-file", str(path)]
+
+
+def test_serving_is_zero_and_anything_else_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = BootReport("0.1.0", "run")
+    report.apply(StageEnded(Stage.LOAD, 5, 10))
+    assert main(written(tmp_path / "status.json", report)) == 1
+    report.apply(ServerReady(5, 1))
+    assert main([*written(tmp_path / "status.json", report), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["phase"] == "serving"
+
+
+def test_a_failure_shows_who_must_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = BootReport("0.1.0", "run")
+    report.apply(GpuCountError(2, 1))
+    assert main(written(tmp_path / "status.json", report)) == 1
+    shown = capsys.readouterr().out
+    assert "GpuCountError: expected 2 distinct GPUs, got 1" in shown
+    assert "who must act: host" in shown
+
+
+@pytest.mark.parametrize("content", [None, "", "[]", "{}", '{"schema": "other"}'])
+def test_no_status_is_told_as_such(tmp_path: Path, content: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    if content is not None:
+        (tmp_path / "status.json").write_text(content)
+    assert main(["status", "--status-file", str(tmp_path / "status.json")]) == 2
+    assert "no status of an agent" in capsys.readouterr().err

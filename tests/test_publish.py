@@ -1,0 +1,61 @@
+import json
+import os
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from agent.artifact import DestinationKind
+from agent.config import EXAMPLE, parse
+from agent.errors import DestinationError, LeaseEndedError
+from agent.publish import HandedModel, publish
+from agent.server import ServerPlan
+from agent.worker import plan_server
+
+PLAN: ServerPlan = plan_server(parse(EXAMPLE.encode()).config.server)
+
+
+def handed(destination: DestinationKind, descriptors: tuple[int, ...] = (), directory: str | None = None) -> HandedModel:
+    return HandedModel(PLAN, destination, directory, "weights/model.gguf", descriptors, LeaseEndedError(60), 123.5)
+
+
+def test_what_the_worker_hands_over_survives_the_channel() -> None:
+    model = handed(DestinationKind.DIRECTORY, (), "/model")
+    again = HandedModel.of(json.loads(json.dumps(model.record())), ())
+    assert again.plan == model.plan
+    assert again.record() == model.record()
+
+
+@pytest.mark.parametrize("record", [None, [], {}, {"plan": {}}])
+def test_anything_else_is_refused(record: object) -> None:
+    with pytest.raises((ValueError, KeyError)):
+        HandedModel.of(record, ())
+
+
+def test_a_memfd_is_named_by_its_number_and_scratch_goes_with_the_boot() -> None:
+    memfd = os.memfd_create("model")
+    with ExitStack() as undo:
+        place = publish(handed(DestinationKind.MEMFD, (memfd,)), False, undo)
+        assert (place.model, place.descriptors) == (f"/proc/self/fd/{memfd}", (memfd,))
+        assert Path(place.scratch).stat().st_mode & 0o777 == 0o700
+        Path(place.scratch, "cache").write_text("x")
+    assert not Path(place.scratch).exists()
+    with pytest.raises(OSError):
+        os.fstat(memfd)
+
+
+def test_a_given_directory_stays_where_it_is(tmp_path: Path) -> None:
+    with ExitStack() as undo:
+        place = publish(handed(DestinationKind.DIRECTORY, (), str(tmp_path)), False, undo)
+        assert place.model == f"{tmp_path}/weights/model.gguf"
+        assert place.model_dir == str(tmp_path)
+    assert tmp_path.exists()
+
+
+def test_what_is_no_mount_cannot_be_attached_and_nothing_stays() -> None:
+    reader, writer = os.pipe()
+    os.close(writer)
+    with ExitStack() as undo, pytest.raises(DestinationError):
+        publish(handed(DestinationKind.TMPFS, (reader,)), False, undo)
+    with pytest.raises(OSError):
+        os.fstat(reader)

@@ -1,0 +1,53 @@
+import asyncio
+import os
+
+import pytest
+
+from agent.config import EXAMPLE, parse
+from agent.errors import ConfigError, ConfigProblem, GpuCountError, InternalError
+from agent.worker import as_agent_error, place_of, plan_server
+
+
+def raised(error: BaseException) -> BaseException:
+    try:
+        raise error
+    except BaseException as caught:
+        return caught
+
+
+def test_our_own_error_is_reported_before_anything_foreign_in_the_same_group() -> None:
+    group = ExceptionGroup("text", [raised(KeyError("secret")), GpuCountError(2, 1)])
+    assert isinstance(as_agent_error(group), GpuCountError)
+    nested = ExceptionGroup("text", [ExceptionGroup("text", [GpuCountError(2, 1)])])
+    assert isinstance(as_agent_error(nested), GpuCountError)
+
+
+def test_cancellation_is_no_failure_of_its_own() -> None:
+    assert as_agent_error(asyncio.CancelledError()) is None
+    assert as_agent_error(BaseExceptionGroup("text", [asyncio.CancelledError()])) is None
+
+
+def test_a_foreign_exception_is_told_by_its_place_never_by_its_text() -> None:
+    try:
+        parse(None)  # type: ignore[arg-type]  # a bug of ours
+    except TypeError as error:
+        place = place_of(error)
+        internal = as_agent_error(error)
+    assert place.startswith("agent/config:")
+    assert place.endswith(":TypeError")
+    assert isinstance(internal, InternalError)
+    assert "secret" not in str(as_agent_error(raised(KeyError("secret"))))
+
+
+def test_the_server_runs_under_its_own_user_only_where_we_can_change_users() -> None:
+    server = parse(EXAMPLE.encode()).config.server
+    plan = plan_server(server)
+    assert plan.uid == (65532 if os.geteuid() == 0 else None)
+    assert plan.argv[0] == "/usr/bin/llama-server"
+
+
+def test_a_server_that_cannot_be_planned_is_a_config_error() -> None:
+    text = EXAMPLE.replace('preset = "llama-cpp"', 'preset = "custom"')
+    with pytest.raises(ConfigError) as caught:
+        plan_server(parse(text.encode()).config.server)
+    assert (caught.value.problem, caught.value.key) == (ConfigProblem.MISSING_KEY, "server.health_path")

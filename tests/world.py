@@ -1,0 +1,263 @@
+"""A whole world for one boot: silicon, broker process, sealed model, configuration, and the agent as its own process.
+
+Nothing of the product is replaced: the broker is `keyturn broker`, the agent is `keyturn run`, evidence is in the real
+formats and only its silicon is simulated. The model server is `tests/tiny_server.py`.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from agent.artifact.seal import seal_model
+from agent.broker import bootstrap
+from agent.server.presets import command_digest
+from agent.sim.machine import SimulatedMachine
+
+KEY_URI = "kbs:///models/tiny/1"
+KEY = bytes(range(100, 132))
+MODEL_BYTES = 3 * (1 << 20) + 12345
+DEADLINE_S = 60
+_TINY_SERVER = Path(__file__).with_name("tiny_server.py")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def others_can_execute(path: str) -> bool:
+    """May a user who is nobody special run this program?"""
+    real = Path(path).resolve()
+    steps = [*Path(path).absolute().parents, *real.parents]
+    return all(step.stat().st_mode & stat.S_IXOTH for step in steps) and bool(real.stat().st_mode & stat.S_IXOTH)
+
+
+@dataclass
+class Outcome:
+    """What an agent process left behind."""
+
+    status: int
+    events: list[dict[str, Any]]
+    termination: str
+
+    @property
+    def failure(self) -> dict[str, Any]:
+        return next(event for event in self.events if event["event"] == "failed")
+
+    def names(self) -> list[str]:
+        return [event["event"] for event in self.events]
+
+
+class World:
+    """Change the public fields before `boot`."""
+
+    def __init__(self, folder: Path, silicon: Path, undo: ExitStack, gpus: int = 1, files: int = 1) -> None:
+        self.folder = folder
+        self.undo = undo
+        self.machine = SimulatedMachine.create(folder / "machine", gpus=gpus, silicon=silicon)
+        self.silicon = silicon
+        self.port, self.broker_port = free_port(), free_port()
+        self.behaviour = "serve"
+        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": os.urandom(MODEL_BYTES) for i in range(files)}
+        source = folder / "source"
+        source.mkdir()
+        for name, data in self.model.items():
+            (source / name).write_bytes(data)
+        self.layout = folder / "layout"
+        self.manifest_digest = seal_model(source, self.layout, KEY, KEY_URI, "tiny", 3, lambda *_: None)
+        self.broker = bootstrap.create(folder / "broker", "kbs.test", datetime.now(UTC))
+        key_file = folder / "broker" / "keys" / KEY_URI.removeprefix("kbs:///")
+        key_file.parent.mkdir(parents=True, exist_ok=True)
+        key_file.write_bytes(KEY)
+        key_file.chmod(0o600)
+        self.key_file = key_file
+        self.tee: dict[str, Any] = {"attester": "simulated-snp"}
+        self.gpu: dict[str, Any] = {"count": gpus}
+        self.broker_config: dict[str, Any] = {
+            "endpoints": [f"127.0.0.1:{self.broker_port}"],
+            "server_name": "kbs.test",
+            "ca_pem": self.broker.ca_pem,
+            "token_keys": [self.broker.token_key_pem],
+            "key_uri": KEY_URI,
+            "timeout_s": 20,
+            "allow_simulated": True,
+        }
+        self.artifact: dict[str, Any] = {"source": str(self.layout), "manifest_digest": self.manifest_digest, "min_version": 1}
+        model = "{model}" if files == 1 else "{model_dir}/model-1.gguf"
+        self.server: dict[str, Any] = {
+            "preset": "custom",
+            "command": [sys.executable, "-I", str(_TINY_SERVER), model, str(self.port), self.behaviour],
+            "port": self.port,
+            "health_path": "/health",
+            "model_id": "tiny",
+            "probe": "embedding",
+            "ready_timeout_s": 30,
+            "stop_timeout_s": 5,
+        }
+        if os.geteuid() == 0 and not (others_can_execute(sys.executable) and others_can_execute(str(_TINY_SERVER.parent))):
+            self.server["unsafe_run_as_root"] = True
+        self.row: dict[str, Any] = {
+            "key_uri": KEY_URI,
+            "release_channel": "test",
+            "revoked": False,
+            "not_after": datetime(2100, 1, 1, tzinfo=UTC),
+            "min_model_version": 1,
+            "manifest_digests": [{"id": "tiny-v3", "value": self.manifest_digest}],
+            "server_command_digests": [{"id": "argv-1", "value": command_digest(tuple(self.server["command"]))}],
+        }
+        self.row_snp: dict[str, Any] = {
+            "measurements": [{"id": "image-1", "value": self.machine.measurement.hex()}],
+            "minimum_tcb": [{"id": "tcb-1", "product": "Genoa", "bootloader": 0, "tee": 0, "snp": 0, "microcode": 0}],
+            "debug": False,
+            "vmpl": 0,
+        }
+        self.row_gpu: dict[str, Any] = {"count": gpus}
+        if gpus:
+            self.row_gpu |= {
+                "driver_versions": [{"id": "driver-1", "value": self.machine.gpu.driver_version}],
+                "vbios_versions": [{"id": "vbios-1", "value": self.machine.gpu.vbios_version}],
+                "modes": ["cc"],
+                "ready": False,
+            }
+        self.broker_flags = ["--unsafe-simulation-roots", str(silicon)]
+        self.host_data: bytes | None = None
+        """What the guest is launched with; None: the digest of its configuration."""
+
+    # --- files --------------------------------------------------------------------------------------------------------
+
+    def set_behaviour(self, behaviour: str) -> None:
+        self.server["command"][-1] = behaviour
+
+    def command_digest(self) -> str:
+        return command_digest(tuple(self.server["command"]))
+
+    def write_config(self) -> Path:
+        sections = {
+            "tee": self.tee,
+            "simulation": {"machine": str(self.machine.directory)},
+            "gpu": self.gpu,
+            "broker": self.broker_config,
+            "artifact": self.artifact,
+            "server": self.server,
+        }
+        path = self.folder / "keyturn.toml"
+        path.write_text('schema = "keyturn/v1"\n' + "".join(f"[{name}]\n{_toml(body)}" for name, body in sections.items()))
+        return path
+
+    def write_policy(self) -> Path:
+        text = 'schema = "keyturn-policy/v1"\nversion = "7"\n'
+        if self.row:
+            text += f"[[row]]\n{_toml(self.row)}[row.snp]\n{_toml(self.row_snp)}[row.gpu]\n{_toml(self.row_gpu)}"
+        path = self.folder / "policy.toml"
+        path.write_text(text)
+        return path
+
+    # --- processes ----------------------------------------------------------------------------------------------------
+
+    def start_broker(self) -> None:
+        made = self.folder / "broker"
+        command = [sys.executable, "-m", "agent", "broker", "--listen", f"127.0.0.1:{self.broker_port}"]
+        command += ["--policy", str(self.write_policy()), "--keys", str(made / "keys"), "--token-key", str(made / "token.key")]
+        command += ["--tls-cert", str(made / "tls.pem"), "--tls-key", str(made / "tls.key")]
+        command += ["--audit", str(self.folder / "audit.jsonl"), *self.broker_flags]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout
+        self.undo.callback(process.stdout.close)
+        self.undo.callback(process.wait, DEADLINE_S)
+        self.undo.callback(process.terminate)
+        assert json.loads(process.stdout.readline())["event"] == "listening"
+
+    def audit(self) -> list[tuple[str, str, str | None]]:
+        """(step, decision, claim or reason) of every audit line."""
+        path = self.folder / "audit.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [(line["step"], line["decision"], line["claim"] or line["reason"]) for line in lines]
+
+    def start(self, *, broker: bool = True, flags: tuple[str, ...] = ()) -> "Agent":
+        """The agent as its own process, on a guest launched with the digest of its configuration."""
+        config = self.write_config()
+        digest = hashlib.sha256(config.read_bytes()).digest()
+        self.row_snp.setdefault("host_data", [{"id": "config-1", "value": digest.hex()}])
+        self.machine.host_data = self.host_data or digest
+        self.machine.save()
+        if broker:
+            self.start_broker()
+        return Agent(config, self.folder, self.undo, flags)
+
+    def boot(self, *, broker: bool = True) -> "Outcome":
+        """A boot that is expected to end by itself."""
+        return self.start(broker=broker).wait()
+
+
+class Agent:
+    """A running `keyturn run`."""
+
+    def __init__(self, config: Path, folder: Path, undo: ExitStack, flags: tuple[str, ...]) -> None:
+        self.termination_log = folder / "termination"
+        self.status_file = folder / "status" / "status.json"
+        command = [sys.executable, "-m", "agent", "run", "--config", str(config)]
+        command += ["--termination-log", str(self.termination_log), "--status-file", str(self.status_file), *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.events: list[dict[str, Any]] = []
+        undo.callback(self._kill)
+
+    def wait_for(self, name: str) -> dict[str, Any]:
+        """The next event of this name. The agent's end is an error."""
+        assert self.process.stderr
+        for line in self.process.stderr:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == name:
+                return self.events[-1]
+        raise AssertionError(f"no {name} in {self.events}")
+
+    def stop(self, number: int = signal.SIGTERM) -> "Outcome":
+        self.process.send_signal(number)
+        return self.wait()
+
+    def wait(self) -> "Outcome":
+        stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
+        assert stdout == b"", "the agent says nothing on stdout"
+        self.events += [json.loads(line) for line in stderr.splitlines()]
+        termination = self.termination_log.read_text() if self.termination_log.exists() else ""
+        return Outcome(self.process.returncode, self.events, termination)
+
+    def _kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.communicate()
+
+
+def ask(port: int, path: str) -> dict[str, Any]:
+    """GET a JSON answer of the model server."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        return answer
+    finally:
+        connection.close()
+
+
+def _toml(table: dict[str, Any]) -> str:
+    return "".join(f"{key} = {_value(value)}\n" for key, value in table.items())
+
+
+def _value(value: object) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_value(item) for item in value) + "]"
+    return value.isoformat() if isinstance(value, datetime) else json.dumps(value)
