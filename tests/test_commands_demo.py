@@ -1,0 +1,30 @@
+"""`keyturn demo` as a command line; what it does is in test_demo_run.py."""
+
+import subprocess
+import sys
+
+KEYTURN = [sys.executable, "-I", "-m", "agent"]
+
+
+def test_help_names_every_option() -> None:
+    shown = subprocess.run([*KEYTURN, "demo", "--help"], capture_output=True, text=True)
+    assert shown.returncode == 0
+    assert all(option in shown.stdout for option in ("--once", "--json", "--flip-byte"))
+
+
+def test_an_unknown_option_is_a_usage_error() -> None:
+    assert subprocess.run([*KEYTURN, "demo", "--skip-gate"], stderr=subprocess.DEVNULL).returncode == 2
+
+
+def test_an_installation_without_the_demos_packages_names_the_missing_one() -> None:
+    code = """
+import sys
+sys.path = [path for path in sys.path if "-packages" not in path]
+from agent.commands import demo
+try:
+    demo.add_parser(None, "")
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert shown.stdout == "gguf\n"
