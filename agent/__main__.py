@@ -17,7 +17,7 @@ def main() -> int:
     """Run the command line; the value is the exit status."""
     clean = {name: os.environ[name] for name in _ALLOWED if name in os.environ} | _FIXED
     if not sys.flags.isolated or dict(os.environ) != clean:
-        os.execve(sys.executable, [sys.executable, "-I", "-m", "agent", *sys.argv[1:]], clean)
+        os.execve(sys.executable, [sys.executable, "-I", "-m", "agent", *sys.argv[1:]], clean)  # ourselves
     from agent.cli import main as cli_main
 
     return cli_main(sys.argv[1:])

@@ -39,6 +39,11 @@ async def boot(
     """Attest, secure the devices, open the model.
 
     Args:
+        cfg: the measured configuration.
+        devices: open, and good enough to be attested.
+        broker: not connected yet.
+        store: where the sealed model lies.
+        notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
         gid: group that may read the open model; None: our own.
 
@@ -55,7 +60,7 @@ async def boot(
             verdict, ephemeral = await broker.attest(
                 Ident(cfg.broker.key_uri),
                 devices.attester.tee,
-                lambda data: in_thread(devices.collect, data),
+                lambda data: in_thread(lambda: devices.collect(data)),
                 lambda request_id, attempt: notify(Requested(request_id, attempt)),
             )
             claims = verdict.claims
@@ -64,8 +69,9 @@ async def boot(
         with stage(Stage.RELEASE_KEY, notify):
             sealed = await broker.release_key(verdict)
 
+        (await prepared).check()  # what can fail without costing the VM fails before the gate
         with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
-            secured = await in_thread(devices.secure, verdict)
+            secured = await in_thread(lambda: devices.secure(verdict))
             if secured.inventory:
                 notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
 
@@ -82,6 +88,10 @@ async def _prepare(cfg: MeasuredConfig, store: BlobSource, undo: ExitStack, noti
     with stage(Stage.PREPARE, notify):
         artifact = cfg.artifact
         prepared = await load.prepare(store, artifact, cfg.broker.key_uri, undo, gid=gid, allow_swap=artifact.unsafe_allow_swap)
-        kind = Ident(prepared.destination.kind.value)
-        notify(DestinationChosen(kind, prepared.model.total_plaintext_bytes, prepared.destination.noswap))
+        destination = prepared.destination
+        notify(
+            DestinationChosen(
+                Ident(destination.kind.value), prepared.model.total_plaintext_bytes, destination.noswap, prepared.swap_active
+            )
+        )
         return prepared

@@ -231,15 +231,15 @@ EXPLAIN = {
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",
-    "broker.endpoints": "host:port of each address of the one broker; a host may be hinted to another address, never to another identity",
+    "broker.endpoints": "host:port of each address of the one broker; they are tried in turn, and say nothing of who answers",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",
     "broker.key_uri": "the model key: kbs:///repository/type/tag",
     "broker.timeout_s": "seconds for the whole handshake including retries, 1..3600, default 180",
     "broker.allow_simulated": "accept a verdict over simulated evidence; only with a simulated attester",
-    "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. Plain http is safe for "
-    "secrecy and integrity, since every byte is authenticated; it shows names and sizes to the network",
+    "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. With plain http the "
+    "network sees names and sizes; every byte is authenticated all the same",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`",
     "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
     "artifact.ca_pem": "CA for an https source; default: the system's",
@@ -263,7 +263,8 @@ EXPLAIN = {
     "server.ready_timeout_s": "seconds until the server must be ready, default 600",
     "server.stop_timeout_s": "seconds between SIGTERM and SIGKILL, default 30",
     "server.max_restarts": "how often a crashed server is started again within ten minutes, default 3",
-    "server.output": "count: what the server prints stays in the guest, only byte counts leave. inherit: it goes to the agent's output",
+    "server.output": "count: what the server prints stays in the guest, only byte counts leave. "
+    "inherit: it goes to the agent's output",
 }
 """One sentence for each key; a test compares the keys with the schema."""
 

@@ -793,6 +793,18 @@ class InternalError(AgentError):
     next_step = "please report this with the place and the version"
     place: Ident
 
+    @classmethod
+    def of(cls, error: BaseException) -> "InternalError":
+        """For an exception outside this tree: file and line of our innermost frame and the type, never the text."""
+        place = "unknown"
+        trace = error.__traceback__
+        while trace is not None:
+            path = trace.tb_frame.f_code.co_filename.removesuffix(".py").split("/")
+            if "agent" in path:
+                place = f"{'/'.join(path[-2:])}:{trace.tb_lineno}"
+            trace = trace.tb_next
+        return cls(Ident.of_peer(f"{place}:{type(error).__name__}"))
+
     def what(self) -> str:
         return f"internal error at {self.place}"
 

@@ -28,6 +28,7 @@ class Stage(enum.Enum):
     SERVER = "server"  # first start until ready
 
 
+@dataclasses.dataclass(frozen=True)
 class Event(ClosedRecord):
     """Base of all events; subclasses are frozen dataclasses of closed values."""
 
@@ -75,7 +76,8 @@ class Requested(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Retrying(Event):
-    stage: Stage
+    """Attempt `attempt` at the broker failed with this class of error; the next one begins after `wait_ms`."""
+
     attempt: int
     wait_ms: int
     error: Ident
@@ -100,11 +102,12 @@ class GatePassed(Event):
 
 @dataclasses.dataclass(frozen=True)
 class DestinationChosen(Event):
-    """`noswap`: the kernel never swaps this memory."""
+    """`noswap`: the kernel never swaps this memory. `swap_active`: the guest has swap, and the configuration allows it."""
 
     kind: Ident
     bytes: int
     noswap: bool
+    swap_active: bool
 
 
 @dataclasses.dataclass(frozen=True)

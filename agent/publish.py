@@ -88,6 +88,7 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         else:
             assert model.directory is not None
             root = model.directory
+            undo.callback(shutil.rmtree, root, ignore_errors=True)
     except OSError as error:
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
     return Placement(f"{root}/{model.single_file}" if model.single_file else root, root, scratch)

@@ -20,6 +20,8 @@ from agent.closed import Ident
 from agent.errors import (
     AgentError,
     BootInterruptedError,
+    DestinationError,
+    DestinationProblem,
     InternalError,
     WorkerLostError,
 )
@@ -92,10 +94,15 @@ class Supervisor:
         """Boot, serve, wipe. The value is the exit status."""
         hardening.harden_agent()
         hardening.become_subreaper()
-        with suppress(PermissionError):  # not root: no mounts of our own, the destination will be another
+        self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
+        try:
             mounts.enter_private_mount_namespace()
             self._private_mounts = True
-        self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
+        except PermissionError:
+            pass  # not root: no mounts of our own, the destination will be another
+        except OSError as error:  # root without a root mount (chroot): nothing may be mounted where others see it
+            self._fail(DestinationError(DestinationProblem.KERNEL, error.errno or 0))
+            return self._wipe()
         self._start_worker()
         self._watch_signals()
         if self._hints.health_address:
@@ -103,10 +110,8 @@ class Supervisor:
         try:
             while not self._ended:
                 self._turn()
-        except Exception as error:  # a bug must not leave a server running unwatched
-            from agent.worker import place_of
-
-            self._fail(InternalError(place_of(error)))
+        except Exception as error:  # noqa: BLE001  # a bug must not leave a server running unwatched
+            self._fail(InternalError.of(error))
         return self._wipe()
 
     # --- the loop -----------------------------------------------------------------------------------------------------

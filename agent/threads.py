@@ -2,31 +2,30 @@
 
 import asyncio
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from contextlib import suppress
+from typing import TypeVar
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-async def in_thread(work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+async def in_thread(work: Callable[[], _T], on_cancel: Callable[[], None] = lambda: None) -> _T:
     """Run `work` in a thread and wait for its end, also when cancelled.
 
     A cancelled caller is told so only after the thread has ended: a device request that is abandoned half-way can cost the
     guest its attestation key, and memory must not be freed under a thread that writes into it.
+
+    Args:
+        work: what may block.
+        on_cancel: called when the caller is cancelled; makes `work` end early, where that is allowed.
     """
-    running = asyncio.ensure_future(asyncio.to_thread(work, *args, **kwargs))
+    running = asyncio.create_task(asyncio.to_thread(work))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
+        on_cancel()
         while not running.done():
-            await _until_done(running)
+            with suppress(asyncio.CancelledError):  # cancelled again: the thread still has to end
+                await asyncio.wait({running})
         if not running.cancelled():
-            running.exception()  # taken note of: what the thread raised no longer matters
+            running.exception()  # retrieved, or asyncio would write it out
         raise
-
-
-async def _until_done(running: "asyncio.Future[_T]") -> None:
-    try:
-        await asyncio.wait([running])
-    except asyncio.CancelledError:
-        return  # cancelled again: the thread still has to end

@@ -9,27 +9,28 @@ import asyncio
 import os
 import signal
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import PurePath
-
-from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+from typing import TYPE_CHECKING
 
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import Measured, MeasuredConfig, ServerConfig, parse
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError
-from agent.events import Event, Stage, message_to_record
+from agent.events import Event, Retrying, Stage, message_to_record
 from agent.evidence import Attester, GpuSystem
-from agent.evidence.collect import Devices, open_devices
-from agent.handshake.token import parse_token_key
 from agent.publish import HandedModel
 from agent.server import Output, ServerPlan
 from agent.server.presets import ProbeKind, command_digest, server_plan
 from agent.stages import Notify, stage
 from agent.threads import in_thread
 
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
+
+    from agent.evidence.collect import Devices
+
+STORE_TIMEOUT_S = 60
 OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
@@ -47,6 +48,7 @@ def work(channel: Channel, config: bytes, open_hardware: OpenHardware) -> int:
         try:
             record, descriptors = asyncio.run(_boot(config, open_hardware, undo, notify))
             channel.send(record, descriptors)
+            undo.pop_all()  # it is the supervisor's now: nothing here may take it back
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
             failure = as_agent_error(error)
             undo.close()  # first: when the supervisor hears of the failure, nothing is left here
@@ -67,24 +69,28 @@ async def _boot(
         measured = parse(config)
         plan = plan_server(measured.config.server)
 
-    with stage(Stage.DEVICES, notify):
-        devices = await in_thread(_open, measured, plan, open_hardware)
-
-    # Imported here, so that a broken configuration or a missing device is told without paying for gRPC.
-    from agent.artifact.sources import open_source
-    from agent.boot import boot
+    # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     from agent.handshake.grpc_client import GrpcBroker
     from agent.handshake.machine import Trust
 
-    cfg = measured.config
-    store = open_source(cfg.artifact.source, cfg.artifact.ca_pem, timeout_s=60)
-    undo.callback(store.close)
-    trust = Trust(_token_keys(cfg.broker.token_keys), cfg.broker.allow_simulated)
-    lease_from = time.clock_gettime(
-        time.CLOCK_BOOTTIME
-    )  # from before the request: a slow answer costs the lease, not the authority
-    at = cfg.broker
-    async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s) as broker:
+    def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
+        notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
+
+    cfg, at = measured.config, measured.config.broker
+    trust = Trust(_token_keys(at.token_keys), at.allow_simulated)
+    async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry) as broker:
+        broker.connect()
+
+        with stage(Stage.DEVICES, notify):
+            devices = await in_thread(lambda: _open(measured, plan, open_hardware))
+
+        from agent.artifact.sources import open_source
+        from agent.boot import boot
+
+        store = open_source(cfg.artifact.source, cfg.artifact.ca_pem, timeout_s=STORE_TIMEOUT_S)
+        undo.callback(store.close)
+        # From before the request: a slow answer costs the lease, not the authority.
+        lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
         loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, plan.gid)
     handed = HandedModel(
         plan=plan,
@@ -98,7 +104,9 @@ async def _boot(
     return {"loaded": handed.record()}, handed.descriptors
 
 
-def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware) -> Devices:
+def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware) -> "Devices":
+    from agent.evidence.collect import open_devices
+
     cfg = measured.config
     attester, gpus = open_hardware(cfg)
     return open_devices(
@@ -112,7 +120,9 @@ def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware) -> 
     )
 
 
-def _token_keys(pems: tuple[str, ...]) -> tuple[EllipticCurvePublicKey, ...]:
+def _token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
+    from agent.handshake.token import parse_token_key
+
     keys = []
     for index, pem in enumerate(pems):
         try:
@@ -153,14 +163,4 @@ def as_agent_error(error: BaseException) -> AgentError | None:
         return next((inner for inner in ours if not isinstance(inner, InternalError)), ours[0] if ours else None)
     if isinstance(error, (asyncio.CancelledError, KeyboardInterrupt)):
         return None
-    return InternalError(place_of(error))
-
-
-def place_of(error: BaseException) -> Ident:
-    """Where an exception outside our tree came from: module, function and line of our innermost frame; never its text."""
-    place = "unknown"
-    for frame in traceback.extract_tb(error.__traceback__):
-        path = PurePath(frame.filename)
-        if "agent" in path.parts:
-            place = f"{path.parent.name}/{path.stem}:{frame.lineno}"
-    return Ident.of_peer(f"{place}:{type(error).__name__}")
+    return InternalError.of(error)

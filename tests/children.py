@@ -5,7 +5,6 @@ import os
 import pickle
 import select
 import signal
-import socket
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -34,7 +33,7 @@ def in_child(scenario: Callable[[], _Result]) -> _Result:
             answer: tuple[_Result | None, str]
             try:
                 answer = scenario(), ""
-            except BaseException:  # noqa: BLE001 - it is raised again on the other side
+            except BaseException:
                 answer = None, traceback.format_exc()
             with open(theirs, "wb") as pipe:
                 pickle.dump(answer, pipe)
@@ -82,10 +81,3 @@ def python() -> str:
         if path.exists() and all(part.stat().st_mode & 0o001 for part in (path, *path.parents)):
             return str(path)
     raise AssertionError("no interpreter that every user may execute")
-
-
-def bound_socket() -> socket.socket:
-    """A TCP socket with a port on the loopback that nobody else can take; nobody is listening yet."""
-    bound = socket.socket()
-    bound.bind(("127.0.0.1", 0))
-    return bound

@@ -496,8 +496,14 @@ def test_a_store_that_stays_away_ends_the_boot_at_the_deadline(sealed: Sealed, g
     store = Store(sealed)
     store.refuses = ArtifactUnavailableError(StoreProblem.UNREACHABLE)
     with pytest.raises(ArtifactUnavailableError) as caught:
-        boot(config(sealed, "directory", given, timeout_s=1), source=store)
+        boot(config(sealed, "directory", given, timeout_s=0.1), source=store)
     assert caught.value.problem is StoreProblem.UNREACHABLE
+
+
+def test_a_store_that_is_merely_slow_ends_the_boot_at_the_deadline(sealed: Sealed, given: Path) -> None:
+    with pytest.raises(ArtifactUnavailableError) as caught:
+        boot(config(sealed, "directory", given, timeout_s=0))
+    assert caught.value.problem is StoreProblem.TIMEOUT
 
 
 def test_what_cannot_get_better_is_not_asked_again(sealed: Sealed, given: Path) -> None:
@@ -516,13 +522,54 @@ def test_a_blob_that_is_missing_ends_the_load(sealed: Sealed, given: Path) -> No
     assert caught.value.problem is StoreProblem.NOT_FOUND
 
 
-def test_a_bug_in_a_thread_is_not_lost(sealed: Sealed, given: Path) -> None:
+@pytest.mark.parametrize("how_often", [1, SEGMENTS])
+def test_a_bug_in_a_thread_is_not_lost(sealed: Sealed, given: Path, how_often: int) -> None:
     class Broken(Store):
+        bugs = how_often
+
         def read_range(self, digest: str, offset: int, out: memoryview) -> int:
-            raise RuntimeError("bug")
+            if self.bugs:
+                self.bugs -= 1
+                raise RuntimeError("bug")
+            return super().read_range(digest, offset, out)
 
     with pytest.raises(RuntimeError, match="bug"):
         boot(config(sealed, "directory", given), source=Broken(sealed))
+
+
+def test_the_first_error_ends_the_other_threads(sealed: Sealed, given: Path) -> None:
+    lacking = next(file.blob_digest for file in sealed.model.files if file.path == "config.json")
+
+    class Lacking(Store):
+        failed_in: threading.Thread | None = None
+
+        def read_range(self, digest: str, offset: int, out: memoryview) -> int:
+            if digest != lacking:
+                return super().read_range(digest, offset, out)
+            self.failed_in = threading.current_thread()
+            self.failing.set()
+            raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
+
+        def __init__(self, sealed: Sealed) -> None:
+            super().__init__(sealed)
+            self.failing = threading.Event()
+
+    store = Lacking(sealed)
+    store.may_answer.clear()
+
+    def fail_and_let_go(prepared: Prepared) -> None:
+        assert store.failing.wait(30)
+        assert store.failed_in is not None
+        store.failed_in.join()
+        store.may_answer.set()
+        for thread in threading.enumerate():
+            if thread.name == "segments":
+                thread.join()
+        assert store.reads <= 4  # one for each run of segments that was under way
+        prepared.check()
+
+    with pytest.raises(ArtifactUnavailableError):
+        boot(config(sealed, "directory", given), source=store, before_load=fail_and_let_go)
 
 
 # --- cancellation -----------------------------------------------------------------------------------------------------

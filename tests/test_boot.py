@@ -364,7 +364,7 @@ def test_every_fault_ends_in_its_own_error(row: Row, world: World) -> None:
 def test_a_signal_during_the_boot_ends_it_without_a_key(world: World) -> None:
     world.broker_config["timeout_s"] = 60
     agent = world.start(broker=False)  # nobody answers: the worker waits
-    agent.wait_for("requested")
+    assert agent.wait_for("retrying")["error"] == "BrokerUnreachableError"
     outcome = agent.stop()
     assert (outcome.failure["class"], outcome.status) == ("BootInterruptedError", 21)
 

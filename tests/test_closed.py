@@ -38,7 +38,7 @@ def test_what_a_peer_wrote_is_an_identifier_or_nothing(text: str) -> None:
 
 
 def test_a_record_has_no_room_for_free_text() -> None:
-    with pytest.raises(TypeError, match="Sample.name is not a closed value"):
+    with pytest.raises(TypeError, match=r"Sample\.name is not a closed value"):
         Sample("a plain string", Colour.RED, 1)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         Sample(Ident("a"), Colour.RED, 1, ratio=float("nan"))

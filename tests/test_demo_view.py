@@ -31,7 +31,7 @@ def test_people_see_stages_with_durations_and_bytes_then_answers_and_a_timeline(
         (100, StageStarted(Stage.LOAD)),
         (150, Progress(Stage.LOAD, 1_000_000, 46_000_000)),
         (350, StageEnded(Stage.LOAD, 250, 46_000_000)),
-        (360, DestinationChosen(Ident("tmpfs"), 46_000_000, noswap=True)),
+        (360, DestinationChosen(Ident("tmpfs"), 46_000_000, noswap=True, swap_active=False)),
         (370, GatePassed(1, preset=False)),
         (400, StageStarted(Stage.SERVER)),
         (900, StageEnded(Stage.SERVER, 500)),

@@ -1,16 +1,18 @@
 """Collection over a whole simulated machine; the rules of the gate are `test_evidence_gate.py`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError, VmRestartRequiredError
+from agent.errors import ConfigNotMeasuredError, GpuCountError, MalformedEvidenceError, VmRestartRequiredError
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
-from agent.evidence.collect import Devices, open_devices
+from agent.evidence.collect import Devices, check_distinct, open_devices
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.sim.machine import SimulatedMachine
+from tests.gpus import NONCE, gpu_machine, recorded
 
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
@@ -73,3 +75,28 @@ def test_a_missing_gpu_is_never_a_shorter_list(machine: SimulatedMachine) -> Non
     with pytest.raises(GpuCountError) as caught:
         devices_of(machine, Forgetful(machine.gpu_system())).collect(DATA)
     assert (caught.value.expected, caught.value.got) == (1, 0)
+
+
+def test_recorded_gpus_are_distinct_until_one_is_listed_twice() -> None:
+    evidence = [recorded(f"multi_gpu_hopper_{index}").evidence for index in range(4)]
+    check_distinct(evidence)
+    with pytest.raises(GpuCountError) as caught:
+        check_distinct([*evidence, evidence[2]])
+    assert (caught.value.expected, caught.value.got) == (5, 4)
+
+
+def test_one_gpu_answering_for_two_is_refused(tmp_path: Path) -> None:
+    two_gpus = gpu_machine(tmp_path / "machine")
+    check_distinct(two_gpus.gpu_system().collect(NONCE))
+    two_gpus.gpu.repeat_first_gpu = True
+    evidence = two_gpus.gpu_system().collect(NONCE)
+    assert evidence[0].report != evidence[1].report
+    assert evidence[0].uuid != evidence[1].uuid
+    with pytest.raises(GpuCountError) as caught:
+        check_distinct(evidence)
+    assert (caught.value.expected, caught.value.got) == (2, 1)
+
+
+def test_a_chain_that_does_not_parse_is_no_distinct_gpu() -> None:
+    with pytest.raises(MalformedEvidenceError):
+        check_distinct([GpuEvidence("HOPPER", "GPU-1", b"", b"")])

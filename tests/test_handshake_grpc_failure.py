@@ -33,7 +33,7 @@ Code = grpc.StatusCode
 
 def failed(code: grpc.StatusCode, failure: Failure | None = None) -> grpc.aio.AioRpcError:
     details = ((DETAILS_KEY, pack_failure(failure)),) if failure else ()
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*details), "a peer's text")
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(*details), "a peer's text", None)
 
 
 def translated(exc: grpc.aio.AioRpcError, peer: Peer = NOBODY) -> tuple[AgentError, float]:

@@ -44,11 +44,15 @@ def test_a_memfd_is_named_by_its_number_and_scratch_goes_with_the_boot() -> None
         os.fstat(memfd)
 
 
-def test_a_given_directory_stays_where_it_is(tmp_path: Path) -> None:
+def test_a_given_directory_is_used_as_it_is_and_emptied_at_the_end(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    (model / "weights").mkdir(parents=True)
     with ExitStack() as undo:
-        place = publish(handed(DestinationKind.DIRECTORY, (), str(tmp_path)), False, undo)
-        assert place.model == f"{tmp_path}/weights/model.gguf"
-        assert place.model_dir == str(tmp_path)
+        place = publish(handed(DestinationKind.DIRECTORY, (), str(model)), False, undo)
+        assert place.model == f"{model}/weights/model.gguf"
+        assert place.model_dir == str(model)
+        assert model.exists()
+    assert not model.exists(), "weights do not outlive the boot"
     assert tmp_path.exists()
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 import time
+from pathlib import Path
 
 import pytest
 
@@ -55,13 +56,21 @@ class Seen:
     waited_s: float
 
 
-def asked(answer: str, *, until: Unready | None = None, listen: bool = True, **changes: object) -> Seen:
+def asked(
+    answer: str,
+    *,
+    until: Unready | None = None,
+    listen: bool = True,
+    family: socket.AddressFamily = socket.AF_INET,
+    **changes: object,
+) -> Seen:
     """Start a server that answers like `answer` and a probe; wait for reason `until`, or for the probe's end."""
 
     def scenario() -> Seen:
-        bound = socket.create_server(("127.0.0.1", 0)) if listen else socket.socket()
-        if not listen:
-            bound.bind(("127.0.0.1", 0))  # nobody listens, and nobody else can
+        bound = socket.socket(family)
+        bound.bind(("127.0.0.1" if family is socket.AF_INET else "::1", 0))
+        if listen:  # else nobody does, and nobody else can
+            bound.listen()
         port = bound.getsockname()[1]
         os.dup2(bound.detach(), 77)
         plan = plan_for(port, SERVER + answer + LOOP, **changes)
@@ -136,6 +145,17 @@ def test_health_codes_are_the_plans() -> None:
     answer = "def answer(line, send): send(good(line).replace(b'200 OK', b'203 Fine'))\n"
     assert asked(answer, until=Unready.HEALTH).reasons == [Unready.HEALTH]
     assert asked(answer, health_codes=frozenset({203}), probe=None).running
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_server_on_every_address_is_asked_on_the_loopback(host: str) -> None:
+    assert asked(GOOD, host=host).running
+
+
+@pytest.mark.skipif(not Path("/proc/net/if_inet6").exists(), reason="this kernel has no IPv6")
+@pytest.mark.parametrize("host", ["::1", "::"])
+def test_server_on_ipv6_is_asked_on_the_loopback(host: str) -> None:
+    assert asked(GOOD, family=socket.AF_INET6, host=host).running
 
 
 def test_redirect_is_not_followed() -> None:

@@ -1,5 +1,6 @@
 """Real servers, each a few lines of Python, started and ended the way the supervisor does it."""
 
+import ctypes
 import dataclasses
 import errno
 import json
@@ -13,10 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import ServerStartError
+from agent.errors import ServerStartError, ServerStuckError
 from agent.guest.hardening import die_with_parent
 from agent.server import Output, Placement, ServerPlan
 from agent.server.policy import Exited
+from agent.server.probe import start_probe
 from agent.server.process import RING_BYTES, OutputRing, ServerProcess, fork, reap_orphans, spawn
 from tests.children import DEADLINE_S, IS_ROOT, NOBODY, gone, in_child, python, read_line, readable
 
@@ -97,6 +99,7 @@ print(os.read(77, 100).decode())
         os.dup2(secret, 77, inheritable=False)
         for number in (78, 500):  # inheritable by accident: must not get through
             os.dup2(secret, number, inheritable=True)
+        os.dup2(secret, 0)  # the agent's stdin is none of the server's business
         return output_of(program, dataclasses.replace(PLACE, descriptors=(77,))).decode().splitlines()
 
     table, content = in_child(scenario)
@@ -188,6 +191,22 @@ def test_command_that_cannot_be_executed_is_a_start_error_with_errno_and_leaves_
     assert in_child(scenario) == (code, [], True)
 
 
+def test_agent_out_of_descriptors_gets_a_start_error() -> None:
+    plan = running("pass")
+
+    def scenario() -> list[int]:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (os.open(os.devnull, os.O_RDONLY) + 1,) * 2)
+        codes = []
+        for start in (lambda: spawn(plan, PLACE), lambda: start_probe(plan)):
+            try:
+                start()
+            except ServerStartError as error:
+                codes.append(error.code)
+        return codes
+
+    assert in_child(scenario) == [errno.EMFILE, errno.EMFILE]
+
+
 def test_agent_that_may_not_change_its_user_gets_a_start_error() -> None:
     plan = running("pass", uid=4711, gid=4711)
 
@@ -267,6 +286,15 @@ def test_silent_server_does_not_block_the_loop() -> None:
         still_open = server.drain()
         server.destroy()
         return still_open
+
+    assert in_child(scenario)
+
+
+def test_destroyed_server_leaves_no_descriptor_behind() -> None:
+    def scenario() -> bool:
+        before = os.listdir("/proc/self/fd")
+        spawn(running("import signal; signal.pause()"), PLACE).destroy()
+        return os.listdir("/proc/self/fd") == before
 
     assert in_child(scenario)
 
@@ -355,6 +383,30 @@ def test_whole_descent_of_a_server_is_gone_after_destroy_and_other_children_are_
         return len({*descent, server.pid}), gone([*descent, server.pid]), spared
 
     assert in_child(scenario) == (7, True, True)
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can trace any process")
+def test_process_that_stays_after_sigkill_is_an_error_and_not_an_endless_wait() -> None:
+    def scenario() -> int:
+        server = spawn(running("import signal; signal.pause()"), PLACE)
+        ours, theirs = os.pipe()
+
+        def trace(parent: int) -> None:
+            """What is traced stays a zombie until its tracer has seen its end; this one never looks."""
+            die_with_parent(parent)
+            seized = ctypes.CDLL(None).ptrace(0x4206, server.pid, None, None)  # PTRACE_SEIZE
+            os.write(theirs, b"%d\n" % seized)
+            signal.pause()
+
+        tracer = fork(trace)
+        assert read_line(ours) == b"0\n"
+        try:
+            server.destroy(spare={tracer}, timeout_s=0.2)
+        except ServerStuckError as error:
+            return error.processes
+        return 0
+
+    assert in_child(scenario) == 1
 
 
 def idle(parent: int) -> None:

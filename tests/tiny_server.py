@@ -15,7 +15,7 @@ MODEL_ID = "tiny"
 
 def main(model: str, port: int, behaviour: str) -> int:
     if behaviour == "die":
-        print("a secret nobody may see: hunter2-canary")
+        sys.stdout.write("a secret nobody may see: hunter2-canary\n")
         return 3
     digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
 

@@ -64,14 +64,16 @@ class Outcome:
 class World:
     """Change the public fields before `boot`."""
 
-    def __init__(self, folder: Path, silicon: Path, undo: ExitStack, gpus: int = 1, files: int = 1) -> None:
+    def __init__(
+        self, folder: Path, silicon: Path, undo: ExitStack, gpus: int = 1, files: int = 1, model_bytes: int = MODEL_BYTES
+    ) -> None:
         self.folder = folder
         self.undo = undo
         self.machine = SimulatedMachine.create(folder / "machine", gpus=gpus, silicon=silicon)
         self.silicon = silicon
         self.port, self.broker_port = free_port(), free_port()
         self.behaviour = "serve"
-        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": os.urandom(MODEL_BYTES) for i in range(files)}
+        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": os.urandom(model_bytes) for i in range(files)}
         source = folder / "source"
         source.mkdir()
         for name, data in self.model.items():

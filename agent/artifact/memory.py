@@ -1,9 +1,7 @@
 """Guest memory for plaintext: a detached tmpfs, a sealed memfd, a given tmpfs. Nothing is visible before it is complete.
 
 Owns the kinds of destination, the rule that their pages never reach a disk, and the check that the model fits. Does not
-know ciphertext or keys. Files are written through windows, short-lived mappings of a part: a model may have more files
-than a process may have descriptors, and whoever fills a window needs no lock.
-Follows memfd_create(2), fcntl(2) "File Sealing" and madvise(2).
+know ciphertext or keys, or how files are written (`window.py`). Follows memfd_create(2) and fcntl(2), "File Sealing".
 """
 
 import errno
@@ -13,10 +11,10 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from agent.artifact import DestinationKind
+from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
     DestinationProblem,
@@ -33,72 +31,10 @@ PUBLISHED_NAME = "model"
 
 _FILE_MODE = 0o440
 _FOLDER_MODE = 0o750
-_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 _MFD_NOEXEC_SEAL = 8  # Linux 6.3
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-
-
-class Window:
-    """One part of a file, mapped for writing; offsets are the file's. Leave the `with` block before sealing.
-
-    It is kept out of core files. Writing a page that `populate` did not make may end the process (SIGBUS).
-    """
-
-    def __init__(self, fd: int, offset: int, length: int) -> None:
-        """Map `length` bytes from `offset`, perhaps none. The descriptor is the window's from now on."""
-        self._fd = fd
-        self._start = offset - offset % mmap.PAGESIZE
-        self._map: mmap.mmap | None = None
-        try:
-            if length:
-                self._map = mmap.mmap(fd, offset + length - self._start, offset=self._start)
-                self._map.madvise(mmap.MADV_DONTDUMP)
-                with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            self.close()
-            raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
-
-    def view(self, offset: int, length: int) -> memoryview:
-        """The bytes themselves. Release the view before the window is closed."""
-        with memoryview(self._map or bytearray()) as whole:
-            return whole[offset - self._start : offset - self._start + length]
-
-    def populate(self, offset: int, length: int) -> None:
-        """Make the pages of a part present and writable; cheap for those that are.
-
-        Raises:
-            DestinationError: the kernel has no memory for them; here it can still say so.
-        """
-        if self._map is not None:
-            start = (offset - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
-            with _translated():
-                self._map.madvise(_MADV_POPULATE_WRITE, start, offset - self._start + length - start)
-
-    def copy_in(self, offset: int, data: memoryview) -> None:
-        """Write `data`. Raises DestinationError. Other threads run meanwhile, as they would not with a slice assignment."""
-        with _translated():
-            if os.pwrite(self._fd, data, offset) != len(data):
-                raise OSError(errno.ENOSPC, "short write")
-
-    def copy_out(self, offset: int, out: memoryview) -> None:
-        """Fill `out`. Raises DestinationError."""
-        with _translated():
-            if os.preadv(self._fd, [out], offset) != len(out):
-                raise OSError(errno.EIO, "short read")
-
-    def close(self) -> None:
-        if self._map is not None:
-            self._map.close()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
-        self.close()
 
 
 class Destination(Protocol):
@@ -145,7 +81,7 @@ class DetachedTmpfs:
         Raises:
             DestinationError: the kernel refused; code EPERM without CAP_SYS_ADMIN.
         """
-        with _translated():
+        with translated():
             # A tmpfs of size 0 would be one without a limit.
             size_bytes = max(size_bytes, mmap.PAGESIZE)
             self._mount = mounts.detached_tmpfs(size_bytes, os.getegid() if gid is None else gid, uid=os.geteuid())
@@ -161,7 +97,7 @@ class DetachedTmpfs:
 
     def seal_read_only(self) -> None:
         self._tree.seal()
-        with _translated():
+        with translated():
             mounts.set_read_only(self._mount.fd)
 
     def hand_over(self) -> tuple[int, ...]:
@@ -184,7 +120,7 @@ class SealedMemfd:
         """Make the file; `gid` is the group that may open it through /proc, None: our own."""
         self._gid = gid
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        with _translated():
+        with translated():
             try:
                 self._fd = os.memfd_create("keyturn", flags | _MFD_NOEXEC_SEAL)
             except OSError as error:
@@ -198,16 +134,16 @@ class SealedMemfd:
         if self._created:
             raise DestinationError(DestinationProblem.MANY_FILES)
         self._created = True
-        with _translated():
+        with translated():
             os.ftruncate(self._fd, size)
 
     def window(self, path: str, offset: int, length: int) -> Window:
-        with _translated():
+        with translated():
             fd = os.dup(self._fd)
         return Window(fd, offset, length)
 
     def seal_read_only(self) -> None:
-        with _translated():
+        with translated():
             if self._gid is not None:
                 os.fchown(self._fd, -1, self._gid)
             os.fchmod(self._fd, _FILE_MODE)
@@ -247,10 +183,10 @@ class GivenDirectory:
         self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
         self._gid = gid
         self._closed = False
-        with _translated():
+        with translated():
             self._parent = os.open(path, _FOLDER)
         try:
-            with _translated():
+            with translated():
                 if not mounts.is_tmpfs(self._parent):
                     raise DestinationError(DestinationProblem.NOT_MEMORY)
                 if set(os.listdir(self._parent)) - {PARTIAL_NAME}:
@@ -272,7 +208,7 @@ class GivenDirectory:
 
     def seal_read_only(self) -> None:
         self._tree.seal()
-        with _translated():
+        with translated():
             if self._gid is not None:
                 os.fchown(self._tree.root, -1, self._gid)
             os.fchmod(self._tree.root, _FOLDER_MODE)
@@ -286,7 +222,7 @@ class GivenDirectory:
             self._closed = True
             os.close(self._tree.root)
             try:
-                with _translated():
+                with translated():
                     self._remove(PARTIAL_NAME)
                     self._remove(PUBLISHED_NAME)
             finally:
@@ -307,7 +243,7 @@ class _Tree:
         self._folders: set[str] = set()
 
     def create(self, path: str, size: int) -> None:
-        with _translated():
+        with translated():
             for i, character in enumerate(path):
                 if character == "/" and path[:i] not in self._folders:
                     os.mkdir(path[:i], 0o700, dir_fd=self.root)
@@ -320,12 +256,12 @@ class _Tree:
         self._files.append(path)
 
     def window(self, path: str, offset: int, length: int) -> Window:
-        with _translated():
+        with translated():
             fd = os.open(path, _OPEN, dir_fd=self.root)
         return Window(fd, offset, length)
 
     def seal(self) -> None:
-        with _translated():
+        with translated():
             for names, mode in ((self._files, _FILE_MODE), (self._folders, _FOLDER_MODE)):
                 for name in names:
                     if self._gid is not None:
@@ -417,17 +353,9 @@ def _check_space(fd: int, needed: int) -> None:
 
 
 @contextmanager
-def _translated() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
-
-
-@contextmanager
 def _figures() -> Iterator[None]:
     try:
-        with _translated():
+        with translated():
             yield
     except ValueError as error:  # the kernel's answer is not the one its documents describe
         raise DestinationError(DestinationProblem.KERNEL) from error

@@ -122,11 +122,13 @@ def _list_model(root: Path) -> dict[str, int]:
         raise SealError(SealProblem.MODEL_MISSING)
     sizes = {}
     for folder, folders, names in os.walk(root, onerror=_stop_walking):
-        for entry in [Path(folder, name) for name in names] + [Path(folder, name) for name in folders]:
-            if entry.is_dir() and not entry.is_symlink():
+        for name in (*names, *folders):
+            entry = Path(folder, name)
+            linked = entry.is_symlink()
+            if entry.is_dir() and not linked:
                 continue
             path = entry.relative_to(root).as_posix()
-            target = Path(os.path.realpath(entry))
+            target = Path(os.path.realpath(entry)) if linked else entry
             if not target.is_relative_to(root) or not target.is_file():
                 raise SealError(SealProblem.NOT_A_FILE, Ident.of_peer(path))
             sizes[path] = target.stat().st_size

@@ -17,9 +17,9 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser(
         "run",
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Everything that decides stands in the configuration, which evidence covers; "
-        "the flags below only choose where the agent talks.",
-        epilog="SIGTERM or SIGINT: the server is stopped, guest memory is freed, exit status 0. See `keyturn --help` for the rest.",
+        description=f"{summary[0].upper()}{summary[1:]}. Everything that decides stands in the configuration, which evidence "
+        "covers; the flags below only choose where the agent talks.",
+        epilog="SIGTERM or SIGINT stops the server, frees guest memory and ends with status 0. For failures: `keyturn --help`.",
         allow_abbrev=False,
     )
     parser.set_defaults(parser=parser)
@@ -69,4 +69,3 @@ def _open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]"
         raise SimulationRefusedError(SimulationRefusal.NOT_INSTALLED) from None
     machine = SimulatedMachine.load(Path(cfg.simulation.machine))
     return machine.attester(), machine.gpu_system() if cfg.gpu.count else None
-

@@ -142,8 +142,7 @@ def run(options: Options, view: View) -> Result:
 
 def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, view: View) -> Result:
     result = Result(model.plaintext_sha256)
-    scratch_before = _scratch_folders()
-    server_pid = None
+    server_pid = scratch = None
     arguments = ("run", "--config", str(folder / "keyturn.toml"), "--status-file", str(folder / "status.json"))
     with (
         site.start_keyturn(*arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as agent,
@@ -161,6 +160,7 @@ def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, vi
                     assert server_pid is not None
                     result.similarity = _ask(port)
                     result.weights = look_at_weights(server_pid, site.MODEL_FILE)
+                    scratch = _scratch_of(server_pid)
                     if options.once:
                         agent.terminate()
                     else:
@@ -169,7 +169,7 @@ def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, vi
                 case AgentError() as error:
                     result.error = error
         result.exit_status = agent.wait()
-    result.left_behind = _left_behind(server_pid, port, scratch_before)
+    result.left_behind = _left_behind(server_pid, port, scratch)
     return result
 
 
@@ -262,11 +262,12 @@ def _reach(pid: int, place: str, device: int, inode: int) -> int:
 # --- the end ----------------------------------------------------------------------------------------------------------
 
 
-def _scratch_folders() -> set[str]:
-    return {path.name for path in Path(SHARED_MEMORY).glob("keyturn-*")}
+def _scratch_of(pid: int) -> Path:
+    variables = dict(entry.partition("=")[::2] for entry in Path(f"/proc/{pid}/environ").read_text().split("\0"))
+    return Path(variables["TMPDIR"])
 
 
-def _left_behind(server_pid: int | None, port: int, scratch_before: set[str]) -> list[str]:
+def _left_behind(server_pid: int | None, port: int, scratch: Path | None) -> list[str]:
     """What a boot must not leave: its server, its port, a mount, a folder."""
     left = []
     if server_pid is not None and Path(f"/proc/{server_pid}").exists():
@@ -276,6 +277,7 @@ def _left_behind(server_pid: int | None, port: int, scratch_before: set[str]) ->
             left.append("server port")
     if re.search(rf" {RUN_DIRECTORY}/", Path("/proc/self/mountinfo").read_text()):
         left.append("mount")
-    if _scratch_folders() - scratch_before:
+    # As root it is a mount that nobody else ever saw, on an empty folder that stays.
+    if scratch and scratch.is_relative_to(SHARED_MEMORY) and scratch.exists():
         left.append("scratch folder")
     return left

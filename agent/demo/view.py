@@ -31,7 +31,6 @@ from agent.events import (
     StageStarted,
     VerdictAccepted,
 )
-from agent.guest.memory_info import MemoryInfo
 
 TIMELINE_COLUMNS = 60
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
@@ -209,8 +208,8 @@ def _cells(row: _Row, now_ms: int, meaning: str) -> tuple[str, ...]:
 
 def _notes(message: Message) -> list[str]:
     match message:
-        case DestinationChosen(kind, _, noswap):
-            swapped = not noswap and MemoryInfo().swap_is_active()
+        case DestinationChosen(kind, _, noswap, swap_active):
+            swapped = swap_active and not noswap
             return [
                 f"the weights go to {kind}, in guest memory" + (" that can be swapped: a real guest refuses" if swapped else "")
             ]

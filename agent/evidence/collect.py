@@ -4,14 +4,16 @@ Owns the order of collection, and the check that the configuration which decides
 with. Device calls run in the calling thread; the caller never abandons them (`worker.in_thread`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError
-from agent.evidence import Attester, CompositeEvidence, GpuInventory, GpuSystem, RuntimeData
+from agent.evidence import Attester, CompositeEvidence, GpuEvidence, GpuInventory, GpuSystem, RuntimeData
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
-from agent.evidence.gate import SecuredDevices, check_distinct, check_inventory, secure
+from agent.evidence.gate import SecuredDevices, check_inventory, secure
 from agent.evidence.snp_abi import parse_report
 from agent.handshake import Verdict
+from agent.verify.nvidia import parse_chain
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class Devices:
         return secure(verdict, self.gpus, self.inventory, self.ready_preset)
 
 
-def open_devices(  # noqa: PLR0913  # one keyword per measured fact
+def open_devices(
     attester: Attester,
     gpus: GpuSystem | None,
     *,
@@ -94,3 +96,15 @@ def open_devices(  # noqa: PLR0913  # one keyword per measured fact
         check_inventory(inventory, gpu_count, ready_preset)
         gpus.check_faults()
     return Devices(attester, gpus, inventory, ready_preset, config_digest, manifest_digest, server_command_digest)
+
+
+def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
+    """Every GPU signs with its own key: one device cannot stand for two.
+
+    Raises:
+        GpuCountError: two chains have the same leaf key.
+        MalformedEvidenceError: a chain does not parse.
+    """
+    keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    if len(keys) != len(evidence):
+        raise GpuCountError(len(evidence), len(keys))

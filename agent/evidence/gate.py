@@ -6,13 +6,11 @@ work off the GPUs; it is no boundary against root in the guest. What is proven a
 """
 
 import enum
-from collections.abc import Sequence
 from dataclasses import InitVar, dataclass
 
 from agent.errors import GpuCountError, GpuFault, GpuFaultError, GpuMode, GpuModeError, VmRestartRequiredError
-from agent.evidence import GpuEvidence, GpuInventory, GpuSystem
+from agent.evidence import GpuInventory, GpuSystem
 from agent.handshake import Verdict
-from agent.verify.nvidia import parse_chain
 
 _CC_ON = 1
 _PRODUCTION = 2
@@ -83,18 +81,6 @@ def check_inventory(inventory: GpuInventory, count: int, ready_preset: bool) -> 
         raise VmRestartRequiredError
     if ready_preset and not inventory.ready:
         raise GpuFaultError(GpuFault.READY_NOT_SET)
-
-
-def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
-    """Every GPU signs with its own key: one device cannot stand for two.
-
-    Raises:
-        GpuCountError: two chains have the same leaf key.
-        MalformedEvidenceError: a chain does not parse.
-    """
-    keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
-    if len(keys) != len(evidence):
-        raise GpuCountError(len(evidence), len(keys))
 
 
 def check_unchanged(before: GpuInventory, after: GpuInventory) -> None:

@@ -52,6 +52,7 @@ VERDICT_TIMEOUT_S = 60  # the broker may fetch endorsements, or ask a Verifier b
 KEY_TIMEOUT_S = 30
 
 Collect = Callable[[RuntimeData], Awaitable[CompositeEvidence]]
+OnRetry = Callable[[AgentError, int, float], None]
 _Result = TypeVar("_Result")
 _Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 
@@ -59,7 +60,15 @@ _Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 class GrpcBroker:
     """One broker identity at one or more addresses. Use as `async with`; not for two handshakes at a time."""
 
-    def __init__(self, endpoints: Sequence[str], ca_pem: str, server_name: str, trust: Trust, timeout_s: float) -> None:
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        ca_pem: str,
+        server_name: str,
+        trust: Trust,
+        timeout_s: float,
+        on_retry: OnRetry = lambda *_: None,
+    ) -> None:
         """Nothing is connected yet.
 
         Args:
@@ -68,6 +77,7 @@ class GrpcBroker:
             server_name: the measured name that the certificate must carry, whatever the address.
             trust: token keys, and whether simulated evidence may count.
             timeout_s: for attestation and key release together, with every retry.
+            on_retry: told why an attempt failed, how many have, and how many seconds the next one waits.
         """
         if not endpoints:
             raise RuntimeError("no endpoints: the configuration must not get this far")
@@ -76,6 +86,7 @@ class GrpcBroker:
         self._server_name = server_name
         self._trust = trust
         self._timeout_s = timeout_s
+        self._on_retry = on_retry
         self._schedule: RetrySchedule | None = None
         self._channel: grpc.aio.Channel | None = None
         self._endpoint = 0
@@ -150,6 +161,7 @@ class GrpcBroker:
             delay = schedule.delay(error, rounds - 1 if not rest else 0, asyncio.get_running_loop().time(), draw, minimum_s)
             if delay is None:
                 raise error  # outside the except block: a foreign exception and its text do not travel with it
+            self._on_retry(error, retry + 1, delay)
             await asyncio.sleep(delay)
             retry += 1
 
@@ -192,6 +204,10 @@ class GrpcBroker:
         action = machine.receive(response, int(time.time()))
         assert isinstance(action, Done), "the table knows one action for a key"
         return action.sealed_key
+
+    def connect(self) -> None:
+        """Begin to connect, so that `attest` finds a connection. Needs a running loop; failures show in `attest`."""
+        self._connect().get_state(try_to_connect=True)
 
     def _connect(self) -> grpc.aio.Channel:
         if self._channel is None:

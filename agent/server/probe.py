@@ -13,7 +13,7 @@ import socket
 import time
 from typing import Any
 
-from agent.errors import Unready
+from agent.errors import ServerStartError, Unready
 from agent.guest import hardening
 from agent.server import LOOPBACK_OF, RunningServer, ServerPlan
 from agent.server.process import ServerProcess, fork
@@ -61,10 +61,12 @@ def start_probe(plan: ServerPlan) -> Probe:
     """Start asking, as the server's user and with no more rights than the server has.
 
     Raises:
-        OSError: no process or descriptor could be had.
+        ServerStartError: with the errno; no descriptor or no process could be had.
     """
-    fd, report = os.pipe()
-    os.set_blocking(fd, False)
+    try:
+        fd, report = os.pipe()
+    except OSError as error:
+        raise ServerStartError(error.errno or 0) from error
 
     def ask_until_ready(parent: int) -> None:
         import http.client  # noqa: F401  # while every module can still be read
@@ -85,9 +87,9 @@ def start_probe(plan: ServerPlan) -> Probe:
 
     try:
         return Probe(fork(ask_until_ready), fd)
-    except OSError:
+    except OSError as error:
         os.close(fd)
-        raise
+        raise ServerStartError(error.errno or 0) from error
     finally:
         os.close(report)
 
@@ -144,7 +146,7 @@ def _ask(plan: ServerPlan, path: str, body: str | None, timeout_s: float) -> tup
             client.request("GET" if body is None else "POST", path, None if body is None else body.encode(), headers)
             response = client.getresponse()
             content = response.read(MAX_BODY_BYTES + 1)
-        except (OSError, ValueError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException):
             return None
     if len(content) > MAX_BODY_BYTES or response.length:  # too long, or it broke off
         return None

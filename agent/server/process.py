@@ -94,25 +94,25 @@ class ServerProcess:
         """SIGTERM to the server's process group. Go on draining; `destroy` when it has ended or its time is over."""
         os.killpg(self.pid, signal.SIGTERM)
 
-    def destroy(self, spare: Collection[int] = ()) -> Exited:
-        """Kill and reap the server, its group and every orphan of its descent; close both descriptors.
+    def destroy(self, spare: Collection[int] = (), timeout_s: float = DESTROY_TIMEOUT_S) -> Exited:
+        """Kill and reap the server and its whole descent; close both descriptors.
 
         Every child of this process that is not in `spare` counts as an orphan of the server. Only our own children are
         signalled: until we reap them, nobody else can have their process ids. What they leave behind are our children in
-        the next turn.
+        the next turn, whatever group or session they are in.
 
         Args:
             spare: process ids of our other children: worker, probe.
+            timeout_s: for SIGKILL to have its effect; a process inside a driver call can make it wait.
 
         Returns:
             How the server itself ended: by itself if it had, else by our signal.
 
         Raises:
-            ServerStuckError: something survived SIGKILL for `DESTROY_TIMEOUT_S`.
+            ServerStuckError: something survived SIGKILL for `timeout_s`.
         """
-        deadline = time.monotonic() + DESTROY_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         exited: Exited | None = None
-        os.killpg(self.pid, signal.SIGKILL)  # the leader is not reaped yet, so the group is still its own
         while doomed := [child for child in _children() if child not in spare]:
             if time.monotonic() >= deadline:
                 raise ServerStuckError(len(doomed))
@@ -182,7 +182,7 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                         os.set_inheritable(descriptor, True)
                     hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report_end, *place.descriptors})
                     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-                    os.execvpe(argv[0], argv, environment)  # noqa: S606 - a shell is what we do not want
+                    os.execvpe(argv[0], argv, environment)
                 except OSError as error:
                     code = error.errno or 0
                 finally:  # execve closes `report_end` instead: the end without a word is the good news
@@ -217,7 +217,6 @@ def fork(inside: Callable[[int], None]) -> int:
         pid = os.fork()
         if pid == 0:
             try:
-                signal.set_wakeup_fd(-1)
                 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
                     signal.signal(number, signal.SIG_DFL)
                 inside(parent)

@@ -1,0 +1,87 @@
+"""One part of a plaintext file, mapped for writing: where segments are opened.
+
+Windows are short-lived: a model may have more files than a process may have descriptors, and whoever fills a window of
+its own needs no lock. Does not know which files there are or where they lie (`memory.py`). Follows madvise(2).
+"""
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from types import TracebackType
+from typing import Self
+
+from agent.errors import DestinationError, DestinationProblem
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """The kernel's refusal as ours."""
+    try:
+        yield
+    except OSError as error:
+        raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+
+
+class Window:
+    """One part of a file, mapped for writing; offsets are the file's. Leave the `with` block before sealing.
+
+    It is kept out of core files. Writing a page that `populate` did not make may end the process (SIGBUS).
+    """
+
+    def __init__(self, fd: int, offset: int, length: int) -> None:
+        """Map `length` bytes from `offset`, perhaps none. The descriptor is the window's from now on."""
+        self._fd = fd
+        self._start = offset - offset % mmap.PAGESIZE
+        self._map: mmap.mmap | None = None
+        try:
+            if length:
+                self._map = mmap.mmap(fd, offset + length - self._start, offset=self._start)
+                self._map.madvise(mmap.MADV_DONTDUMP)
+                with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
+        except OSError as error:
+            self.close()
+            raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+
+    def view(self, offset: int, length: int) -> memoryview:
+        """The bytes themselves. Release the view before the window is closed."""
+        with memoryview(self._map or bytearray()) as whole:
+            return whole[offset - self._start : offset - self._start + length]
+
+    def populate(self, offset: int, length: int) -> None:
+        """Make the pages of a part present and writable; cheap for those that are.
+
+        Raises:
+            DestinationError: the kernel has no memory for them; here it can still say so.
+        """
+        if self._map is not None:
+            start = (offset - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
+            with translated():
+                self._map.madvise(_MADV_POPULATE_WRITE, start, offset - self._start + length - start)
+
+    def copy_in(self, offset: int, data: memoryview) -> None:
+        """Write `data`. Raises DestinationError. Other threads run meanwhile, as they would not with a slice assignment."""
+        with translated():
+            if os.pwrite(self._fd, data, offset) != len(data):
+                raise OSError(errno.ENOSPC, "short write")
+
+    def copy_out(self, offset: int, out: memoryview) -> None:
+        """Fill `out`. Raises DestinationError."""
+        with translated():
+            if os.preadv(self._fd, [out], offset) != len(out):
+                raise OSError(errno.EIO, "short read")
+
+    def close(self) -> None:
+        if self._map is not None:
+            self._map.close()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        self.close()

@@ -1,0 +1,55 @@
+"""What of the supervisor shows only from outside, beside the boots of `test_boot.py`."""
+
+import http.client
+import json
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.world import World, free_port
+
+
+@pytest.fixture
+def world(tmp_path: Path, silicon: Path) -> Iterator[World]:
+    with ExitStack() as undo:
+        yield World(tmp_path, silicon, undo)
+
+
+def get(port: int, path: str) -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+    try:
+        connection.request("GET", path)
+        response = connection.getresponse()
+        return response.status, response.read().decode()
+    finally:
+        connection.close()
+
+
+def test_the_health_port_answers_through_the_whole_boot(world: World) -> None:
+    port = free_port()
+    world.broker_config["timeout_s"] = 60
+    agent = world.start(flags=("--health", f"127.0.0.1:{port}"))
+    agent.wait_for("requested")
+    assert get(port, "/livez") == (200, "ok\n")
+    agent.wait_for("server_ready")
+    assert get(port, "/readyz") == (200, "ready\n")
+    status = json.loads(get(port, "/status")[1])
+    assert (status["phase"], status["server"]["starts"]) == ("serving", 1)
+    assert agent.stop().status == 0
+
+
+def test_the_supervisor_is_not_dumpable_and_holds_no_library(world: World) -> None:
+    agent = world.start()
+    agent.wait_for("server_ready")
+    maps = Path(f"/proc/{agent.process.pid}/maps").read_text() if os.geteuid() == 0 else ""
+    limits = Path(f"/proc/{agent.process.pid}/limits").read_text() if os.geteuid() == 0 else "Max core file size  1  1"
+    owner = Path(f"/proc/{agent.process.pid}/environ").stat().st_uid
+    agent.stop()
+    assert not any(name in maps for name in ("cygrpc", "_rust.abi3", "_ssl", "msgspec"))
+    assert owner == 0, "a process that is not dumpable belongs to root in /proc"
+    (core,) = [line.split() for line in limits.splitlines() if line.startswith("Max core file size")]
+    assert core[4] in ("0", "1")
+    assert core[5] in ("0", "1")
