@@ -74,6 +74,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     preset: Literal["llama-cpp", "custom"]
     command: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1024)] = ()
     environment: dict[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z", max_length=256)], _Text] = {}
+    host: Literal["127.0.0.1", "0.0.0.0", "::1", "::"] = "127.0.0.1"  # noqa: S104  # a server is there to be reached
     port: _Port
     model_id: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
     health_path: Annotated[str, msgspec.Meta(pattern=r"^/[!-~]*\Z", max_length=256)] | None = None
@@ -84,6 +85,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     ready_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=7200)] = 600
     stop_timeout_s: Annotated[int, msgspec.Meta(ge=1, le=600)] = 30
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
+    scratch_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     output: Literal["count", "inherit"] = "count"
 
 
@@ -253,7 +255,8 @@ EXPLAIN = {
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",
-    "server.port": "the port on 127.0.0.1 at which readiness is asked",
+    "server.host": "address the server listens on: 127.0.0.1 (default), 0.0.0.0, ::1 or ::; readiness is asked on the loopback",
+    "server.port": "the port the server listens on",
     "server.model_id": "an id that /v1/models must list before the server is ready",
     "server.health_path": "path of the health check; the preset has a default",
     "server.probe": "one request that must succeed before ready: completion, embedding, none; the preset has a default",
@@ -263,6 +266,7 @@ EXPLAIN = {
     "server.ready_timeout_s": "seconds until the server must be ready, default 600",
     "server.stop_timeout_s": "seconds between SIGTERM and SIGKILL, default 30",
     "server.max_restarts": "how often a crashed server is started again within ten minutes, default 3",
+    "server.scratch_mib": "size of the server's writable folder for caches, in guest memory, default 1024",
     "server.output": "count: what the server prints stays in the guest, only byte counts leave. "
     "inherit: it goes to the agent's output",
 }

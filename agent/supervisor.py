@@ -291,7 +291,11 @@ class Supervisor:
 
     def _ask_ready(self) -> None:
         assert self._model
-        self._probe = probe = start_probe(self._model.plan)
+        try:
+            self._probe = probe = start_probe(self._model.plan)
+        except AgentError as error:
+            self._fail(error)
+            return
         self._watch(probe.fd, lambda: self._on_probe(probe))
 
     def _on_probe(self, probe: Probe) -> None:

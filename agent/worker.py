@@ -138,6 +138,7 @@ def plan_server(server: ServerConfig) -> ServerPlan:
     keep_root = as_root and server.unsafe_run_as_root
     return server_plan(
         server.preset,
+        host=server.host,
         port=server.port,
         command=server.command,
         environment=server.environment,
@@ -150,6 +151,7 @@ def plan_server(server: ServerConfig) -> ServerPlan:
         stop_timeout_s=server.stop_timeout_s,
         max_restarts=server.max_restarts,
         output=Output(server.output),
+        scratch_max_bytes=server.scratch_mib << 20,
     )
 
 

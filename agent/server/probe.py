@@ -75,7 +75,6 @@ def start_probe(plan: ServerPlan) -> Probe:
         for standard in (0, 1, 2):
             os.dup2(null, standard)
         hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report})
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         told, pause_s = None, FIRST_PAUSE_S
         while (reason := _why_not_ready(plan)) is not None:
             if reason is not told:

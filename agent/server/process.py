@@ -206,7 +206,8 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
 def fork(inside: Callable[[int], None]) -> int:
     """Fork a child that runs `inside(our process id)` and then ends, whatever happens, with status 127.
 
-    In the child all signals have their default action and are blocked, so that no handler of ours can run there.
+    In the child all signals have their default action from the first moment: no handler of ours runs there. Its signal mask
+    is ours.
 
     Returns:
         The child's process id.
@@ -219,6 +220,7 @@ def fork(inside: Callable[[int], None]) -> int:
             try:
                 for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
                     signal.signal(number, signal.SIG_DFL)
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 inside(parent)
             finally:
                 os._exit(_FAILED_IN_CHILD)
