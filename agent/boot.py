@@ -12,13 +12,15 @@ abandoned half-way can cost the guest its attestation key.
 """
 
 import asyncio
-from contextlib import ExitStack
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 
 from agent import keys
 from agent.artifact import LoadedArtifact, load
 from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
+from agent.errors import LeaseEndedError
 from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
@@ -66,22 +68,34 @@ async def boot(
             claims = verdict.claims
             notify(VerdictAccepted(verdict.request_id, claims.key_uri, claims.policy_version, claims.simulated, claims.lease_s))
 
-        with stage(Stage.RELEASE_KEY, notify):
-            sealed = await broker.release_key(verdict)
+        async with _lease(claims.lease_s):
+            with stage(Stage.RELEASE_KEY, notify):
+                sealed = await broker.release_key(verdict)
 
-        (await prepared).check()  # what can fail without costing the VM fails before the gate
-        with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
-            secured = await in_thread(lambda: devices.secure(verdict))
-            if secured.inventory:
-                notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
+            (await prepared).check()  # what can fail without costing the VM fails before the gate
+            with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
+                secured = await in_thread(lambda: devices.secure(verdict))
+                if secured.inventory:
+                    notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
 
-        with stage(Stage.UNWRAP, notify):
-            key = keys.unwrap(sealed, ephemeral, secured)
+            with stage(Stage.UNWRAP, notify):
+                key = keys.unwrap(sealed, ephemeral, secured)
 
-    with key, stage(Stage.LOAD, notify) as progress:
-        floor = max(cfg.artifact.min_version, claims.min_model_version)
-        loaded = await load.load(prepared.result(), key, floor, progress.count)
+            with key, stage(Stage.LOAD, notify) as progress:
+                floor = max(cfg.artifact.min_version, claims.min_model_version)
+                loaded = await load.load(prepared.result(), key, floor, progress.count)
     return loaded, claims.lease_s
+
+
+@asynccontextmanager
+async def _lease(lease_s: int | None) -> AsyncIterator[None]:
+    """No step goes on longer than the key may be used. Raises LeaseEndedError."""
+    try:
+        async with asyncio.timeout(lease_s):
+            yield
+    except TimeoutError:
+        assert lease_s is not None
+        raise LeaseEndedError(lease_s) from None
 
 
 async def _prepare(cfg: MeasuredConfig, store: BlobSource, undo: ExitStack, notify: Notify, gid: int | None) -> load.Prepared:

@@ -9,7 +9,7 @@ import json
 import sys
 
 from agent import __version__
-from agent.errors import EXIT_USAGE, AgentError
+from agent.errors import EXIT_USAGE, AgentError, InternalError
 from agent.events import message_to_record
 from agent.report import console_line
 
@@ -79,6 +79,10 @@ def main(argv: list[str]) -> int:
         return error.exit_status
     except KeyboardInterrupt:
         return 130
+    except Exception as error:  # noqa: BLE001  # a bug: the place is told, the text may hold what nobody may see
+        bug = InternalError.of(error)
+        print_error(bug)
+        return bug.exit_status
     assert isinstance(status, int)
     return status
 

@@ -20,13 +20,15 @@ SCHEMA = "keyturn/v1"
 
 _Parsed = TypeVar("_Parsed")
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-_Endpoint = Annotated[str, msgspec.Meta(pattern=r"^(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]{1,253}):[0-9]{1,5}\Z")]
-_DnsName = Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9.-]{1,253}\Z")]
+_LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_Endpoint = Annotated[str, msgspec.Meta(pattern=rf"^(\[[0-9a-fA-F:]+\]|{_LABEL}(\.{_LABEL})*):[0-9]{{1,5}}\Z", max_length=260)]
+_DnsName = Annotated[str, msgspec.Meta(pattern=rf"^{_LABEL}(\.{_LABEL})*\Z", max_length=253)]
 _KeyUri = Annotated[
     str, msgspec.Meta(pattern=r"^kbs:///[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){2}\Z", max_length=128)
 ]
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
-_Pem = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN [A-Z ]+-----", max_length=64 << 10)]
+_Certificate = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN CERTIFICATE-----[!-~\s]*\Z", max_length=64 << 10)]
+_PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY-----[!-~\s]*\Z", max_length=8 << 10)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
 
@@ -51,8 +53,8 @@ class GpuConfig(_Section, frozen=True, kw_only=True):
 class BrokerConfig(_Section, frozen=True, kw_only=True):
     endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)]
     server_name: _DnsName
-    ca_pem: _Pem
-    token_keys: Annotated[tuple[_Pem, ...], msgspec.Meta(min_length=1, max_length=8)]
+    ca_pem: _Certificate
+    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)]
     key_uri: _KeyUri
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
     allow_simulated: bool = False
@@ -62,7 +64,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     source: Annotated[str, msgspec.Meta(pattern=r"^(/|https?://)[^\s\x00]+\Z", max_length=2048)]
     manifest_digest: _Digest
     min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
-    ca_pem: _Pem | None = None
+    ca_pem: _Certificate | None = None
     destination: Literal["auto", "tmpfs", "memfd", "directory"] = "auto"
     directory: _Path | None = None
     unsafe_allow_swap: bool = False
@@ -139,7 +141,7 @@ def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
     except tomllib.TOMLDecodeError as error:
         line = re.search(r"at line ([0-9]+)", str(error))
         raise ConfigError(ConfigProblem.NOT_TOML, None, int(line[1]) if line else None) from None
-    except RecursionError:
+    except (RecursionError, ValueError):  # ValueError: an integer of thousands of digits
         raise ConfigError(ConfigProblem.NOT_TOML) from None
     if tree.get("schema") != schema:
         raise ConfigError(ConfigProblem.WRONG_SCHEMA, Ident("schema"))

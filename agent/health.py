@@ -37,8 +37,7 @@ class HealthPort:
         with suppress(OSError):
             caller, _ = self._listener.accept()
             if len(self._callers) >= MAX_CALLERS:
-                caller.close()
-                return
+                self._hang_up(next(iter(self._callers)))  # the oldest: idle callers must not keep others out
             caller.setblocking(False)
             self._callers[caller] = (now, bytearray())
             self._selector.register(caller, selectors.EVENT_READ, lambda: self._on_request(caller))

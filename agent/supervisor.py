@@ -20,6 +20,8 @@ from agent.closed import Ident
 from agent.errors import (
     AgentError,
     BootInterruptedError,
+    ConfigError,
+    ConfigProblem,
     DestinationError,
     DestinationProblem,
     InternalError,
@@ -103,10 +105,14 @@ class Supervisor:
         except OSError as error:  # root without a root mount (chroot): nothing may be mounted where others see it
             self._fail(DestinationError(DestinationProblem.KERNEL, error.errno or 0))
             return self._wipe()
+        try:
+            if self._hints.health_address:
+                HealthPort(self._hints.health_address, self._selector, self._teller.report)
+        except (OSError, UnicodeError):
+            self._fail(ConfigError(ConfigProblem.BAD_VALUE, Ident("health")))
+            return self._wipe()
         self._start_worker()
         self._watch_signals()
-        if self._hints.health_address:
-            HealthPort(self._hints.health_address, self._selector, self._teller.report)
         try:
             while not self._ended:
                 self._turn()
@@ -177,7 +183,7 @@ class Supervisor:
         elif self._policy and not again:
             self._tell(Stopping(number, Ident("server") if self._server else None))
             ready = self._policy.state is policy.State.READY
-            if not ready:
+            if not ready and self._error is None:
                 self._error = BootInterruptedError(number)
             self._obey(self._policy.decide(policy.StopRequested(), time.monotonic()))
         elif again:
@@ -248,6 +254,9 @@ class Supervisor:
 
     def _serve(self, model: HandedModel) -> None:
         self._model, plan = model, model.plan
+        if model.lease and time.clock_gettime(time.CLOCK_BOOTTIME) >= model.lease_ends_at:
+            self._fail(model.lease)
+            return
         try:
             with stage(Stage.PUBLISH, self._tell):
                 self._placement = publish(model, self._private_mounts, self._undo)
@@ -364,8 +373,8 @@ class Supervisor:
         self._error = error
         if Stage.SERVER in self._teller.report.running():
             self._tell(StageFailed(Stage.SERVER, 0))
-        self._tell(error)
         self._ask_server_to_stop()
+        self._tell(error)
 
     def _wipe(self) -> int:
         """Run every compensation, whatever happened; then the last word."""

@@ -6,6 +6,7 @@ told once on the others and never stops a boot. Standard library only, because t
 
 import json
 import os
+import select
 import sys
 import time
 from contextlib import suppress
@@ -13,6 +14,10 @@ from pathlib import Path
 
 from agent.events import Message, StatusUnwritable, message_to_record
 from agent.report import BootReport, console_line
+
+STDERR = 2
+MAX_UNREAD_BYTES = 64 << 10
+LAST_WORD_S = 1.0
 
 
 class Teller:
@@ -23,6 +28,7 @@ class Teller:
         self._status_file = Path(status_file) if status_file else None
         self._termination_log = termination_log
         self._for_people = sys.stderr.isatty()
+        self._unread = b""
         self._began = time.monotonic()
 
     def tell(self, message: Message) -> None:
@@ -32,15 +38,16 @@ class Teller:
         if self._status_file:  # first: whoever reads the line may look at the status next
             try:
                 self._write_status(self._status_file)
-            except OSError as error:
+            except (OSError, ValueError) as error:  # ValueError: a path that names no file
                 self._status_file = None
-                problem = StatusUnwritable(error.errno or 0)
+                problem = StatusUnwritable((isinstance(error, OSError) and error.errno) or 0)
         self._write_line(message)
         if problem:
             self.tell(problem)
 
     def last_word(self) -> None:
-        """The termination message, where Kubernetes or the operator has made a place for it."""
+        """The termination message, where Kubernetes or the operator has made a place for it; and what was not read yet."""
+        self._flush(LAST_WORD_S)
         if self._termination_log:
             with suppress(OSError):  # nobody asked for it, or nobody can read it: stderr had the same
                 Path(self._termination_log).write_text(self.report.termination_message())
@@ -55,16 +62,32 @@ class Teller:
             record = message_to_record(message)
             record = {"event": record.pop("event"), "at": at, "t_ms": round((time.monotonic() - self._began) * 1000)} | record
             text = json.dumps(record) + "\n"
-        with suppress(OSError, ValueError):  # whoever read us is gone; the boot goes on
-            sys.stderr.write(text)
-            sys.stderr.flush()
+        if len(self._unread) < MAX_UNREAD_BYTES:
+            self._unread += text.encode()
+        self._flush(0)
+
+    def _flush(self, wait_s: float) -> None:
+        """Write what its reader takes, waiting at most `wait_s` in all.
+
+        The reader belongs to the host, and this is the only thread: a reader that stops reading must not keep a lease, a
+        signal or a dead server from being acted upon. Up to PIPE_BUF bytes are written without waiting once poll says so.
+        """
+        deadline = time.monotonic() + wait_s
+        try:
+            while self._unread and select.select([], [STDERR], [], max(0.0, deadline - time.monotonic()))[1]:
+                self._unread = self._unread[os.write(STDERR, self._unread[: select.PIPE_BUF]) :]
+        except OSError:  # whoever read us is gone; the boot goes on
+            self._unread = b""
 
     def _write_status(self, path: Path) -> None:
         """Atomic: a reader sees the status before or after, never half of one."""
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        new = path.with_name(f".{path.name}.{os.getpid()}")
+        new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+        # Never through somebody's link, never into somebody's file: the folder may be shared.
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
-            new.write_text(json.dumps(self.report.status()) + "\n")
+            with open(descriptor, "w") as stream:
+                stream.write(json.dumps(self.report.status()) + "\n")
             new.rename(path)
         except OSError:
             new.unlink(missing_ok=True)

@@ -18,7 +18,7 @@ from agent.broker.audit import AuditLog
 from agent.broker.authority import Authority
 from agent.broker.keystore import DirectoryKeyStore, KeyStore
 from agent.broker.policy import parse_policy
-from agent.broker.service import BrokerServer, Tls
+from agent.broker.service import BrokerServer, Limits, Tls
 from agent.broker.token import TokenKey
 from agent.closed import Ident
 from agent.errors import AgentError
@@ -93,7 +93,7 @@ class Site:
         self.keys: KeyStore = DirectoryKeyStore(directory / "keys")
         self.audit_path = directory / "audit.jsonl"
         self.policy = policy_for(machine)
-        self.max_calls = 256
+        self.limits = Limits()
         self.reported: list[AgentError] = []
         self.port = 0
 
@@ -109,7 +109,7 @@ class Site:
             AuditLog(self.audit_path),
             now=lambda: self.clock.now,
         )
-        server = BrokerServer(authority, self.reported.append, lambda: self.clock.monotonic, self.max_calls)
+        server = BrokerServer(authority, self.reported.append, lambda: self.clock.monotonic, self.limits)
         tls = Tls((directory / "tls.pem").read_bytes(), (directory / "tls.key").read_bytes())
         self.port = await server.start("127.0.0.1:0", tls)
         try:
@@ -126,7 +126,8 @@ class Site:
 
     def channel(self) -> Any:  # the stubs want serialisers, which a wire of bytes has not
         credentials = grpc.ssl_channel_credentials(self.made.ca_pem.encode())
-        return grpc.aio.secure_channel(f"127.0.0.1:{self.port}", credentials, [("grpc.ssl_target_name_override", "localhost")])
+        options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1)]  # its own connection
+        return grpc.aio.secure_channel(f"127.0.0.1:{self.port}", credentials, options)
 
     def collect(self, data: RuntimeData) -> CompositeEvidence:
         """What the agent of this site's machine would send."""

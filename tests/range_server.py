@@ -4,6 +4,7 @@ with RangeServer(layout) as server:
     open_source(server.url, None, 5)
 """
 
+import contextlib
 import datetime
 import enum
 import http.server
@@ -12,6 +13,8 @@ import re
 import socket
 import ssl
 import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -33,6 +36,10 @@ class Fault(enum.Enum):
     CUT_CHUNKED = enum.auto()  # a chunked body that ends early and cleanly
     CHUNKED = enum.auto()  # a chunked body that is complete: no fault
     SILENT = enum.auto()  # takes the request and never answers
+    DRIP_HEAD = enum.auto()  # one byte of a header now and then
+    DRIP_BODY = enum.auto()  # one byte of a range now and then
+    DRIP_CHUNKS = enum.auto()  # the same, each a chunk
+    CONTINUE = enum.auto()  # 100, and again, and again
     GARBAGE = enum.auto()  # not HTTP
     NOT_FOUND = enum.auto()
     FORBIDDEN = enum.auto()
@@ -44,6 +51,8 @@ class Fault(enum.Enum):
     REDIRECT_NOWHERE = enum.auto()  # without Location
 
 
+DRIP_S = 3.0
+"""A store that drips then cuts the connection, so that who waits for it fails and does not hang."""
 _STATUS = {Fault.NOT_FOUND: 404, Fault.FORBIDDEN: 403, Fault.BROKEN: 500, Fault.TEAPOT: 418}
 
 
@@ -102,7 +111,10 @@ class RangeServer:
         self._done.set()
         self._server.shutdown()
         self._thread.join()
-        self._server.server_close()
+        for connection in self._server.accepted:
+            with contextlib.suppress(OSError):  # it is closed already
+                socket.socket.shutdown(connection, socket.SHUT_RDWR)
+        self._server.server_close()  # joins the threads of the connections
 
 
 def make_certificate(folder: Path) -> tuple[Path, str]:
@@ -130,6 +142,17 @@ def make_certificate(folder: Path) -> tuple[Path, str]:
 
 
 class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads = False
+
+    def server_activate(self) -> None:
+        self.accepted: list[socket.socket] = []
+        super().server_activate()
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        connection, address = super().get_request()
+        self.accepted.append(connection)
+        return connection, address
+
     def handle_error(self, request: object, client_address: object) -> None:
         pass  # clients of these tests go away on purpose
 
@@ -145,6 +168,10 @@ def _answer(handler: http.server.BaseHTTPRequestHandler, root: Path, fault: Faul
         handler.wfile.write(b"\x00garbage\r\n\r\n")
         handler.close_connection = True
         return None
+    if fault is Fault.DRIP_HEAD:
+        return _drip(handler, (bytes([byte]) for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 10_000), done)
+    if fault is Fault.CONTINUE:
+        return _drip(handler, [b"HTTP/1.1 100 Continue\r\n\r\n"] * 10_000, done)
     port = handler.connection.getsockname()[1]
     here = handler.path.startswith("/moved")
     if fault is Fault.REDIRECT_LOOP or (fault is Fault.REDIRECT_HERE and not here):
@@ -153,10 +180,19 @@ def _answer(handler: http.server.BaseHTTPRequestHandler, root: Path, fault: Faul
         return _head(handler, 307, {"Location": f"http://127.0.0.1:{port + 1}{handler.path}", "Content-Length": "0"})
     if fault is Fault.REDIRECT_NOWHERE:
         return _head(handler, 307, {"Content-Length": "0"})
-    _send_file(handler, root / handler.path.removeprefix("/moved").lstrip("/"), fault)
+    _send_file(handler, root / handler.path.removeprefix("/moved").lstrip("/"), fault, done)
 
 
-def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: Fault) -> None:
+def _drip(handler: http.server.BaseHTTPRequestHandler, pieces: Iterable[bytes], done: threading.Event) -> None:
+    handler.close_connection = True
+    end = time.monotonic() + DRIP_S
+    for piece in pieces:
+        handler.wfile.write(piece)
+        if done.wait(0.02) or time.monotonic() >= end:
+            return
+
+
+def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: Fault, done: threading.Event) -> None:
     try:
         stream = path.open("rb")
     except OSError:
@@ -178,7 +214,7 @@ def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: F
                 headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
         if fault is Fault.GZIP:
             headers["Content-Encoding"] = "gzip"
-        chunked = fault in (Fault.CHUNKED, Fault.CUT_CHUNKED)
+        chunked = fault in (Fault.CHUNKED, Fault.CUT_CHUNKED, Fault.DRIP_CHUNKS)
         headers |= {"Transfer-Encoding": "chunked"} if chunked else {"Content-Length": str(length)}
         if fault is Fault.LONGER_BODY:
             length += 1
@@ -187,7 +223,11 @@ def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: F
         if fault in (Fault.CUT, Fault.CUT_CHUNKED):
             length //= 2
             handler.close_connection = fault is Fault.CUT
-        if chunked:
+        if asked and fault in (Fault.DRIP_BODY, Fault.DRIP_CHUNKS):
+            stream.seek(start)
+            form = b"1\r\n%b\r\n" if chunked else b"%b"
+            _drip(handler, (form % bytes([byte]) for byte in stream.read(length)), done)
+        elif chunked:
             stream.seek(start)
             handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (length, stream.read(length)))
         else:

@@ -4,6 +4,7 @@ import random
 import shutil
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ from agent.errors import (
 from agent.guest import mounts
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey, SecretBuffer
+from tests.range_server import Fault, RangeServer
 
 KEY = bytes(range(32))
 KEY_URI = "kbs:///models/tiny/1"
@@ -652,3 +654,36 @@ def test_a_cancelled_load_returns_when_every_thread_has_ended(sealed: Sealed, gi
             assert os.listdir(given) == [".keyturn-partial"]
 
     asyncio.run(story())
+
+
+@pytest.mark.parametrize("cancelled", ["attestation", "load"])
+def test_a_boot_that_ends_while_the_store_drips_ends_at_once(sealed: Sealed, given: Path, cancelled: str) -> None:
+    with RangeServer(sealed.layout, Fault.DRIP_BODY) as server:
+
+        async def story() -> float:
+            with ExitStack() as undo:
+                store = open_source(server.url, None, 30)
+                undo.callback(store.close)
+                prepared = await prepare(store, config(sealed, "directory", given), KEY_URI, undo)
+                before = len(server.requests)
+                with released() as key:
+                    task = asyncio.create_task(load(prepared, key, 0, nothing_opens))
+                    while cancelled == "load" and len(server.requests) < before + 8 + 1:
+                        await asyncio.sleep(0.01)
+                    ended = time.monotonic()
+                    task.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+            assert "segments" not in {thread.name for thread in threading.enumerate()}
+            return time.monotonic() - ended
+
+        assert asyncio.run(story()) < 1.5
+
+
+def test_a_store_that_drips_ends_the_boot_at_the_deadline(sealed: Sealed, given: Path) -> None:
+    with RangeServer(sealed.layout, Fault.DRIP_BODY) as server:
+        started = time.monotonic()
+        with pytest.raises(ArtifactUnavailableError) as caught:
+            boot(config(sealed, "directory", given, source=server.url, timeout_s=0.3))
+        assert time.monotonic() - started < 2
+    assert caught.value.problem is StoreProblem.TIMEOUT

@@ -7,6 +7,7 @@ it: class, exit status, what the broker recorded, and that no key was released w
 import hashlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -304,9 +305,9 @@ SERVED = [ATTESTED, RELEASED]
 ROWS = [
     Row("wrong measurement", other_measurement, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.measurement")]),
     Row("wrong HOST_DATA", other_host_data, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.host_data")]),
-    Row("guest launched with another configuration", launched_with_other_configuration, "ConfigNotMeasuredError", 10, None),
+    Row("guest launched with another configuration", launched_with_other_configuration, "ConfigNotMeasuredError", 10, []),
     Row("debug policy", debug_guest, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.policy.debug")]),
-    Row("foreign nonce", foreign_nonce, "EvidenceBindingError", 12, None),
+    Row("foreign nonce", foreign_nonce, "EvidenceBindingError", 12, []),
     Row("foreign GPU nonce", foreign_gpu_nonce, "EvidenceBindingError", 12, None),
     Row("missing GPU", missing_gpu, "GpuCountError", 13, []),
     Row("policy wants two GPUs", policy_wants_two_gpus, "KeyReleaseDeniedError", 16, [("attest", "denied", "gpu.count")]),
@@ -390,6 +391,18 @@ def test_the_death_of_the_supervisor_ends_the_server(world: World) -> None:
 
     assert select.select([pidfd], [], [], 5)[0], "the server outlived the supervisor"
     os.close(pidfd)
+
+
+def test_a_given_directory_serves_and_is_empty_afterwards(world: World) -> None:
+    given = Path("/dev/shm") / f"keyturn-test-{os.getpid()}"
+    given.mkdir(mode=0o755)
+    world.undo.callback(shutil.rmtree, given, ignore_errors=True)
+    world.artifact |= {"destination": "directory", "directory": str(given)}
+    agent = world.start()
+    agent.wait_for("server_ready")
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    assert agent.stop().status == 0
+    assert list(given.iterdir()) == []
 
 
 def test_a_lease_ends_the_server_and_says_so(world: World) -> None:

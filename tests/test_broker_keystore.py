@@ -63,6 +63,15 @@ def test_a_file_that_others_may_use_is_refused(tmp_path: Path, mode: int) -> Non
     assert reason(DirectoryKeyStore(tmp_path)) == "KEY_FILE_MODE"
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("name", ["1", ".1.version"])
+def test_a_file_of_another_user_is_refused(tmp_path: Path, name: str) -> None:
+    put(tmp_path / "models/tiny/1")
+    put(tmp_path / "models/tiny/.1.version", b"7")
+    os.chown(tmp_path / "models/tiny" / name, 1234, 1234)
+    assert reason(DirectoryKeyStore(tmp_path)) == "KEY_FILE_OWNER"
+
+
 @pytest.mark.parametrize(
     "uri",
     [

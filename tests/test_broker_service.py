@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from agent.broker.anchors import TrustAnchors
 from agent.broker.keystore import StoredKey
 from agent.broker.policy import parse_policy
-from agent.broker.service import CHALLENGE_LIFE_S, MAX_HELLOS, SERVICE
+from agent.broker.service import CHALLENGE_LIFE_S, MAX_HELLOS, SERVICE, Limits, peer_host
 from agent.broker.token import TOKEN_LIFE_S
 from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason, InternalError, KeyReleaseDeniedError
@@ -242,6 +242,30 @@ def test_the_token_of_one_key_does_not_open_another(site: Site) -> None:
     assert refused_release(site, lambda: None, OTHER_URI) == (7, "TOKEN_KEY_URI")
 
 
+def test_a_key_request_that_does_not_parse_is_recorded(site: Site) -> None:
+    async def scene() -> Failure:
+        async with site.channel() as channel:
+            return await failure_of(channel.unary_unary(wire.RELEASE_KEY_METHOD)(b"\xff\xfftell me"))
+
+    assert played(site, scene) == Failure(3, Ident("PROTOCOL_MALFORMED"))
+    (line,) = site.audit()
+    assert (line["step"], line["decision"], line["reason"]) == ("release", "failed", "PROTOCOL_MALFORMED")
+    assert (line["request_id"], line["key_id"]) == (None, None)
+
+
+def test_a_certificate_that_the_library_chokes_on_is_a_denial_and_no_bug(site: Site) -> None:
+    def collect(data: RuntimeData) -> CompositeEvidence:
+        evidence = site.collect(data)
+        leaf, *issuers = evidence.primary.cert_chain
+        hostile = leaf.replace(b"\x0c\x08SEV-VCEK", b"\x03\x08\x00EV-VCEK")  # a BIT STRING for a name
+        assert hostile != leaf
+        return replace(evidence, primary=replace(evidence.primary, cert_chain=(hostile, *issuers)))
+
+    error = denied(site, collect=collect)
+    assert (error.reason, error.claim) == (DenialReason.COLLATERAL, "snp.malformed.certificate")
+    assert site.reported == []
+
+
 def test_an_expired_token_is_refused(site: Site) -> None:
     assert refused_release(site, lambda: site.clock.advance(TOKEN_LIFE_S)) == (16, "TOKEN_EXPIRED")
 
@@ -260,6 +284,25 @@ def test_what_was_revoked_after_the_verdict_is_not_released(site: Site, change: 
     failure = asyncio.run(scene())
     assert (failure.code, failure.reason) == (7, reason)
     assert (site.audit()[1]["decision"], site.audit()[1]["policy_version"]) == ("denied", "2")
+
+
+def test_a_token_of_an_earlier_policy_is_refused_and_a_new_one_counts(site: Site) -> None:
+    other_measurement = policy_for(site.machine, "2").replace(site.machine.measurement.hex().encode(), b"0" * 96)
+
+    async def scene() -> tuple[Failure, Any]:
+        async with site.running() as authority:
+            verdict, _ = await site.attest()
+            authority.policy = parse_policy(other_measurement)
+            refused = await ask(site, verdict.token)
+            authority.policy = parse_policy(policy_for(site.machine, "3"))
+            return refused, await site.boot()
+
+    refused, (_, _, sealed) = asyncio.run(scene())
+    assert refused == Failure(7, Ident("TOKEN_POLICY_VERSION"), Ident("boot-2"))
+    assert sealed.key_id == URI
+    line = site.audit()[1]
+    assert (line["step"], line["decision"], line["policy_version"]) == ("release", "denied", "2")
+    assert (line["reason"], line["claim"]) == ("policy", "token.policy_version")
 
 
 def test_a_broker_without_simulation_roots_releases_nothing_for_a_simulated_token(site: Site) -> None:
@@ -469,26 +512,116 @@ def test_a_bug_is_told_by_its_place_and_never_by_its_text(site: Site) -> None:
         return await ask(site, verdict.token)
 
     assert played(site, scene) == Failure(13, Ident("INTERNAL"), Ident("boot-2"))
+    line = site.audit()[-1]
+    assert (line["step"], line["decision"], line["reason"]) == ("release", "failed", "INTERNAL")
     (error,) = site.reported
     assert isinstance(error, InternalError) and error.place.startswith("test_broker_service:")
 
 
-def test_a_full_broker_asks_guests_to_come_back(site: Site) -> None:
-    site.max_calls = 1
+# --- limits -----------------------------------------------------------------------------------------------------------
+
+
+def asks_to_come_back(failure: Failure) -> bool:
+    return (failure.code, failure.reason) == (14, "OVERLOADED") and (failure.retry_after_s or 0) > 0
+
+
+def test_guests_that_said_hello_and_no_more_stop_nobody(site: Site) -> None:
+    site.limits = Limits(slots=1)
+
+    async def scene() -> Any:
+        async with site.channel() as channel:
+            held = [RawStream(channel) for _ in range(4)]
+            for stream in held:
+                await stream.challenge()
+            return await site.boot()
+
+    assert played(site, scene)
+
+
+def test_a_broker_without_a_free_slot_asks_guests_to_come_back_and_records_it(site: Site) -> None:
+    verdict, _ = played(site, site.attest)
+    site.limits = Limits(slots=0)
+
+    def answer(challenge: Challenge | None) -> Attestation:
+        assert challenge is not None
+        return attestation(site, challenge.nonce)
+
+    assert asks_to_come_back(broken_off(site, lambda _: HELLO, answer))
+    assert asks_to_come_back(played(site, lambda: ask(site, verdict.token)))
+    _, attest, release = site.audit()
+    both = {"decision": "failed", "reason": "OVERLOADED", "key_id": URI}
+    assert attest.items() >= (both | {"step": "attest", "request_id": "boot-1", "tee": "snp"}).items()
+    assert release.items() >= (both | {"step": "release", "request_id": "boot-2", "tee": None}).items()
+
+
+@pytest.mark.parametrize("limits", [Limits(open_calls=1), Limits(open_calls_of_host=1)])
+def test_one_open_call_too_many_is_turned_away_on_any_connection_until_another_ends(site: Site, limits: Limits) -> None:
+    site.limits = limits
+
+    async def scene() -> tuple[Failure, Failure, Any]:
+        async with site.channel() as one, site.channel() as other:
+            first = RawStream(one)
+            challenge = await first.challenge()
+            refused = await failure_of(RawStream(other).say(HELLO)), await ask(site, "token")
+            await first.say(attestation(site, challenge.nonce))
+            await first.call.code()
+            return *refused, await RawStream(other).challenge()
+
+    attest, release, challenge = played(site, scene)
+    assert asks_to_come_back(attest) and asks_to_come_back(release) and isinstance(challenge, Challenge)
+    assert [line["decision"] for line in site.audit()][:1] == ["allowed"]  # who was turned away left no line
+
+
+def test_a_call_that_fails_is_not_open_any_more(site: Site) -> None:
+    site.limits = Limits(slots=1, open_calls=1)
+
+    async def scene() -> list[str]:
+        async with site.channel() as channel:
+            return [(await failure_of(RawStream(channel).say(b"\xff"))).reason for _ in range(2)]
+
+    assert played(site, scene) == ["PROTOCOL_MALFORMED"] * 2
+
+
+def test_a_stream_that_says_nothing_is_not_kept(site: Site) -> None:
+    site.limits = Limits(hello_timeout_s=0)
 
     async def scene() -> Failure:
         async with site.channel() as channel:
-            await RawStream(channel).challenge()
-            return await failure_of(RawStream(channel).say(HELLO))
+            return await failure_of(RawStream(channel).call.read())
 
-    failure = played(site, scene)
-    assert (failure.code, failure.reason) == (14, "OVERLOADED")
-    assert failure.retry_after_s is not None and failure.retry_after_s > 0
+    assert played(site, scene) == Failure(4, Ident("STREAM_TIMEOUT"))
+    assert site.audit() == []
 
 
-def test_a_slot_is_free_again_when_its_stream_ended(site: Site) -> None:
-    site.max_calls = 1
-    assert played(site, site.boot)
+async def read_to_the_end(stream: RawStream) -> None:
+    while isinstance(await stream.call.read(), bytes):
+        pass
+
+
+def test_a_challenge_is_not_waited_for_without_end(site: Site) -> None:
+    site.limits = Limits(attestation_timeout_s=0.01)
+
+    async def scene() -> Failure:
+        async with site.channel() as channel:
+            stream = RawStream(channel)
+            await stream.call.write(wire.pack_attest_request(HELLO))
+            return await failure_of(read_to_the_end(stream))
+
+    assert played(site, scene) == Failure(4, Ident("STREAM_TIMEOUT"), Ident("boot-1"))
+    assert [line["reason"] for line in site.audit()] == ["STREAM_TIMEOUT"]
+
+
+@pytest.mark.parametrize(
+    ("peer", "host"),
+    [
+        ("ipv4:192.0.2.1:5000", "192.0.2.1"),
+        ("ipv6:%5B2001:db8:1:2:3::4%5D:5000", "2001:db8:1:2::/64"),
+        ("ipv6:[2001:db8:1:2:ffff::5]:6000", "2001:db8:1:2::/64"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:5000", "fe80::/64"),
+    ],
+)
+def test_a_host_is_counted_over_all_its_connections(peer: str, host: str) -> None:
+    assert peer_host(peer) == host
 
 
 def test_the_health_service_says_serving(site: Site) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from agent.broker.token import TokenKey
 from agent.closed import Ident
@@ -28,10 +28,12 @@ CLAIMS = TokenClaims(
 )
 
 
+def pem_of(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey | ed25519.Ed25519PrivateKey) -> bytes:
+    return key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+
+
 def private_pem(curve: ec.EllipticCurve) -> bytes:
-    return ec.generate_private_key(curve).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
+    return pem_of(ec.generate_private_key(curve))
 
 
 @pytest.mark.parametrize("claims", [CLAIMS, replace(CLAIMS, lease_s=None, simulated=True, min_model_version=0)])
@@ -61,7 +63,17 @@ def test_a_lease_that_is_not_given_is_not_mentioned() -> None:
     assert "lease_s" not in payload
 
 
-@pytest.mark.parametrize("pem", [b"", b"no key", private_pem(ec.SECP384R1())])
+@pytest.mark.parametrize(
+    "pem",
+    [
+        b"",
+        b"no key",
+        private_pem(ec.SECP384R1()),
+        pem_of(rsa.generate_private_key(65537, 2048)),
+        pem_of(ed25519.Ed25519PrivateKey.generate()),
+    ],
+    ids=["empty", "no PEM", "P-384", "RSA", "Ed25519"],
+)
 def test_what_is_no_p256_private_key_is_refused(pem: bytes) -> None:
     with pytest.raises(ConfigError):
         TokenKey(pem)

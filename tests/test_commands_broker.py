@@ -2,19 +2,22 @@
 
 import asyncio
 import json
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from agent import config
-from agent.errors import EXIT_STATUS, EXIT_USAGE, Owner, Step
+from agent.errors import EXIT_STATUS, EXIT_USAGE, KeyReleaseDeniedError, Owner, Step
+from agent.evidence import CompositeEvidence, RuntimeData
 from agent.sim.machine import SimulatedMachine
 from tests.broker_site import KEY, URI, Site, policy_for
 from tests.children import read_line
@@ -117,6 +120,18 @@ def test_sighup_reopens_the_audit_log(site: Site) -> None:
     assert len(rotated.read_bytes().splitlines()) == len(site.audit()) == 1
 
 
+def test_sighup_reopens_the_audit_log_whatever_is_wrong_with_the_policy(site: Site) -> None:
+    rotated = site.audit_path.with_suffix(".1")
+    with running(site) as broker:
+        broker.says()
+        site.audit_path.rename(rotated)
+        (site.made.directory / "policy.toml").write_bytes(b"version = " + b"1" * 5000)
+        broker.process.send_signal(signal.SIGHUP)
+        assert (broker.says()["class"], broker.says()["event"]) == ("ConfigError", "policy_kept")
+        asyncio.run(site.attest())
+    assert (rotated.read_bytes(), len(site.audit())) == (b"", 1)
+
+
 def test_a_broker_says_when_it_accepts_no_simulation(site: Site) -> None:
     command = arguments(site)
     index = command.index("--unsafe-simulation-roots")
@@ -152,9 +167,33 @@ def test_a_broker_does_not_start_with_a_part_it_cannot_use(
     assert refused(arguments(site, **{flag: value.format(site.made.directory)})) == expected
 
 
-def test_a_token_key_that_others_can_read_is_refused(site: Site) -> None:
-    (site.made.directory / "token.key").chmod(0o640)
-    assert refused(arguments(site)) == ("token-key", BAD_VALUE)
+@pytest.mark.parametrize("name", ["token", "tls"])
+def test_a_private_key_that_others_can_read_is_refused(site: Site, name: str) -> None:
+    (site.made.directory / f"{name}.key").chmod(0o640)
+    assert refused(arguments(site)) == (f"{name}-key", BAD_VALUE)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("name", ["token", "tls"])
+def test_a_private_key_of_another_user_is_refused(site: Site, name: str) -> None:
+    os.chown(site.made.directory / f"{name}.key", 1234, 1234)
+    assert refused(arguments(site)) == (f"{name}-key", BAD_VALUE)
+
+
+def test_guests_cannot_write_to_the_brokers_stderr(site: Site) -> None:
+    def collect(data: RuntimeData) -> CompositeEvidence:
+        evidence = site.collect(data)
+        leaf, *issuers = evidence.primary.cert_chain
+        country = leaf.replace(b"\x55\x04\x03\x0c\x08SEV", b"\x55\x04\x06\x0c\x08SEV")  # of two letters; `cryptography` warns
+        assert country != leaf
+        return replace(evidence, primary=replace(evidence.primary, cert_chain=(country, *issuers)))
+
+    with running(site) as broker:
+        broker.says()
+        with pytest.raises(KeyReleaseDeniedError):
+            asyncio.run(site.attest(collect=collect))
+        broker.process.send_signal(signal.SIGTERM)
+        assert broker.process.communicate(timeout=60) == (b"", b"")
 
 
 def test_missing_arguments_are_a_usage_error() -> None:

@@ -73,11 +73,16 @@ def test_anything_else_is_a_bad_request(request_: bytes) -> None:
     assert ask(REPORT, request_).startswith(b"HTTP/1.1 400")
 
 
-def test_callers_beyond_the_limit_are_turned_away_and_those_who_leave_are_forgotten() -> None:
+def test_idle_callers_keep_nobody_out_and_those_who_leave_are_forgotten() -> None:
     with port_of(REPORT) as (selector, address):
         callers = [socket.create_connection(address, 5) for _ in range(MAX_CALLERS + 1)]
         turn(selector, MAX_CALLERS + 1)
-        assert callers[-1].recv(1) == b""
+        assert callers[0].recv(1) == b"", "the oldest had to go"
+        callers[-1].sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        turn(selector)
+        assert callers[-1].recv(100).startswith(b"HTTP/1.1 200")
+        callers.append(socket.create_connection(address, 5))
+        turn(selector)
         assert len(selector.get_map()) == 1 + MAX_CALLERS
         for caller in callers:
             caller.close()

@@ -10,7 +10,7 @@ import pytest
 
 from agent.errors import Unready
 from agent.server import Placement, ProbeRequest, RunningServer, ServerPlan
-from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, start_probe
+from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, _listens, start_probe
 from agent.server.process import ServerProcess, spawn
 from tests.children import DEADLINE_S, IS_ROOT, NOBODY, gone, in_child, python, readable
 from tests.test_server_process import PLAN, drain_until
@@ -267,8 +267,11 @@ def answer(line, send):
 
 
 def test_probe_shows_the_api_key() -> None:
-    seen = asked(GOOD, authorization="Bearer key", models_path=None, model_id=None, probe=None)
-    assert seen.asked == "authorization: bearer key\nGET /health -\n"
+    seen = asked(GOOD, authorization="Bearer key", models_path=None, model_id=None)
+    health, key, request = seen.asked.splitlines()
+    assert health == "GET /health -", "a health check is open, and is told nothing"
+    assert key == "authorization: bearer key"
+    assert request.startswith("POST ")
 
 
 def test_probe_that_was_killed_has_not_found_the_server_ready() -> None:
@@ -322,3 +325,36 @@ def test_probe_has_no_more_rights_than_the_server_and_no_descriptor_of_the_agent
         return status["Uid"].split()[0], status["CapEff"], status["NoNewPrivs"], sorted(targets)
 
     assert in_child(scenario) == (str(NOBODY), "0" * 16, "1", ["/dev/null", "pipe"])
+
+
+def table_of(*rows: tuple[str, int, int, str]) -> str:
+    """Rows of (address, port, uid, state) as in /proc/net/tcp."""
+    lines = ["  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode"]
+    lines += [f"   0: {at}:{port:04X} 00000000:0000 {st} 0:0 00:0 0 {uid:5} 0 1" for at, port, uid, st in rows]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "ours"),
+    [
+        ([("0100007F", 8080, 65532, "0A")], True),
+        ([("0100007F", 8080, 65532, "0A"), ("00000000", 8080, 65532, "0A")], True),
+        ([("0100007F", 8080, 0, "0A")], True),
+        ([("0100007F", 8080, 1000, "0A")], False),
+        ([("0100007F", 8080, 65532, "0A"), ("00000000", 8080, 1000, "0A")], False),
+        ([("0100007F", 8081, 65532, "0A")], False),
+        ([("0100007F", 8080, 65532, "01")], False),
+        ([], False),
+    ],
+)
+def test_only_a_port_that_our_server_alone_holds_is_asked(
+    rows: list[tuple[str, int, int, str]], ours: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "tcp").write_text(table_of(*rows))
+    assert _listens(8080, 65532, (str(tmp_path / "tcp"), str(tmp_path / "tcp6"))) is ours
+
+
+def test_the_kernels_own_table_shows_who_listens() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert _listens(listener.getsockname()[1], os.geteuid())
+        assert _listens(listener.getsockname()[1], os.geteuid() + 1) == IS_ROOT, "root may listen for anybody"

@@ -279,6 +279,18 @@ def test_a_leaf_without_a_readable_firmware_identity_is_malformed(
     assert field_of_error(evidence, NONCE, [issued[0][1]]) == (EvidenceFormat.NVIDIA_CHAIN, "fwid-extension")
 
 
+@pytest.mark.parametrize("tag", [0x00, 0x03])  # for the common name: no type at all, and a BIT STRING
+@pytest.mark.parametrize("extension", ["551d23", "551d11"])  # authority key identifier, subject alternative name
+def test_a_name_that_the_library_chokes_on_is_no_chain(gpus: Silicon, tag: int, extension: str) -> None:
+    leaf_pem, *issuers = certificates(gpus.first.certificate_chain)
+    leaf = bytearray(x509.load_pem_x509_certificate(leaf_pem).public_bytes(Encoding.DER))
+    common_name = bytes.fromhex("0603550403")
+    leaf[leaf.index(common_name, leaf.index(common_name) + 1) + 5] = tag  # the subject's, after the issuer's
+    leaf[leaf.index(bytes.fromhex("0603" + extension)) + 4] ^= 0x40  # so that the library looks at the name for its message
+    evidence = replace(gpus.first, certificate_chain=pem(bytes(leaf)) + b"".join(issuers))
+    assert check_that_fails(evidence, NONCE, [gpus.root]) is EvidenceCheck.CERTIFICATE_CHAIN
+
+
 @pytest.mark.filterwarnings("ignore:Parsed a serial number")
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(position=st.integers(0, 3000), byte=st.integers(0, 255))

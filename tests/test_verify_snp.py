@@ -212,6 +212,28 @@ def test_a_certificate_that_is_none_is_malformed(machine: SimulatedMachine) -> N
             verify_snp(dataclasses.replace(evidence, cert_chain=(*evidence.cert_chain, junk)), roots_of(machine), [], NOW)
 
 
+COMMON_NAME = b"\x06\x03\x55\x04\x03"
+
+
+@pytest.mark.parametrize("root", ["trusted", "unknown"])
+@pytest.mark.parametrize(
+    "value", [b"\x03\x08\x00EV-VCEK", b"\x03\x08\xffEV-VCEK", b"\x1e\x08\xd8\x00V-VCEK", b"\x00\x08SEV-VCEK"]
+)
+def test_a_name_that_the_library_chokes_on_is_malformed(machine: SimulatedMachine, value: bytes, root: str) -> None:
+    evidence = machine.attester().collect(REPORT_DATA)
+    leaf, *issuers = evidence.cert_chain
+    hostile = leaf.replace(COMMON_NAME + b"\x0c\x08SEV-VCEK", COMMON_NAME + value)
+    assert hostile != leaf
+    with pytest.raises(MalformedEvidenceError) as refused:
+        verify_snp(
+            dataclasses.replace(evidence, cert_chain=(hostile, *issuers)),
+            roots_of(machine) if root == "trusted" else (),
+            [],
+            NOW,
+        )
+    assert refused.value.field == "certificate"
+
+
 # --- a vendor that gets one thing wrong -------------------------------------------------------------------------------
 
 

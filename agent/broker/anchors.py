@@ -10,6 +10,7 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, MalformedEvidenceError
+from agent.verify.roots import UNREADABLE
 from agent.verify.snp import SIMULATED_MARK, load_certificate
 
 SIMULATION_ROOT_FILES = ("ark.pem", "nvidia-root.pem")
@@ -43,7 +44,10 @@ def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:
     if not roots:
         raise ConfigError(ConfigProblem.NOT_FOUND, key)
     for root in roots:
-        names = root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        try:
+            names = root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+        except UNREADABLE as error:
+            raise ConfigError(ConfigProblem.BAD_VALUE, key) from error
         if len(names) != 1 or SIMULATED_MARK not in str(names[0].value):
             raise ConfigError(ConfigProblem.BAD_VALUE, key)
     return tuple(roots)

@@ -37,6 +37,7 @@ class AuditRecord:
 
     Attributes:
         time: UTC, `2026-11-21T12:00:00.123Z` (`timestamp`).
+        request_id, key_id: as the guest gave them; None for a request that could not be read.
         measurement, host_data: hexadecimal, out of a report whose signature was verified.
         chip_id_hash: SHA-256 of the chip id, hexadecimal: tells machines apart without naming them.
         reason: the denial reason, or the reason of the failure.
@@ -49,8 +50,8 @@ class AuditRecord:
     time: Ident
     step: AuditStep
     decision: Decision
-    request_id: Ident
-    key_id: Ident
+    request_id: Ident | None
+    key_id: Ident | None
     policy_version: Ident
     release_channel: Ident | None = None
     tee: Ident | None = None

@@ -113,10 +113,10 @@ class Authority:
 
             # 4. What they say is what the row wants.
             appraisal = appraise(policy, hello.key_uri, snp=snp, gpus=gpus, keyturn=keyturn, now=now)
-        except (MalformedEvidenceError, EvidenceVerificationError) as error:
-            return self._deny(record, _denial_of(error, policy))
-        except KeyReleaseDeniedError as error:
-            return self._deny(record, error)
+        except (MalformedEvidenceError, EvidenceVerificationError, KeyReleaseDeniedError) as error:
+            denial = error if isinstance(error, KeyReleaseDeniedError) else _denial_of(error, policy)
+            self._record_denial(record, denial)
+            return Denied(hello.request_id, denial.reason, denial.claim, denial.reference_value_id, denial.policy_version)
 
         row, matched = appraisal.row, appraisal.reference_value_ids
         issued_at = int(now.timestamp())
@@ -168,11 +168,16 @@ class Authority:
             row = policy.live_row(claims.key_uri, now)
             record = replace(record, release_channel=Ident(row.release_channel))
 
-            # 4. Only now is the key touched.
+            # 4. So are its values: the Verdict was reached under this version of the policy, and its floor and lease stand in
+            #    the token. Evidence is not kept, so after any change the guest must attest again.
+            if claims.policy_version != policy.version:
+                raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.policy_version"), None, policy.version)
+
+            # 5. Only now is the key touched.
             stored = self._keys.fetch(claims.key_uri)
             sealed = seal(stored.key, claims.tee_pubkey)
         except KeyReleaseDeniedError as error:
-            self._deny(record, error)
+            self._record_denial(record, error)
             raise
         except (TokenError, RemoteProtocolError, BrokerFailureError) as error:
             self._audit.append(replace(record, decision=Decision.FAILED, reason=failure_reason(error)))
@@ -180,12 +185,24 @@ class Authority:
         self._audit.append(replace(record, decision=Decision.ALLOWED, key_version=stored.version))
         return KeyResponse(request.request_id, sealed, stored.key_id, stored.version)
 
-    def record_failure(self, hello: Hello, reason: Ident) -> None:
-        """The audit line of an attestation that ended before there was anything to decide. Raises BrokerFailureError."""
-        record = self._record(AuditStep.ATTEST, hello.request_id, hello.key_uri, self.policy, self._now())
-        self._audit.append(replace(record, decision=Decision.FAILED, reason=reason, tee=Ident(hello.tee.value)))
+    def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
+        """The audit line of what ended before there was anything to decide.
 
-    def _record(self, step: AuditStep, request_id: Ident, key_uri: Ident, policy: PolicyTable, now: datetime) -> AuditRecord:
+        Args:
+            asked: what the attestation began with, or the key request; None: a key request that does not parse.
+            reason: why it ended.
+        Raises:
+            BrokerFailureError: the line could not be written.
+        """
+        step = AuditStep.ATTEST if isinstance(asked, Hello) else AuditStep.RELEASE
+        request_id, key_uri = (asked.request_id, asked.key_uri) if asked else (None, None)
+        record = self._record(step, request_id, key_uri, self.policy, self._now())
+        tee = Ident(asked.tee.value) if isinstance(asked, Hello) else None
+        self._audit.append(replace(record, decision=Decision.FAILED, reason=reason, tee=tee))
+
+    def _record(
+        self, step: AuditStep, request_id: Ident | None, key_uri: Ident | None, policy: PolicyTable, now: datetime
+    ) -> AuditRecord:
         return AuditRecord(
             time=timestamp(now),
             step=step,
@@ -195,10 +212,9 @@ class Authority:
             policy_version=policy.version,
         )
 
-    def _deny(self, record: AuditRecord, error: KeyReleaseDeniedError) -> Denied:
-        reason, value = Ident(error.reason.value), error.reference_value_id
-        self._audit.append(replace(record, reason=reason, claim=error.claim, reference_value_id=value))
-        return Denied(record.request_id, error.reason, error.claim, value, error.policy_version)
+    def _record_denial(self, record: AuditRecord, denial: KeyReleaseDeniedError) -> None:
+        reason, value = Ident(denial.reason.value), denial.reference_value_id
+        self._audit.append(replace(record, reason=reason, claim=denial.claim, reference_value_id=value))
 
 
 def failure_reason(error: TokenError | RemoteProtocolError | BrokerFailureError) -> Ident:

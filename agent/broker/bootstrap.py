@@ -26,7 +26,8 @@ _SERVER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,252}")
 EXAMPLE_POLICY = """\
 # Who may have which key. One [[row]] per key URI; a key without a row is denied, and so is whatever a row leaves out.
 # SIGHUP makes the broker read this file again; a broken file changes nothing. Raise `version` with every change: verdicts,
-# tokens and the audit log carry it. Lists are alternatives; put the current value first, denials name that one.
+# tokens and the audit log carry it, and a token of another version opens nothing: give all replicas the new file together.
+# Lists are alternatives; put the current value first, denials name that one.
 schema = "keyturn-policy/v1"
 version = "1"
 

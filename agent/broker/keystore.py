@@ -43,7 +43,7 @@ class KeyStore(Protocol):
 
 
 class DirectoryKeyStore:
-    """`<directory>/<repository>/<type>/<tag>`: files of exactly 32 bytes, readable by their owner alone.
+    """`<directory>/<repository>/<type>/<tag>`: files of exactly 32 bytes, of root or the broker and for their owner alone.
 
     The version stands in a sibling `.<tag>.version` (a decimal number from 1); without one it is 1. The name cannot clash
     with a key, since no part of a key URI begins with a dot. Symbolic links are followed inside the directory only, so that
@@ -80,6 +80,8 @@ class DirectoryKeyStore:
                 status = os.fstat(descriptor)
                 if not stat.S_ISREG(status.st_mode):
                     raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_TYPE"))
+                if status.st_uid not in (0, os.geteuid()):  # whoever owns it can change it, and the mode
+                    raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_OWNER"))
                 if status.st_mode & 0o077:
                     raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_MODE"))
                 return os.read(descriptor, limit + 1)

@@ -2,15 +2,20 @@
 
 A nonce is drawn for a Challenge, lives in the coroutine of its stream and nowhere else, and is gone with the first
 Attestation, the next Hello or the end of the stream: so it is used once, only here, and any number of brokers can share an
-address. Bytes become messages in `agent/handshake/grpc_wire.py`; gRPC's own (de)serialisers are not used.
+address. Anybody may open a stream and say Hello, so a guest that is waited for holds nothing scarce: open calls are counted,
+together and for each host, and a slot is taken only while Evidence is judged or a key is fetched. Bytes become messages in
+`agent/handshake/grpc_wire.py`; gRPC's own (de)serialisers are not used.
 """
 
 import asyncio
 import contextlib
+import ipaddress
 import secrets
 import time
 import traceback
-from collections.abc import Callable, Iterator
+import urllib.parse
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +40,14 @@ from agent.errors import (
     TokenError,
 )
 from agent.evidence import NONCE_BYTES, Nonce
-from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, grpc_wire
+from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, grpc_wire
 from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
 
 SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
 _RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
 
 CHALLENGE_LIFE_S = 300
-HELLO_TIMEOUT_S = 10  # a stream that says nothing is not kept
-STREAM_TIMEOUT_S = 900
 MAX_HELLOS = 8  # of one stream
-MAX_CALLS = 256  # attestations and key requests at one time
 MAX_CALLS_PER_CONNECTION = 64
 VERIFIER_THREADS = 4
 RETRY_AFTER_S = 5.0
@@ -65,6 +67,27 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """What guests may cost together. Over a number, they are asked to come back later.
+
+    Attributes:
+        slots: attestations and key requests that are judged at one time.
+        open_calls: calls that are open at one time, most of them waiting for their guest.
+        open_calls_of_host: of those, from one IPv4 address or IPv6 /64; guests behind one address share it.
+        hello_timeout_s: a stream that says nothing is not kept.
+        attestation_timeout_s: from a Hello on; longer than the Challenge lives, so that a slow guest can ask for another.
+        verdict_timeout_s: from the Attestation on.
+    """
+
+    slots: int = 256
+    open_calls: int = 1024
+    open_calls_of_host: int = 128
+    hello_timeout_s: float = 10
+    attestation_timeout_s: float = CHALLENGE_LIFE_S + 60
+    verdict_timeout_s: float = 60
+
+
+@dataclass(frozen=True, slots=True)
 class Tls:
     """PEM: certificate chain, leaf first, and its private key."""
 
@@ -78,7 +101,6 @@ class BrokerServer:
     Args:
         report: told of failures that the operator must act on; called on the event loop.
         monotonic: seconds; the clock of nonces.
-        max_calls: attestations and key requests at one time; further ones are asked to come back later.
     """
 
     def __init__(
@@ -86,13 +108,14 @@ class BrokerServer:
         authority: Authority,
         report: Callable[[AgentError], None],
         monotonic: Callable[[], float] = time.monotonic,
-        max_calls: int = MAX_CALLS,
+        limits: Limits = Limits(),
     ) -> None:
         self._authority = authority
         self._report = report
         self._monotonic = monotonic
-        self._max_calls = max_calls
-        self._calls = 0
+        self._limits = limits
+        self._slots_taken = 0
+        self._open_calls: Counter[str] = Counter()  # by host
         self._threads = ThreadPoolExecutor(VERIFIER_THREADS, "verifier")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
         self._server = grpc.aio.server(options=_OPTIONS)
@@ -129,25 +152,26 @@ class BrokerServer:
     # --- attestation --------------------------------------------------------------------------------------------------
 
     async def _serve_attest(self, _: object, context: _Context) -> None:
-        stream = _AttestStream(context)
-        try:
-            with self._slot():
-                async with asyncio.timeout(STREAM_TIMEOUT_S):
-                    await self._attest(stream)
-        except TimeoutError:
-            await self._fail(stream, _broker_failure(grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TIMEOUT"))
-        except AgentError as error:
-            await self._fail(stream, error)
-        except grpc.aio.BaseError:
-            pass  # the guest is gone in the middle of a message: nobody is left to tell
-        except Exception as error:  # noqa: BLE001  # the server loop: a bug ends its own stream; gRPC would send its text
-            await self._fail(stream, _internal(error))
+        async with self._admitted(context):
+            stream = _AttestStream(context)
+            try:
+                async with asyncio.timeout(self._limits.hello_timeout_s) as patience:
+                    await self._attest(stream, patience)
+            except TimeoutError:
+                await self._fail(stream, _broker_failure(grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TIMEOUT"))
+            except AgentError as error:
+                await self._fail(stream, error)
+            except grpc.aio.BaseError:
+                pass  # the guest is gone in the middle of a message: nobody is left to tell
+            except Exception as error:  # noqa: BLE001  # the server loop: a bug ends its own stream; gRPC would send its text
+                await self._fail(stream, _internal(error))
 
-    async def _attest(self, stream: "_AttestStream") -> None:
+    async def _attest(self, stream: "_AttestStream", patience: asyncio.Timeout) -> None:
         message = await stream.read()
         for _ in range(MAX_HELLOS):
             assert isinstance(message, Hello), "the stream lets no Attestation pass before a Hello"
             hello = message
+            patience.reschedule(asyncio.get_running_loop().time() + self._limits.attestation_timeout_s)
             # 1. A fresh nonce, whatever there was before.
             nonce = Nonce(secrets.token_bytes(NONCE_BYTES))
             expires_at = self._monotonic() + CHALLENGE_LIFE_S
@@ -157,45 +181,70 @@ class BrokerServer:
                 # 2. The Attestation, in time, is judged with the nonce of this stream's last Challenge.
                 if self._monotonic() >= expires_at:
                     raise _broker_failure(grpc.StatusCode.FAILED_PRECONDITION, "NONCE_EXPIRED")
-                verdict = await self._in_thread(self._authority.attest, hello, message, nonce)
+                patience.reschedule(asyncio.get_running_loop().time() + self._limits.verdict_timeout_s)
+                with self._slot():
+                    verdict = await self._in_thread(self._authority.attest, hello, message, nonce)
                 return await stream.write(verdict)
         raise _broker_failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_HELLOS")
 
     async def _fail(self, stream: "_AttestStream", error: AgentError) -> None:
-        if (hello := stream.hello) is not None:
-            reason = _failure(error, None).reason
-            try:
-                await self._in_thread(self._authority.record_failure, hello, reason)
-            except BrokerFailureError as unrecorded:
-                error = unrecorded
+        if stream.hello is not None:  # who said nothing leaves no line: a port scan is no attestation
+            error = await self._recorded(error, stream.hello)
         self._report_own(error)
         await _abort(stream.context, error, stream.hello.request_id if stream.hello else None)
 
     # --- release ------------------------------------------------------------------------------------------------------
 
     async def _serve_release_key(self, data: bytes, context: _Context) -> bytes:
-        request_id: Ident | None = None
-        try:
-            request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"))
-            request_id = request.request_id
-            with self._slot():
-                return grpc_wire.pack_key_response(await self._in_thread(self._authority.release, request))
-        except AgentError as error:
-            failure: AgentError = error
-        except Exception as error:  # noqa: BLE001  # as above
-            failure = _internal(error)
-        self._report_own(failure)
-        await _abort(context, failure, request_id)
+        async with self._admitted(context):
+            request: KeyRequest | None = None
+            recorded = False
+            try:
+                request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"))
+                with self._slot():
+                    recorded = True  # what the authority refuses, it records
+                    return grpc_wire.pack_key_response(await self._in_thread(self._authority.release, request))
+            except AgentError as error:
+                failure: AgentError = error
+            except Exception as error:  # noqa: BLE001  # as above
+                failure, recorded = _internal(error), False
+            if not recorded:
+                failure = await self._recorded(failure, request)
+            self._report_own(failure)
+            await _abort(context, failure, request.request_id if request else None)
 
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        if self._calls >= self._max_calls:
-            raise _broker_failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
-        self._calls += 1
+    # --- both ---------------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _admitted(self, context: _Context) -> AsyncIterator[None]:
+        """Counts an open call. One too many is turned away unread and leaves no audit line: a flood must not fill the disk."""
+        host, limits = peer_host(context.peer()), self._limits
+        if self._open_calls.total() >= limits.open_calls or self._open_calls[host] >= limits.open_calls_of_host:
+            await _abort(context, _overloaded(), None)
+        self._open_calls[host] += 1
         try:
             yield
         finally:
-            self._calls -= 1
+            self._open_calls[host] -= 1
+            self._open_calls += Counter()  # forgets hosts at zero
+
+    @contextlib.contextmanager
+    def _slot(self) -> Iterator[None]:
+        if self._slots_taken >= self._limits.slots:
+            raise _overloaded()
+        self._slots_taken += 1
+        try:
+            yield
+        finally:
+            self._slots_taken -= 1
+
+    async def _recorded(self, error: AgentError, asked: Hello | KeyRequest | None) -> AgentError:
+        """The failure that the guest is told: this one, or that it could not be recorded."""
+        try:
+            await self._in_thread(self._authority.record_failure, asked, _failure(error, None).reason)
+        except BrokerFailureError as unrecorded:
+            return unrecorded
+        return error
 
     async def _in_thread(self, work: Callable[..., _Result], *args: object) -> _Result:
         """Signatures take milliseconds of CPU and the audit log waits for the disk: neither may stop the other streams."""
@@ -219,8 +268,7 @@ class _AttestStream:
         return Ident("AWAIT_ATTESTATION" if self.hello else "AWAIT_HELLO")
 
     async def read(self) -> Hello | Attestation:
-        async with asyncio.timeout(None if self.hello else HELLO_TIMEOUT_S):
-            data = await self.context.read()
+        data = await self.context.read()
         if not isinstance(data, bytes):  # grpc.aio.EOF
             raise RemoteProtocolError(ProtocolProblem.CLOSED, self.state)
         message = grpc_wire.parse_attest_request(data, self.state)
@@ -236,6 +284,13 @@ class _AttestStream:
 
     async def write(self, message: Challenge | Accepted | Denied) -> None:
         await self.context.write(grpc_wire.pack_attest_response(message))
+
+
+def peer_host(peer: str) -> str:
+    """Who gRPC says is calling, without the port: `ipv4:192.0.2.1:5000` is `192.0.2.1`, IPv6 a /64, which one host may own."""
+    kind, _, rest = peer.partition(":")
+    host = urllib.parse.unquote(rest.rpartition(":")[0]).strip("[]").partition("%")[0]
+    return str(ipaddress.ip_network((host, 64), strict=False)) if kind == "ipv6" else host
 
 
 def _failure(error: AgentError, request_id: Ident | None) -> Failure:
@@ -267,6 +322,10 @@ def _code(status: grpc.StatusCode) -> int:
 
 def _broker_failure(status: grpc.StatusCode, reason: str) -> BrokerFailureError:
     return BrokerFailureError(_code(status), Ident(reason))
+
+
+def _overloaded() -> BrokerFailureError:
+    return _broker_failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
 
 
 def _internal(error: Exception) -> InternalError:

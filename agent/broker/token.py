@@ -4,6 +4,7 @@ How a token is read is `agent/handshake/token.py`'s business, for the guest and 
 """
 
 from joserfc import jwt
+from joserfc.errors import JoseError
 from joserfc.jwk import ECKey
 
 from agent.closed import Ident
@@ -31,7 +32,7 @@ class TokenKey:
                 raise ValueError
             self.public_pem = key.as_pem(private=False).decode()
             self._public = parse_token_key(self.public_pem)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, JoseError):
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident("token-key")) from None  # the text could quote the key
         self._key = key
 

@@ -8,6 +8,7 @@ import re
 import signal
 import ssl
 import sys
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.add_argument("--listen", metavar="HOST:PORT", help="port 0 for any free one; the bound address is printed")
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM, leaf first")
-    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM")
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM, mode 0600")
     parser.add_argument("--policy", metavar="FILE", help="policy, TOML")
     parser.add_argument("--keys", metavar="DIR", help="model keys: <repository>/<type>/<tag>, 32 bytes each, mode 0600")
     parser.add_argument("--token-key", metavar="FILE", help="P-256 private key that signs verdicts, PEM, mode 0600")
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     if missing:
         args.parser.error(f"the following arguments are required: {', '.join(missing)}")
     os.environ["GRPC_VERBOSITY"] = "NONE"  # gRPC's core would write what peers send to stderr
+    # `cryptography` warns about oddities of the certificates that guests send: stderr is JSON lines, and not theirs to write.
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"agent\.verify\.")
     return asyncio.run(_serve(args))
 
 
@@ -110,15 +113,15 @@ async def _serve(args: argparse.Namespace) -> int:
 def _reload(authority: "Authority", audit: "AuditLog", path: str) -> None:
     """The new policy as a whole, or the old one."""
     try:
+        audit.reopen()  # first: whatever is wrong with the policy, decisions go into the file that the operator looks at
+    except OSError:
+        _report(ConfigError(ConfigProblem.NOT_FOUND, Ident("audit")))
+    try:
         authority.policy = _load_policy(path)
         _say_policy("policy_loaded", authority.policy)
     except ConfigError as error:
         _report(error)
         _say_policy("policy_kept", authority.policy)
-    try:
-        audit.reopen()
-    except OSError:
-        _report(ConfigError(ConfigProblem.NOT_FOUND, Ident("audit")))
 
 
 def _load_policy(path: str) -> "PolicyTable":
@@ -130,7 +133,7 @@ def _load_policy(path: str) -> "PolicyTable":
 def _load_tls(certificate: str, key: str) -> "Tls":
     from agent.broker.service import Tls
 
-    tls = Tls(_read(certificate, "tls-cert"), _read(key, "tls-key"))
+    tls = Tls(_read(certificate, "tls-cert"), _read(key, "tls-key", private=True))
     try:
         # gRPC takes any pair and fails every connection; this names the mistake before there are any.
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
@@ -142,7 +145,8 @@ def _load_tls(certificate: str, key: str) -> "Tls":
 def _read(path: str, key: str, *, private: bool = False) -> bytes:
     try:
         with Path(path).open("rb") as stream:
-            if private and os.fstat(stream.fileno()).st_mode & 0o077:
+            status = os.fstat(stream.fileno())
+            if private and (status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid())):
                 raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
             return stream.read(MAX_FILE_BYTES)
     except OSError as error:

@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError
-from agent.evidence import Attester, CompositeEvidence, GpuEvidence, GpuInventory, GpuSystem, RuntimeData
+from agent.evidence import (
+    REPORT_DATA_BYTES,
+    Attester,
+    CompositeEvidence,
+    GpuEvidence,
+    GpuInventory,
+    GpuSystem,
+    ReportData,
+    RuntimeData,
+)
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
 from agent.evidence.gate import SecuredDevices, check_inventory, secure
 from agent.evidence.snp_abi import parse_report
@@ -21,7 +30,6 @@ class Devices:
     """Open devices whose GPUs passed the rules that hold before attestation. Only `open_devices` makes one.
 
     Attributes:
-        config_digest: SHA-256 of the measured configuration, 32 bytes; HOST_DATA must equal it.
         inventory: the GPUs as they were before attestation; None without GPUs.
     """
 
@@ -29,7 +37,6 @@ class Devices:
     gpus: GpuSystem | None
     inventory: GpuInventory | None
     ready_preset: bool
-    config_digest: bytes
     manifest_digest: str
     server_command_digest: str
 
@@ -39,7 +46,6 @@ class Devices:
         Raises:
             DeviceError, MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError: a device misbehaved.
             GpuCountError: a GPU gave no evidence, or two sign with one key.
-            ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration.
         """
         # 1. Every GPU, over the broker's nonce and our public key.
         text = ""
@@ -63,10 +69,6 @@ class Devices:
 
         # 2. The CPU, over the same and over the text of step 1.
         primary = self.attester.collect(report_data(data, text))
-
-        # 3. What decides here must be what this guest was launched with.
-        if parse_report(primary.report).host_data != self.config_digest:
-            raise ConfigNotMeasuredError
         return CompositeEvidence(primary, text)
 
     def secure(self, verdict: Verdict) -> SecuredDevices:
@@ -84,18 +86,33 @@ def open_devices(
     manifest_digest: str,
     server_command_digest: str,
 ) -> Devices:
-    """Read the GPUs and check what must hold before attestation. `gpus` is None exactly when `gpu_count` is 0.
+    """Check that this configuration may decide, then what must hold of the GPUs before attestation.
+
+    One report is asked for here, for its HOST_DATA: before it is compared, nothing the configuration says is acted upon but
+    the opening of a connection.
+
+    Args:
+        attester: the CPU TEE.
+        gpus: None exactly when `gpu_count` is 0.
+        gpu_count: configured number of GPUs.
+        ready_preset: the image's init sets the ready state.
+        config_digest: SHA-256 of the measured configuration, 32 bytes; HOST_DATA must equal it.
+        manifest_digest: what the evidence says will be loaded.
+        server_command_digest: what the evidence says will be run.
 
     Raises:
-        DeviceError: the driver refused.
+        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration.
+        DeviceError, MalformedEvidenceError, EvidenceBindingError: a device misbehaved.
         GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
     """
+    if parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data != config_digest:
+        raise ConfigNotMeasuredError
     inventory = None
     if gpus:
         inventory = gpus.inspect()
         check_inventory(inventory, gpu_count, ready_preset)
         gpus.check_faults()
-    return Devices(attester, gpus, inventory, ready_preset, config_digest, manifest_digest, server_command_digest)
+    return Devices(attester, gpus, inventory, ready_preset, manifest_digest, server_command_digest)
 
 
 def check_distinct(evidence: Sequence[GpuEvidence]) -> None:

@@ -24,6 +24,7 @@ REQUEST_TIMEOUT_S = 120.0  # the one request: a first request compiles kernels o
 FIRST_PAUSE_S = 0.02
 MAX_PAUSE_S = 1.0
 _REASONS = tuple(Unready)
+_LISTENING = "0A"
 
 
 class Probe:
@@ -94,25 +95,41 @@ def start_probe(plan: ServerPlan) -> Probe:
 
 
 def _why_not_ready(plan: ServerPlan) -> Unready | None:
-    # 1. Something speaks HTTP on the port, and says that it is healthy.
+    # 1. Our server holds the port: whoever else does would be told the API key, and asked in its place.
+    if not _listens(plan.port, os.geteuid()):
+        return Unready.NO_ANSWER
+    # 2. It speaks HTTP, and says that it is healthy.
     answer = _ask(plan, plan.health_path, None, QUESTION_TIMEOUT_S)
     if answer is None:
         return Unready.NO_ANSWER
     if answer[0] not in plan.health_codes:
         return Unready.HEALTH
-    # 2. It serves the model that it was started for.
+    # 3. It serves the model that it was started for.
     if plan.models_path is not None:
         answer = _ask(plan, plan.models_path, None, QUESTION_TIMEOUT_S)
         if answer is None or answer[0] not in plan.health_codes:
             return Unready.MODEL
         if plan.model_id is not None and plan.model_id not in _listed_models(answer[1]):
             return Unready.MODEL
-    # 3. It survives and answers a request: a server can be healthy until its first one.
+    # 4. It survives and answers a request: a server can be healthy until its first one.
     if plan.probe is not None:
         answer = _ask(plan, plan.probe.path, plan.probe.body, REQUEST_TIMEOUT_S)
         if answer is None or answer[0] not in plan.probe.codes:
             return Unready.PROBE
     return None
+
+
+def _listens(port: int, uid: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net/tcp6")) -> bool:
+    """Is every socket that listens on `port` the user's or root's, and is there one? See proc_net_tcp.rst of the kernel."""
+    owners = set()
+    for table in tables:
+        try:
+            with open(table) as lines:
+                rows = [line.split() for line in lines][1:]
+        except OSError:  # a kernel without IPv6
+            continue
+        owners |= {int(row[7]) for row in rows if row[3] == _LISTENING and int(row[1].rsplit(":", 1)[1], 16) == port}
+    return bool(owners) and owners <= {uid, 0}
 
 
 def _listed_models(body: bytes) -> list[object]:
@@ -133,7 +150,7 @@ def _ask(plan: ServerPlan, path: str, body: str | None, timeout_s: float) -> tup
     headers = {"Accept": "application/json", "Connection": "close"}
     if body is not None:
         headers["Content-Type"] = "application/json"
-    if plan.authorization is not None:
+    if plan.authorization is not None and path != plan.health_path:
         headers["Authorization"] = plan.authorization
     with _DeadlineSocket(socket.AF_INET6 if ":" in host else socket.AF_INET) as connection:
         connection.deadline = time.monotonic() + timeout_s

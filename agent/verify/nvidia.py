@@ -14,7 +14,7 @@ from datetime import datetime
 from typing import Annotated
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,7 +25,7 @@ from agent.closed import Ident
 from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
-from agent.verify.roots import NVIDIA_DEVICE_ROOT_SHA256, fingerprint
+from agent.verify.roots import NVIDIA_DEVICE_ROOT_SHA256, UNREADABLE, fingerprint
 
 CHAIN_CERTIFICATES = 5  # attestation key, boot ROM identity, provisioner, chip identity, device root
 _FIRST_DRIVER_WITH_FWID = 550
@@ -150,7 +150,7 @@ def parse_chain(chain: bytes) -> GpuChain:
     try:
         certificates = tuple(x509.load_pem_x509_certificates(chain))
         keys = [certificate.public_key() for certificate in certificates]
-    except (ValueError, UnsupportedAlgorithm, x509.InvalidVersion) as exc:
+    except UNREADABLE as exc:
         raise _malformed_chain("certificate") from exc
     if len(certificates) != CHAIN_CERTIFICATES:
         raise _malformed_chain("number-of-certificates", len(certificates), CHAIN_CERTIFICATES)
@@ -187,7 +187,7 @@ def _verify_chain(chain: GpuChain, roots: Sequence[x509.Certificate], now: datet
     policy = PolicyBuilder().store(Store([root])).time(now).max_chain_depth(CHAIN_CERTIFICATES)
     try:
         verified = policy.build_client_verifier().verify(certificates[0], list(certificates[1:-1]))
-    except VerificationError as exc:
+    except (VerificationError, *UNREADABLE) as exc:  # it reads names and extensions only on the way
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN) from exc
     # The path found must be the whole chain: no certificate is along for the ride.
     if tuple(verified.chain) != certificates:
@@ -240,7 +240,7 @@ def _fwid_of_certificate(leaf: x509.Certificate) -> bytes:
                 fwids = asn1.decode_der(DiceTcbInfo, extension.value.value).fwids
                 if fwids:
                     return fwids[0].digest
-    except ValueError as exc:
+    except UNREADABLE as exc:
         raise _malformed_chain("fwid-extension") from exc
     raise _malformed_chain("fwid-extension")
 
@@ -248,7 +248,7 @@ def _fwid_of_certificate(leaf: x509.Certificate) -> bytes:
 def _common_name(certificate: x509.Certificate) -> str:
     try:
         names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
-    except ValueError as exc:
+    except UNREADABLE as exc:
         raise _malformed_chain("subject") from exc
     if len(names) != 1 or not isinstance(names[0].value, str):
         raise _malformed_chain("subject")

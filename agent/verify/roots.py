@@ -1,4 +1,4 @@
-"""The vendors' root certificates we trust, by SHA-256 over their DER.
+"""The vendors' root certificates we trust, by SHA-256 over their DER, and what both verifiers must know of `cryptography`.
 
 Constants: no file, variable or option changes them. Other roots (simulated silicon) are arguments of the verifiers.
 """
@@ -6,6 +6,7 @@ Constants: no file, variable or option changes them. Other roots (simulated sili
 import hashlib
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import Encoding
 
 AMD_ARK_SHA256 = frozenset(
@@ -20,6 +21,16 @@ AMD_ARK_SHA256 = frozenset(
 
 NVIDIA_DEVICE_ROOT_SHA256 = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
 """NVIDIA Device Identity CA, as the GPU driver, nvtrust and Trustee carry it."""
+
+UNREADABLE = (
+    ValueError,
+    TypeError,  # a common name that is a BIT STRING
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` 50 raises for a certificate it cannot read: at once, at an attribute, or in the middle of a path."""
 
 
 def fingerprint(certificate: x509.Certificate) -> bytes:

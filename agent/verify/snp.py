@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
+from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric import ec, padding, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA384
@@ -32,7 +32,7 @@ from agent.evidence.snp_abi import (
     parse_report,
     product_of,
 )
-from agent.verify.roots import AMD_ARK_SHA256, fingerprint
+from agent.verify.roots import AMD_ARK_SHA256, UNREADABLE, fingerprint
 
 ACCEPTED_VERSIONS = range(3, 6)
 """Version 2 does not name the processor; Trustee refuses it too."""
@@ -155,7 +155,7 @@ def load_certificate(der: bytes) -> x509.Certificate:
         warnings.filterwarnings("ignore", "Parsed a serial number which wasn't positive", CryptographyDeprecationWarning)
         try:
             return x509.load_der_x509_certificate(der)
-        except (ValueError, x509.InvalidVersion) as exc:
+        except UNREADABLE as exc:
             raise _malformed("certificate") from exc
 
 
@@ -224,7 +224,7 @@ def _read(certificate: x509.Certificate) -> _Certificate:
                 if isinstance(extension.value, x509.UnrecognizedExtension)
             },
         )
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension, x509.UnsupportedGeneralNameType) as exc:
+    except UNREADABLE as exc:
         raise _malformed("certificate") from exc
 
 

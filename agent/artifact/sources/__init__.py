@@ -12,7 +12,10 @@ from agent.errors import ConfigError, ConfigProblem
 
 
 class BlobSource(Protocol):
-    """Blobs by digest. Safe for any number of threads; close it when none of them is inside."""
+    """Blobs by digest. Safe for any number of threads; close it when none of them is inside.
+
+    A network read also ends, as a timeout, at the limits of the reading thread (`limited.py`).
+    """
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         """A small blob as a whole, as the store has it: whoever parses it compares the digest first.
@@ -57,7 +60,7 @@ def open_source(location: str, ca_pem: str | None, timeout_s: float) -> LayoutSo
     Args:
         location: a path, `dir:///path`, `file:///path` (neither percent-encoded), or an http(s) URL of the layout's root.
         ca_pem: the only CAs to trust for https, PEM; None: the system's.
-        timeout_s: seconds without any progress after which a network read gives up.
+        timeout_s: seconds for one request over a network, from connecting to the last byte, redirects included.
 
     Raises:
         ConfigError: the location cannot be one (`artifact.source`).

@@ -18,7 +18,11 @@ _PROBLEMS = {
 
 
 class DirectorySource:
-    """Opens a blob for each read: a few microseconds beside a MiB, and nothing to keep or to run out of."""
+    """Opens a blob for each read: a few microseconds beside a MiB, and nothing to keep or to run out of.
+
+    No deadline and no cancellation ends a read that the kernel has begun: where the folder is a network file system whose
+    server hangs, only its mount options (such as NFS `soft`) do.
+    """
 
     def __init__(self, path: str) -> None:
         try:

@@ -6,6 +6,7 @@ pieces are small, so that copy stays in the processor's cache and costs nothing 
 
 import re
 import ssl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
@@ -23,33 +24,28 @@ from urllib3.exceptions import (
 
 from agent import __version__, http_policy
 from agent.artifact.sources.directory import blob_path
+from agent.artifact.sources.limited import limited, pool
 from agent.errors import ArtifactUnavailableError, StoreProblem
 
 _PIECE_BYTES = 1 << 20
-_MAX_CONNECTIONS = 32
+_KEPT_CONNECTIONS = 32
 _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:(\d{1,19})|\*)")
 
 
 class HttpSource:
-    """At most 32 requests at a time; a 33rd thread waits for its turn."""
+    """As many requests at a time as there are threads; 32 connections are kept.
+
+    A request ends in time, however slowly its bytes come: 1 MiB within a minute is a rate no load could live with.
+    """
 
     def __init__(self, url: str, ca_pem: str | None, timeout_s: float) -> None:
         self._url = url.rstrip("/")
         parts = urlsplit(url)
         assert parts.hostname is not None
-        timeout = urllib3.Timeout(connect=timeout_s, read=timeout_s)
-        if parts.scheme == "https":
-            self._pool: urllib3.HTTPConnectionPool = urllib3.HTTPSConnectionPool(
-                parts.hostname,
-                parts.port,
-                timeout,
-                maxsize=_MAX_CONNECTIONS,
-                block=True,
-                ssl_context=http_policy.tls_context(ca_pem),
-            )
-        else:
-            self._pool = urllib3.HTTPConnectionPool(parts.hostname, parts.port, timeout, maxsize=_MAX_CONNECTIONS, block=True)
+        self._timeout_s = timeout_s
+        context = http_policy.tls_context(ca_pem) if parts.scheme == "https" else None
+        self._pool = pool(parts.hostname, parts.port, context, _KEPT_CONNECTIONS)
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._read_all(blob_path(digest), max_bytes)
@@ -88,10 +84,10 @@ class HttpSource:
 
     @contextmanager
     def _get(self, path: str, headers: dict[str, str]) -> Iterator[urllib3.BaseHTTPResponse]:
-        """The answer to a GET after redirects: 200, 206 or 416, nothing of the body read yet."""
+        """The answer to a GET after redirects: 200, 206 or 416, nothing of the body read yet; the block reads it in time."""
         url = f"{self._url}/{path}"
         headers = {"User-Agent": f"keyturn/{__version__}", "Accept-Encoding": "identity", **headers}
-        with _translated():
+        with _translated(), limited(time.monotonic() + self._timeout_s):
             for followed in range(http_policy.MAX_REDIRECTS + 1):
                 response = self._pool.urlopen(
                     "GET",

@@ -8,6 +8,7 @@ from concurrent.futures import CancelledError
 from typing import TypeVar
 
 from agent.artifact.sources import BlobSource
+from agent.artifact.sources.limited import limited
 from agent.errors import AgentError, ArtifactUnavailableError, StoreProblem
 from agent.retry import RetrySchedule
 
@@ -20,7 +21,8 @@ class PatientSource:
     def __init__(self, source: BlobSource, timeout_s: float, stop: threading.Event) -> None:
         """Take `timeout_s` from now for everything that will be read; `stop` ends waiting and further reads at once.
 
-        Every read raises CancelledError after `stop`, ArtifactUnavailableError after the deadline.
+        Every read raises CancelledError after `stop`, ArtifactUnavailableError after the deadline. A read over a network
+        that is under way then ends within half a second.
         """
         self._source = source
         self._schedule = RetrySchedule(deadline=time.monotonic() + timeout_s)
@@ -38,7 +40,8 @@ class PatientSource:
             if time.monotonic() >= self._schedule.deadline:
                 raise ArtifactUnavailableError(StoreProblem.TIMEOUT)
             try:
-                return attempt()
+                with limited(self._schedule.deadline, self._stop):
+                    return attempt()
             except AgentError as error:
                 wait = self._schedule.delay(error, retry, time.monotonic(), random.random())  # noqa: S311  jitter, no secret
                 if wait is None:

@@ -1,0 +1,160 @@
+"""HTTP connections on which a thread waits no longer than it has time, whatever the other side does.
+
+urllib3's timeouts start anew with every byte, so that a store which sends one now and then would hold a thread for years,
+past every deadline and past SIGTERM. Here every wait for the network (connect, TLS handshake, headers, body) is cut into
+slices, and before each of them the thread's deadline and its event to stop are looked at. Without a bound of ours is only the C
+library's resolver, which gives up by its own rules (resolv.conf(5), `timeout` and `attempts`). Sends no requests.
+"""
+
+import math
+import os
+import socket
+import ssl
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from errno import EINPROGRESS
+from threading import Event
+from typing import Any, NamedTuple, TypeVar
+
+import urllib3
+from urllib3.connection import HTTPConnection, HTTPSConnection
+from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
+from urllib3.util import wait_for_write
+
+SLICE_S = 0.25
+"""How late a wait may end. The timeout of every socket here, set once: each setting is a system call."""
+
+_T = TypeVar("_T")
+
+
+class _Limit(NamedTuple):
+    deadline: float
+    stop: Event
+
+
+# A variable of the context, no argument: between a request and its sockets lie urllib3, http.client and ssl.
+_limit: ContextVar[_Limit] = ContextVar("limit", default=_Limit(math.inf, Event()))
+
+
+@contextmanager
+def limited(deadline: float, stop: Event | None = None) -> Iterator[None]:
+    """Within the block, every wait of this thread's connections is a timeout after `deadline` and after `stop`.
+
+    Args:
+        deadline: on the monotonic clock, in seconds; that of a block around this one counts too.
+        stop: or None: that of the block around this one.
+    """
+    outer = _limit.get()
+    token = _limit.set(_Limit(min(deadline, outer.deadline), stop or outer.stop))
+    try:
+        yield
+    finally:
+        _limit.reset(token)
+
+
+def pool(host: str, port: int | None, context: ssl.SSLContext | None, kept: int) -> urllib3.HTTPConnectionPool:
+    """A pool of such connections, safe for any number of threads; urllib3's timeouts mean nothing to it.
+
+    Args:
+        host: name or address, IPv6 without brackets.
+        port: or None: the scheme's.
+        context: for https, changed for this use; None: http.
+        kept: connections that are kept for later.
+    """
+    if context is None:
+        return _Pool(host, port, urllib3.Timeout(SLICE_S), kept)
+    context.sslsocket_class = _TlsSocket
+    return _TlsPool(host, port, urllib3.Timeout(SLICE_S), kept, ssl_context=context)
+
+
+def _time_left() -> float:
+    """Seconds, more than 0, or TimeoutError. Called for every 16 KiB of a TLS stream, so that each call in it counts."""
+    deadline, stop = _limit.get()
+    left_s = deadline - time.monotonic()
+    if left_s <= 0 or stop.is_set():
+        raise TimeoutError
+    return left_s
+
+
+def _in_slices(wait: Callable[..., _T], *arguments: Any) -> _T:
+    while True:
+        _time_left()
+        try:
+            return wait(*arguments)
+        except TimeoutError:  # the slice is over; a connection that is over says something else next time
+            continue
+
+
+class _Socket(socket.socket):
+    def recv_into(self, *arguments: Any) -> int:
+        return _in_slices(super().recv_into, *arguments)
+
+
+class _TlsSocket(ssl.SSLSocket):
+    """OpenSSL goes on where a slice ended, in the middle of a record or of the handshake."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        _in_slices(super().do_handshake, block)
+
+    def recv_into(self, *arguments: Any) -> int:
+        return _in_slices(super().recv_into, *arguments)
+
+
+def _connect(connection: HTTPConnection) -> socket.socket:
+    """A connected socket, or the exceptions of urllib3's method of which this takes the place."""
+    host = connection._dns_host
+    try:
+        addresses = socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise NameResolutionError(host, connection, error) from error
+    except UnicodeError as error:
+        raise LocationParseError(host) from error
+    problem: OSError | None = None
+    for tried, (family, kind, protocol, _, address) in enumerate(addresses):
+        try:
+            # Each gets its part of the time: an address that leads nowhere leaves some for the next.
+            return _connect_to(_Socket(family, kind, protocol), address, _time_left() / (len(addresses) - tried))
+        except OSError as error:
+            problem = error
+    if isinstance(problem, TimeoutError):
+        raise ConnectTimeoutError(connection, str(problem)) from problem
+    raise NewConnectionError(connection, str(problem)) from problem
+
+
+def _connect_to(connection: _Socket, address: Any, timeout_s: float) -> _Socket:
+    try:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setblocking(False)
+        deadline = time.monotonic() + timeout_s
+        code = connection.connect_ex(address)
+        if code == EINPROGRESS:
+            while not wait_for_write(connection, SLICE_S):
+                _time_left()
+                if time.monotonic() >= deadline:
+                    raise TimeoutError
+            code = connection.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if code:
+            raise OSError(code, os.strerror(code))
+        connection.settimeout(SLICE_S)
+        return connection
+    except BaseException:
+        connection.close()
+        raise
+
+
+class _Connection(HTTPConnection):
+    _new_conn = _connect
+
+
+class _TlsConnection(HTTPSConnection):
+    _new_conn = _connect
+
+
+class _Pool(urllib3.HTTPConnectionPool):
+    ConnectionCls = _Connection
+
+
+class _TlsPool(urllib3.HTTPSConnectionPool):
+    ConnectionCls = _TlsConnection
