@@ -15,6 +15,12 @@ _FIXED = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 def main() -> int:
     """Run the command line; the value is the exit status."""
+    for descriptor in (0, 1, 2):  # PID 1 may be started without: then a file of ours would get the number of stderr
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(descriptor, True)
     clean = {name: os.environ[name] for name in _ALLOWED if name in os.environ} | _FIXED
     if not sys.flags.isolated or dict(os.environ) != clean:
         os.execve(sys.executable, [sys.executable, "-I", "-m", "agent", *sys.argv[1:]], clean)  # ourselves

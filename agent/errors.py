@@ -123,6 +123,7 @@ class ConfigProblem(enum.Enum):
     MISSING_KEY = "key is missing"
     WRONG_TYPE = "value has the wrong type"
     BAD_VALUE = "value is out of range or malformed"
+    ADDRESS = "address cannot be listened on"
     NEEDS_OTHER_KEY = "value needs another key that is missing, or excludes one that is set"
 
 
@@ -674,11 +675,12 @@ class DestinationProblem(enum.Enum):
     NOT_EMPTY = "directory is not empty"
     MANY_FILES = "a memfd holds one file, the model has more"
     KERNEL = "kernel refused"
+    MOUNT_POINT = "/run/keyturn cannot be made, or nothing can be mounted there in private"
 
 
 @dataclasses.dataclass(eq=False)
 class DestinationError(AgentError):
-    """`code` is the errno for KERNEL, else 0."""
+    """`code` is the errno for KERNEL and MOUNT_POINT, else 0."""
 
     owner = Owner.OPERATOR
     step = Step.MEMORY
@@ -761,6 +763,7 @@ class ServerExitedError(ServerError):
 
 class Unready(enum.Enum):
     NO_ANSWER = "no answer on its port"
+    FOREIGN_PORT = "another user listens on its port"
     HEALTH = "health check does not pass"
     MODEL = "expected model id is not served"
     PROBE = "health check passes, first request fails"

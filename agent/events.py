@@ -155,6 +155,13 @@ class StatusUnwritable(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class LinesLost(Event):
+    """So many lines of this output were dropped, because nobody read it. The status file and the health port had them."""
+
+    lines: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Wiped(Event):
     """Server, mount and descriptors of this boot are gone."""
 

@@ -25,7 +25,8 @@ class HealthPort:
         self._report = report
         self._callers: dict[socket.socket, tuple[float, bytearray]] = {}
         family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        self._listener = socket.create_server(address, family=family)
+        both = address[0] == "::" and socket.has_dualstack_ipv6()
+        self._listener = socket.create_server(address, family=family, dualstack_ipv6=both)
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ, self._on_call)
 

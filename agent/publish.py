@@ -4,6 +4,7 @@ Owns the mount points in the supervisor's private mount namespace, and what the 
 its compensation on the caller's stack. Standard library only, because the supervisor imports it.
 """
 
+import errno
 import os
 import shutil
 from contextlib import ExitStack
@@ -15,6 +16,7 @@ from agent.guest import mounts
 from agent.server import Placement, ServerPlan
 
 RUN_DIRECTORY = "/run/keyturn"
+_MODEL, _SCRATCH = "model", "scratch"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # a private folder is made in it
 
 
@@ -65,6 +67,18 @@ class HandedModel:
         )
 
 
+def make_mount_points() -> None:
+    """Make the folders that model and scratch space are attached to; others may walk through them, nobody may write.
+
+    Raises:
+        OSError: there is no writable /run.
+    """
+    for path in (RUN_DIRECTORY, *(f"{RUN_DIRECTORY}/{name}" for name in (_MODEL, _SCRATCH))):
+        os.makedirs(path, exist_ok=True)
+        # Whatever our umask is: the server's user walks here, and what is mounted has a mode of its own.
+        os.chmod(path, 0o755)  # noqa: S103
+
+
 def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placement:
     """Give model and scratch space their paths.
 
@@ -84,7 +98,9 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
             (memfd,) = model.descriptors
             return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,))
         if model.destination is DestinationKind.TMPFS:
-            root = _attach(model.descriptors[0], "model", undo)
+            if not private_mounts:
+                raise PermissionError(errno.EPERM, "mount namespace")
+            root = _attach(model.descriptors[0], _MODEL, undo)
         else:
             assert model.directory is not None
             root = model.directory
@@ -97,25 +113,26 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
 def _make_scratch(plan: ServerPlan, private_mounts: bool, undo: ExitStack) -> str:
     """A writable, executable place for the server's caches: a mount of our own where we may, else in shared memory."""
     if private_mounts:
-        uid, gid = plan.uid or 0, plan.gid or 0
+        uid, gid = _owner(plan)
         made = mounts.detached_tmpfs(plan.scratch_max_bytes, gid, 0o700, uid=uid, executable=True, huge_pages=False)
         try:
-            return _attach(made.fd, "scratch", undo)
+            return _attach(made.fd, _SCRATCH, undo)
         finally:
             os.close(made.fd)
     path = f"{SHARED_MEMORY}/keyturn-{os.urandom(8).hex()}"
     os.mkdir(path, 0o700)
     undo.callback(shutil.rmtree, path, ignore_errors=True)
+    os.chown(path, *_owner(plan))
     return path
+
+
+def _owner(plan: ServerPlan) -> tuple[int, int]:
+    """User and group of the server."""
+    return (os.geteuid() if plan.uid is None else plan.uid, os.getegid() if plan.gid is None else plan.gid)
 
 
 def _attach(mount: int, name: str, undo: ExitStack) -> str:
     target = f"{RUN_DIRECTORY}/{name}"
-    previous = os.umask(0o022)  # the server's user must be able to walk here; what is mounted has its own mode
-    try:
-        os.makedirs(target, exist_ok=True)
-    finally:
-        os.umask(previous)
     mounts.attach(mount, target)
     undo.callback(mounts.detach, target)
     return target

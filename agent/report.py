@@ -57,6 +57,8 @@ class BootReport:
 
     version: str
     mode: str
+    pid: int = 0
+    started: int = 0  # with `pid` it names this process: field 22 of /proc/PID/stat
     phase: Phase = Phase.BOOTING
     stages: dict[Stage, StageStatus] = field(default_factory=dict)
     request_id: Ident | None = None
@@ -96,7 +98,7 @@ class BootReport:
                 self.gate_preset = preset
             case ServerStarted(pid, start, _):
                 self.server_pid, self.server_starts = pid, start
-            case ServerReady():
+            case ServerReady() if self.phase in (Phase.BOOTING, Phase.RESTARTING):
                 self.phase = Phase.SERVING
             case ServerEnded():
                 self.server_pid = None
@@ -123,6 +125,7 @@ class BootReport:
             "schema": STATUS_SCHEMA,
             "version": self.version,
             "mode": self.mode,
+            "agent": {"pid": self.pid, "started": self.started},
             "phase": self.phase.value,
             "request_id": self.request_id,
             "policy_version": self.policy_version,

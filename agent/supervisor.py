@@ -25,6 +25,7 @@ from agent.errors import (
     DestinationError,
     DestinationProblem,
     InternalError,
+    LeaseEndedError,
     WorkerLostError,
 )
 from agent.events import (
@@ -46,16 +47,19 @@ from agent.events import (
 )
 from agent.guest import hardening, mounts
 from agent.health import HealthPort
-from agent.publish import RUN_DIRECTORY, HandedModel, publish
+from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
 from agent.server.probe import Probe, start_probe
 from agent.server.process import ServerProcess, fork, reap_orphans, spawn
 from agent.stages import stage
-from agent.telling import Teller
+from agent.telling import Teller, start_of
 
 DEFAULT_STATUS_FILE = f"{RUN_DIRECTORY}/status.json"
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
+ASK_AGAIN_S = 0.5
+LEASE_LOOK_S = 1.0
+"""A lease is counted on CLOCK_BOOTTIME, which goes on while the guest sleeps; what we can wait on stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,10 +74,15 @@ class HostHints:
 class Supervisor:
     """One boot from fork to wipe. `run` may be called once."""
 
-    def __init__(self, mode: str, hints: HostHints, worker: Callable[[Channel], int]) -> None:
-        """`worker` runs in the forked child and returns its exit status."""
+    def __init__(
+        self, mode: str, hints: HostHints, read_config: Callable[[], bytes], worker: Callable[[Channel, bytes], int]
+    ) -> None:
+        """`worker` runs in the forked child, with what `read_config` read, and returns its exit status."""
+        self._read_config = read_config
         self._worker_main = worker
-        self._teller = Teller(BootReport(__version__, mode), hints.status_file, hints.termination_log)
+        self._teller = Teller(
+            BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0), hints.status_file, hints.termination_log
+        )
         self._hints = hints
         self._selector = selectors.DefaultSelector()
         self._private_mounts = False
@@ -89,36 +98,44 @@ class Supervisor:
         self._stop_signal = 0
         self._next_tick: float | None = None
         self._kill_at: float | None = None
+        self._ask_again_at: float | None = None
+        self._serving_since = 0.0
         self._error: AgentError | None = None
         self._ended = False
 
     def run(self) -> int:
         """Boot, serve, wipe. The value is the exit status."""
-        hardening.harden_agent()
-        hardening.become_subreaper()
-        self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
         try:
-            mounts.enter_private_mount_namespace()
-            self._private_mounts = True
-        except PermissionError:
-            pass  # not root: no mounts of our own, the destination will be another
-        except OSError as error:  # root without a root mount (chroot): nothing may be mounted where others see it
-            self._fail(DestinationError(DestinationProblem.KERNEL, error.errno or 0))
-            return self._wipe()
-        try:
-            if self._hints.health_address:
-                HealthPort(self._hints.health_address, self._selector, self._teller.report)
-        except (OSError, UnicodeError):
-            self._fail(ConfigError(ConfigProblem.BAD_VALUE, Ident("health")))
-            return self._wipe()
-        self._start_worker()
-        self._watch_signals()
-        try:
+            config = self._read_config()  # may wait for a terminal, which a signal must be able to end
+            self._watch_signals()
+            self._prepare(config)
             while not self._ended:
                 self._turn()
+        except AgentError as error:
+            self._fail(error)
         except Exception as error:  # noqa: BLE001  # a bug must not leave a server running unwatched
             self._fail(InternalError.of(error))
         return self._wipe()
+
+    def _prepare(self, config: bytes) -> None:
+        """What can fail without a key being asked for fails here. Then the worker is on its way."""
+        hardening.harden_agent()
+        hardening.become_subreaper()
+        try:
+            mounts.enter_private_mount_namespace()
+            make_mount_points()
+            self._private_mounts = True
+        except PermissionError:
+            pass  # not root: no mounts of our own, the destination will be another
+        except OSError as error:  # root without a root mount (chroot), or without /run: nothing is mounted where others see it
+            raise DestinationError(DestinationProblem.MOUNT_POINT, error.errno or 0) from error
+        self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
+        if self._hints.health_address:
+            try:
+                HealthPort(self._hints.health_address, self._selector, self._teller.report)
+            except (OSError, UnicodeError) as error:
+                raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
+        self._start_worker(config)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -130,9 +147,12 @@ class Supervisor:
             if self._ended:
                 return
         now = time.monotonic()
-        if self._model and self._model.lease and time.clock_gettime(time.CLOCK_BOOTTIME) >= self._model.lease_ends_at:
-            lease, self._model = self._model.lease, None
-            self._fail(lease)
+        if (lease := self._lease()) and time.clock_gettime(time.CLOCK_BOOTTIME) >= lease[1]:
+            self._fail(lease[0])
+        if self._ask_again_at is not None and now >= self._ask_again_at:
+            self._ask_again_at = None
+            if self._server and self._server.is_alive():
+                self._ask_ready()
         if self._next_tick is not None and now >= self._next_tick and self._policy:
             self._next_tick = None
             self._obey(self._policy.decide(policy.Tick(), now))
@@ -141,10 +161,16 @@ class Supervisor:
         reap_orphans((*self._children(), *([self._server.pid] if self._server else [])))
 
     def _timeout(self, now: float) -> float | None:
-        waits = [at - now for at in (self._next_tick, self._kill_at) if at is not None]
-        if self._model and self._model.lease:
-            waits.append(self._model.lease_ends_at - time.clock_gettime(time.CLOCK_BOOTTIME))
+        waits = [at - now for at in (self._next_tick, self._kill_at, self._ask_again_at) if at is not None]
+        if self._lease():
+            waits.append(LEASE_LOOK_S)
         return max(0.0, min(waits)) if waits else None
+
+    def _lease(self) -> tuple[LeaseEndedError, float] | None:
+        """What to fail with, and when (CLOCK_BOOTTIME); None without a lease, and once we are on the way out."""
+        if self._model and self._model.lease and self._error is None and not self._stop_signal:
+            return self._model.lease, self._model.lease_ends_at
+        return None
 
     def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
         self._selector.register(descriptor, selectors.EVENT_READ, handler)
@@ -182,8 +208,7 @@ class Supervisor:
                 os.kill(self._worker[0], signal.SIGTERM)
         elif self._policy and not again:
             self._tell(Stopping(number, Ident("server") if self._server else None))
-            ready = self._policy.state is policy.State.READY
-            if not ready and self._error is None:
+            if not self._policy.served and self._error is None:
                 self._error = BootInterruptedError(number)
             self._obey(self._policy.decide(policy.StopRequested(), time.monotonic()))
         elif again:
@@ -191,7 +216,7 @@ class Supervisor:
 
     # --- worker -------------------------------------------------------------------------------------------------------
 
-    def _start_worker(self) -> None:
+    def _start_worker(self, config: bytes) -> None:
         ours, theirs = Channel.pair()
 
         def become_worker(parent: int) -> None:
@@ -199,7 +224,10 @@ class Supervisor:
             try:
                 ours.close()
                 hardening.die_with_parent(parent)
-                status = self._worker_main(theirs)
+                # A terminal sends these to the whole group: only the supervisor decides, or a device request would be cut off.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+                status = self._worker_main(theirs, config)
             finally:
                 os._exit(status)
 
@@ -254,8 +282,8 @@ class Supervisor:
 
     def _serve(self, model: HandedModel) -> None:
         self._model, plan = model, model.plan
-        if model.lease and time.clock_gettime(time.CLOCK_BOOTTIME) >= model.lease_ends_at:
-            self._fail(model.lease)
+        if (lease := self._lease()) and time.clock_gettime(time.CLOCK_BOOTTIME) >= lease[1]:
+            self._fail(lease[0])
             return
         try:
             with stage(Stage.PUBLISH, self._tell):
@@ -269,6 +297,7 @@ class Supervisor:
             ready_timeout_s=plan.ready_timeout_s, max_restarts=plan.max_restarts, restart_window_s=plan.restart_window_s
         )
         self._tell(StageStarted(Stage.SERVER))
+        self._serving_since = time.monotonic()
         self._obey(self._policy.decide(policy.Begin(), time.monotonic()))
 
     def _obey(self, action: policy.Action) -> None:
@@ -317,8 +346,7 @@ class Supervisor:
         self._probe = None
         running = probe.finish(self._server)
         if running is None:
-            if self._server.is_alive():
-                self._ask_ready()
+            self._ask_again_at = now + ASK_AGAIN_S  # the server has ended, or something killed the probe
             return
         if Stage.SERVER in self._teller.report.running():
             self._tell(StageEnded(Stage.SERVER, running.ready_after_ms))
@@ -326,7 +354,11 @@ class Supervisor:
         self._obey(self._policy.decide(policy.Ready(), now))
 
     def _on_server_end(self) -> None:
-        ended = self._destroy_server()
+        try:
+            ended = self._destroy_server()
+        except AgentError as error:
+            self._fail(error)
+            return
         if self._error or self._stop_signal:
             self._ended = True
             return
@@ -339,10 +371,7 @@ class Supervisor:
     def _destroy_server(self) -> policy.Exited:
         assert self._server
         server, self._server = self._server, None
-        if self._probe:
-            self._unwatch(self._probe.fd)
-            self._probe.stop()
-            self._probe = None
+        self._stop_probe()
         self._unwatch(server.pidfd)
         if server.output_fd is not None:
             self._unwatch(server.output_fd)
@@ -350,15 +379,25 @@ class Supervisor:
         self._tell(ServerEnded(ended.status, ended.signal, server.output.total_bytes))
         return ended
 
+    def _stop_probe(self) -> None:
+        self._ask_again_at = None
+        if self._probe:
+            self._unwatch(self._probe.fd)
+            self._probe.stop()
+            self._probe = None
+
     def _ask_server_to_stop(self) -> None:
+        """Once: many servers take a second SIGTERM as an order to die at once."""
         self._next_tick = None
+        self._stop_probe()
+        if Stage.SERVER in self._teller.report.running():
+            self._tell(StageFailed(Stage.SERVER, round((time.monotonic() - self._serving_since) * 1000)))
         if self._server is None:
             self._ended = True
-            return
-        assert self._model or self._handed
-        plan = (self._model or self._handed).plan  # type: ignore[union-attr]  # one of them is there once a server ran
-        self._server.ask_to_stop()
-        self._kill_at = time.monotonic() + plan.stop_timeout_s
+        elif self._kill_at is None:
+            assert self._model
+            self._server.ask_to_stop()
+            self._kill_at = time.monotonic() + self._model.plan.stop_timeout_s
 
     def _children(self) -> tuple[int, ...]:
         """Our own children that are not the server's."""
@@ -371,13 +410,12 @@ class Supervisor:
         if self._error is not None:
             return
         self._error = error
-        if Stage.SERVER in self._teller.report.running():
-            self._tell(StageFailed(Stage.SERVER, 0))
         self._ask_server_to_stop()
         self._tell(error)
 
     def _wipe(self) -> int:
         """Run every compensation, whatever happened; then the last word."""
+        wiped = True
         if self._worker:
             os.kill(self._worker[0], signal.SIGKILL)
             os.waitid(os.P_PID, self._worker[0], os.WEXITED)
@@ -386,14 +424,20 @@ class Supervisor:
             try:
                 self._destroy_server()
             except AgentError as error:
+                wiped = False
                 self._error = self._error or error
                 self._tell(error)
-        with suppress(OSError):  # the kernel takes the rest with the process
+        try:
             self._undo.close()
-        self._tell(Wiped())
+        except OSError:
+            wiped = False  # the kernel takes the rest with the process
+        if wiped:
+            self._tell(Wiped())
         if self._error and self._teller.report.error is None:
             self._tell(self._error)
         status = self._error.exit_status if self._error else 0
         self._tell(Stopped(status))
         self._teller.last_word()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # or one that comes while the interpreter ends would change the status
         return status

@@ -4,15 +4,17 @@ Owns the writing and nothing else: what is written is made by `report.py` and `e
 told once on the others and never stops a boot. Standard library only, because the supervisor imports it.
 """
 
+import errno
 import json
 import os
 import select
+import stat
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-from agent.events import Message, StatusUnwritable, message_to_record
+from agent.events import LinesLost, Message, StatusUnwritable, message_to_record
 from agent.report import BootReport, console_line
 
 STDERR = 2
@@ -28,7 +30,9 @@ class Teller:
         self._status_file = Path(status_file) if status_file else None
         self._termination_log = termination_log
         self._for_people = sys.stderr.isatty()
+        self._status_told = False
         self._unread = b""
+        self._lost = 0
         self._began = time.monotonic()
 
     def tell(self, message: Message) -> None:
@@ -38,9 +42,13 @@ class Teller:
         if self._status_file:  # first: whoever reads the line may look at the status next
             try:
                 self._write_status(self._status_file)
+                self._status_told = False
             except (OSError, ValueError) as error:  # ValueError: a path that names no file
-                self._status_file = None
-                problem = StatusUnwritable((isinstance(error, OSError) and error.errno) or 0)
+                if not self._status_told:
+                    problem = StatusUnwritable((isinstance(error, OSError) and error.errno) or 0)
+                self._status_told = True
+                with suppress(OSError, ValueError):  # none is better than one that is no longer true
+                    _regular(self._status_file).unlink(missing_ok=True)
         self._write_line(message)
         if problem:
             self.tell(problem)
@@ -64,7 +72,12 @@ class Teller:
             text = json.dumps(record) + "\n"
         if len(self._unread) < MAX_UNREAD_BYTES:
             self._unread += text.encode()
+        else:
+            self._lost += 1
         self._flush(0)
+        if self._lost and not self._unread:
+            lost, self._lost = self._lost, 0
+            self._write_line(LinesLost(lost))
 
     def _flush(self, wait_s: float) -> None:
         """Write what its reader takes, waiting at most `wait_s` in all.
@@ -81,7 +94,7 @@ class Teller:
 
     def _write_status(self, path: Path) -> None:
         """Atomic: a reader sees the status before or after, never half of one."""
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+        _regular(path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
         new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
         # Never through somebody's link, never into somebody's file: the folder may be shared.
         descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -92,3 +105,20 @@ class Teller:
         except OSError:
             new.unlink(missing_ok=True)
             raise
+
+
+def _regular(path: Path) -> Path:
+    """The path, unless something stands there that is no file of ours to replace. Raises OSError."""
+    with suppress(FileNotFoundError):
+        mode = path.lstat().st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+            raise FileExistsError(errno.EEXIST, "status file")
+    return path
+
+
+def start_of(pid: int) -> int | None:
+    """When a process started, in clock ticks since the machine did: with its id, its name. None: there is none."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None

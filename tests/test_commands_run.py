@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,11 +20,13 @@ def test_a_health_address_without_a_port_is_a_usage_error(address: str, capsys: 
     assert "HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_configuration_that_is_not_there_is_told_before_anything_starts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["run", "--config", str(tmp_path / "none.toml")]) == 10
-    assert json.loads(capsys.readouterr().err)["class"] == "ConfigError"
+def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path) -> None:
+    termination = tmp_path / "termination"
+    command = [sys.executable, "-m", "agent", "run", "--config", str(tmp_path / "none.toml"), "--status-file", ""]
+    done = subprocess.run([*command, "--termination-log", str(termination)], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 10
+    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["failed", "wiped", "stopped"]
+    assert "ConfigError" in termination.read_text()
 
 
 def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMachine) -> None:

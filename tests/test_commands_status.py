@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from agent.cli import main
 from agent.errors import GpuCountError
 from agent.events import ServerReady, Stage, StageEnded
 from agent.report import BootReport
+from agent.telling import start_of
 
 
 def written(path: Path, report: BootReport) -> list[str]:
@@ -15,7 +17,7 @@ def written(path: Path, report: BootReport) -> list[str]:
 
 
 def test_serving_is_zero_and_anything_else_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = BootReport("0.1.0", "run")
+    report = BootReport("0.1.0", "run", os.getpid(), start_of(os.getpid()) or 0)
     report.apply(StageEnded(Stage.LOAD, 5, 10))
     assert main(written(tmp_path / "status.json", report)) == 1
     report.apply(ServerReady(5, 1))
@@ -24,7 +26,7 @@ def test_serving_is_zero_and_anything_else_is_not(tmp_path: Path, capsys: pytest
 
 
 def test_a_failure_shows_who_must_act(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = BootReport("0.1.0", "run")
+    report = BootReport("0.1.0", "run", os.getpid(), start_of(os.getpid()) or 0)
     report.apply(GpuCountError(2, 1))
     assert main(written(tmp_path / "status.json", report)) == 1
     shown = capsys.readouterr().out
@@ -38,3 +40,10 @@ def test_no_status_is_told_as_such(tmp_path: Path, content: str | None, capsys: 
         (tmp_path / "status.json").write_text(content)
     assert main(["status", "--status-file", str(tmp_path / "status.json")]) == 2
     assert "no status of an agent" in capsys.readouterr().err
+
+
+def test_a_status_outlived_by_nobody_is_not_serving(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = BootReport("0.1.0", "run", os.getpid(), (start_of(os.getpid()) or 0) + 1)  # the id was given to somebody else
+    report.apply(ServerReady(5, 1))
+    assert main(written(tmp_path / "status.json", report)) == 1
+    assert "is gone" in capsys.readouterr().err

@@ -27,6 +27,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "server_restarting": ["wait_ms", "start"],
         "stopping": ["signal", "waiting_for"],
         "status_unwritable": ["code"],
+        "lines_lost": ["lines"],
         "wiped": [],
         "stopped": ["exit_status"],
     }

@@ -66,6 +66,8 @@ def test_a_termination_message_fits_whatever_failed(cls: type) -> None:
         ((ServerReady(5, 1), Stopping(15, Ident("server")), ServerEnded(0, 15, 0)), Phase.STOPPING),
         ((ServerReady(5, 1), Stopping(15, None), Stopped(0)), Phase.STOPPED),
         ((DENIED, Stopping(15, None), Stopped(16)), Phase.FAILED),
+        ((Stopping(15, None), ServerReady(5, 1)), Phase.STOPPING),
+        ((DENIED, ServerReady(5, 1)), Phase.FAILED),
     ],
 )
 def test_phase_follows_the_messages(messages: tuple[Message, ...], phase: Phase) -> None:

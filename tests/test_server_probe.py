@@ -10,7 +10,7 @@ import pytest
 
 from agent.errors import Unready
 from agent.server import Placement, ProbeRequest, RunningServer, ServerPlan
-from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, _listens, start_probe
+from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, _listeners, start_probe
 from agent.server.process import ServerProcess, spawn
 from tests.children import DEADLINE_S, IS_ROOT, NOBODY, gone, in_child, python, readable
 from tests.test_server_process import PLAN, drain_until
@@ -334,27 +334,27 @@ def table_of(*rows: tuple[str, int, int, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-@pytest.mark.parametrize(
-    ("rows", "ours"),
-    [
-        ([("0100007F", 8080, 65532, "0A")], True),
-        ([("0100007F", 8080, 65532, "0A"), ("00000000", 8080, 65532, "0A")], True),
-        ([("0100007F", 8080, 0, "0A")], True),
-        ([("0100007F", 8080, 1000, "0A")], False),
-        ([("0100007F", 8080, 65532, "0A"), ("00000000", 8080, 1000, "0A")], False),
-        ([("0100007F", 8081, 65532, "0A")], False),
-        ([("0100007F", 8080, 65532, "01")], False),
-        ([], False),
-    ],
-)
-def test_only_a_port_that_our_server_alone_holds_is_asked(
-    rows: list[tuple[str, int, int, str]], ours: bool, tmp_path: Path
-) -> None:
+def test_who_listens_on_a_port_is_read_from_the_kernels_table(tmp_path: Path) -> None:
+    rows = [("0100007F", 8080, 65532, "0A"), ("00000000", 8080, 0, "0A"), ("0100007F", 8080, 7, "01"), ("0", 8081, 8, "0A")]
     (tmp_path / "tcp").write_text(table_of(*rows))
-    assert _listens(8080, 65532, (str(tmp_path / "tcp"), str(tmp_path / "tcp6"))) is ours
-
-
-def test_the_kernels_own_table_shows_who_listens() -> None:
+    tables = (str(tmp_path / "tcp"), str(tmp_path / "none"))
+    assert _listeners(8080, tables) == {65532, 0}
+    assert _listeners(9, tables) == set()
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert _listens(listener.getsockname()[1], os.geteuid())
-        assert _listens(listener.getsockname()[1], os.geteuid() + 1) == IS_ROOT, "root may listen for anybody"
+        assert _listeners(listener.getsockname()[1]) == {os.geteuid()}
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root can listen as somebody else")
+def test_somebody_else_on_the_port_is_asked_nothing() -> None:
+    def scenario() -> list[Unready]:
+        os.seteuid(NOBODY + 1)
+        impostor = socket.create_server(("127.0.0.1", 0))
+        os.seteuid(0)
+        plan = plan_for(impostor.getsockname()[1], "import time; time.sleep(60)")
+        server = spawn(plan, Placement("/model", None, "/"))
+        try:
+            return watch(start_probe(plan), server, Unready.FOREIGN_PORT)[0]
+        finally:
+            server.destroy()
+
+    assert in_child(scenario) == [Unready.FOREIGN_PORT]

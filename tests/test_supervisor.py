@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -53,3 +54,35 @@ def test_the_supervisor_is_not_dumpable_and_holds_no_library(world: World) -> No
     (core,) = [line.split() for line in limits.splitlines() if line.startswith("Max core file size")]
     assert core[4] in ("0", "1")
     assert core[5] in ("0", "1")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root has a /run to make a folder in")
+def test_with_its_defaults_the_agent_serves_under_another_user_on_a_fresh_run(world: World) -> None:
+    """The status file is the first thing below /run/keyturn; the server's user must be able to walk there all the same."""
+    wrapper = ("unshare", "-m", "sh", "-c", 'mount --make-rprivate / && mount -t tmpfs none /run && exec "$0" "$@"')
+    agent = world.start(wrapper=wrapper, status_file=None)
+    agent.wait_for("server_ready")
+    assert agent.stop().status == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_without_a_writable_run_nothing_is_asked_for(world: World) -> None:
+    wrapper = ("unshare", "-m", "sh", "-c", 'mount --make-rprivate / && mount -t tmpfs -o ro none /run && exec "$0" "$@"')
+    outcome = world.start(wrapper=wrapper).wait()
+    assert (outcome.failure["class"], outcome.status) == ("DestinationError", 20)
+    assert world.audit() == []
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_an_agent_without_standard_descriptors_boots_all_the_same(world: World, closed: str) -> None:
+    agent = world.start(wrapper=("sh", "-c", f'exec "$0" "$@" {closed}'), flags=("--config", "/nonexistent"))
+    assert agent.process.wait(30) == 10
+    assert "ConfigError" in agent.termination_log.read_text()
+
+
+def test_a_health_address_in_use_is_told_before_anything_is_asked_for(world: World) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        outcome = world.start(flags=("--health", f"127.0.0.1:{taken.getsockname()[1]}")).wait()
+    assert (outcome.failure["class"], outcome.status) == ("ConfigError", 10)
+    assert outcome.failure["fields"]["problem"] == "address cannot be listened on"
+    assert world.audit() == []

@@ -40,6 +40,9 @@ def test_a_status_that_cannot_be_written_is_told_once_and_stops_nothing(
     told.tell(StageStarted(Stage.DEVICES))
     events = [json.loads(line)["event"] for line in capfd.readouterr().err.splitlines()]
     assert events == ["stage_started", "status_unwritable", "stage_started"]
+    (tmp_path / "file").unlink()
+    told.tell(StageStarted(Stage.PREPARE))
+    assert (tmp_path / "file" / "status.json").exists(), "it is tried again with every message"
 
 
 def test_the_last_word_goes_where_kubernetes_reads_it(tmp_path: Path) -> None:
@@ -88,6 +91,8 @@ def test_a_reader_that_does_not_read_never_makes_us_wait_and_gets_what_fits_late
         rest = os.read(reader, size)
         assert len(rest) <= MAX_UNREAD_BYTES + 4096
         assert json.loads(rest.split(b"\n")[0])["event"] == "stage_started"
+        told.tell(StageStarted(Stage.DEVICES))
+        assert json.loads(os.read(reader, size).splitlines()[-1])["event"] == "lines_lost"
         os.close(reader)
 
 
@@ -107,7 +112,9 @@ def test_a_status_is_never_written_through_a_link(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "status.json").read_text())["phase"] == "booting"
 
 
-@pytest.mark.parametrize("path", ["/", "/proc/status.json", ""])
-def test_a_path_that_is_no_file_is_told_not_raised(path: str, capfd: pytest.CaptureFixture[str]) -> None:
-    teller(path or "/dev/null/x").tell(StageStarted(Stage.CONFIG))
+@pytest.mark.parametrize("path", ["/", "/proc/status.json", "/dev/null/x", "/dev/null"])
+def test_a_path_that_is_no_file_of_ours_is_told_and_left_alone(path: str, capfd: pytest.CaptureFixture[str]) -> None:
+    before = os.stat("/dev/null")
+    teller(path).tell(StageStarted(Stage.CONFIG))
     assert "status_unwritable" in capfd.readouterr().err
+    assert os.stat("/dev/null").st_ino == before.st_ino

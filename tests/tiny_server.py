@@ -1,11 +1,13 @@
 """A model server small enough for tests: health, model list, embeddings, and the SHA-256 of the file it was given.
 
-Run as its own process with the path of the model, a port and a behaviour: `serve`, `die`, `die-on-request`, `never-ready`.
+Run as its own process with the path of the model, a port and a behaviour: `serve`, `die`, `die-on-request`, `never-ready`,
+`deaf-to-one-signal`.
 """
 
 import hashlib
 import json
 import os
+import signal
 import sys
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,16 +19,34 @@ def main(model: str, port: int, behaviour: str) -> int:
     if behaviour == "die":
         sys.stdout.write("a secret nobody may see: hunter2-canary\n")
         return 3
+    signals: list[int] = []
+
+    def on_signal(number: int, _: object) -> None:
+        signals.append(number)
+        if len(signals) > 1:
+            os._exit(7)
+
+    if behaviour == "deaf-to-one-signal":
+        signal.signal(signal.SIGTERM, on_signal)
     digest = hashlib.sha256(Path(model).read_bytes()).hexdigest()
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
-                self.answer(503 if behaviour == "never-ready" else 200, {"status": "ok"})
+                unready = ("never-ready", "deaf-to-one-signal")
+                self.answer(503 if behaviour in unready else 200, {"status": "ok"})
             elif self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": MODEL_ID}]})
             elif self.path == "/about":
-                self.answer(200, {"sha256": digest, "uid": os.getuid(), "environment": sorted(os.environ), "model": model})
+                self.answer(
+                    200,
+                    {
+                        "sha256": digest,
+                        "uid": os.getuid(),
+                        "environment": sorted(os.environ),
+                        "model": model,
+                    },
+                )
             elif self.path == "/crash":
                 os._exit(9)
 

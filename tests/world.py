@@ -118,7 +118,6 @@ class World:
             "not_after": datetime(2100, 1, 1, tzinfo=UTC),
             "min_model_version": 1,
             "manifest_digests": [{"id": "tiny-v3", "value": self.manifest_digest}],
-            "server_command_digests": [{"id": "argv-1", "value": command_digest(tuple(self.server["command"]))}],
         }
         self.row_snp: dict[str, Any] = {
             "measurements": [{"id": "image-1", "value": self.machine.measurement.hex()}],
@@ -142,9 +141,6 @@ class World:
 
     def set_behaviour(self, behaviour: str) -> None:
         self.server["command"][-1] = behaviour
-
-    def command_digest(self) -> str:
-        return command_digest(tuple(self.server["command"]))
 
     def write_config(self) -> Path:
         sections = {
@@ -188,16 +184,30 @@ class World:
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         return [(line["step"], line["decision"], line["claim"] or line["reason"]) for line in lines]
 
-    def start(self, *, broker: bool = True, flags: tuple[str, ...] = ()) -> "Agent":
-        """The agent as its own process, on a guest launched with the digest of its configuration."""
+    def start(
+        self, *, broker: bool = True, flags: tuple[str, ...] = (), wrapper: tuple[str, ...] = (), status_file: str | None = ""
+    ) -> "Agent":
+        """The agent as its own process, on a guest launched with the digest of its configuration.
+
+        Args:
+            broker: whether there is one.
+            flags: more of `keyturn run`.
+            wrapper: a command that runs the agent.
+            status_file: None: the agent's default; "": one in our folder.
+        """
         config = self.write_config()
         digest = hashlib.sha256(config.read_bytes()).digest()
+        if self.row and self.gpu["count"]:
+            argv = command_digest(tuple(self.server["command"]))
+            self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
         self.row_snp.setdefault("host_data", [{"id": "config-1", "value": digest.hex()}])
         self.machine.host_data = self.host_data or digest
         self.machine.save()
         if broker:
             self.start_broker()
-        return Agent(config, self.folder, self.undo, flags)
+        if status_file is not None:
+            flags = ("--status-file", str(self.folder / "status" / "status.json"), *flags)
+        return Agent(config, self.folder, self.undo, flags, wrapper)
 
     def boot(self, *, broker: bool = True) -> "Outcome":
         """A boot that is expected to end by itself."""
@@ -207,11 +217,11 @@ class World:
 class Agent:
     """A running `keyturn run`."""
 
-    def __init__(self, config: Path, folder: Path, undo: ExitStack, flags: tuple[str, ...]) -> None:
+    def __init__(self, config: Path, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...]) -> None:
         self.termination_log = folder / "termination"
         self.status_file = folder / "status" / "status.json"
-        command = [sys.executable, "-m", "agent", "run", "--config", str(config)]
-        command += ["--termination-log", str(self.termination_log), "--status-file", str(self.status_file), *flags]
+        command = [*wrapper, sys.executable, "-m", "agent", "run", "--config", str(config)]
+        command += ["--termination-log", str(self.termination_log), *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         self.events: list[dict[str, Any]] = []
         undo.callback(self._kill)
@@ -251,6 +261,15 @@ def ask(port: int, path: str) -> dict[str, Any]:
         return answer
     finally:
         connection.close()
+
+
+def ask_until(port: int, path: str) -> dict[str, Any]:
+    """The same, from the first moment that somebody answers."""
+    while True:
+        try:
+            return ask(port, path)
+        except ConnectionRefusedError:
+            continue
 
 
 def _toml(table: dict[str, Any]) -> str:

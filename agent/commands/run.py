@@ -19,7 +19,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}. Everything that decides stands in the configuration, which evidence "
         "covers; the flags below only choose where the agent talks.",
-        epilog="SIGTERM or SIGINT stops the server, frees guest memory and ends with status 0. For failures: `keyturn --help`.",
+        epilog="SIGTERM, SIGINT or SIGHUP stops the server, frees guest memory and ends with status 0. "
+        "For failures: `keyturn --help`.",
         allow_abbrev=False,
     )
     parser.set_defaults(parser=parser)
@@ -42,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
         address = (host.strip("[]"), int(port))
     status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
     termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
-    config = read_bounded(args.config)
 
-    def worker(channel: Channel) -> int:
+    def worker(channel: Channel, config: bytes) -> int:
         from agent.worker import work
 
         return work(channel, config, _open_hardware)
 
-    return Supervisor("run", HostHints(status_file or None, termination_log, address), worker).run()
+    hints = HostHints(status_file or None, termination_log, address)
+    return Supervisor("run", hints, lambda: read_bounded(args.config), worker).run()
 
 
 def _open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":

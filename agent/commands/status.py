@@ -9,6 +9,7 @@ from typing import Any
 from agent.errors import EXIT_USAGE
 from agent.report import STATUS_SCHEMA
 from agent.supervisor import DEFAULT_STATUS_FILE
+from agent.telling import start_of
 
 MAX_STATUS_BYTES = 64 << 10
 EXIT_NOT_SERVING = 1
@@ -32,11 +33,14 @@ def run(args: argparse.Namespace) -> int:
         if status["schema"] != STATUS_SCHEMA:
             raise ValueError("another schema")
         text = json.dumps(status) if args.json else _for_people(status)
+        alive = start_of(status["agent"]["pid"]) == status["agent"]["started"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         print(f"keyturn: no status of an agent in {args.status_file} ({type(error).__name__})", file=sys.stderr)
         return EXIT_USAGE
     print(text)
-    return 0 if status["phase"] == "serving" else EXIT_NOT_SERVING
+    if not alive and status["exit_status"] is None:
+        print("keyturn: the agent that wrote this is gone, without a last word", file=sys.stderr)
+    return 0 if alive and status["phase"] == "serving" else EXIT_NOT_SERVING
 
 
 def _for_people(status: dict[str, Any]) -> str:

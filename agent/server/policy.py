@@ -113,6 +113,11 @@ class RestartPolicy:
         self._restarts: list[float] = []  # when each restart of the current window was decided
         self._end: Stop | GiveUp = Stop()
 
+    @property
+    def served(self) -> bool:
+        """Has the server ever been ready?"""
+        return self._ever_ready
+
     def decide(self, event: Event, now: float) -> Action:
         """What to do about `event`.
 

@@ -96,8 +96,11 @@ def start_probe(plan: ServerPlan) -> Probe:
 
 def _why_not_ready(plan: ServerPlan) -> Unready | None:
     # 1. Our server holds the port: whoever else does would be told the API key, and asked in its place.
-    if not _listens(plan.port, os.geteuid()):
+    owners = _listeners(plan.port)
+    if not owners:
         return Unready.NO_ANSWER
+    if not owners <= {os.geteuid(), 0}:
+        return Unready.FOREIGN_PORT
     # 2. It speaks HTTP, and says that it is healthy.
     answer = _ask(plan, plan.health_path, None, QUESTION_TIMEOUT_S)
     if answer is None:
@@ -119,9 +122,9 @@ def _why_not_ready(plan: ServerPlan) -> Unready | None:
     return None
 
 
-def _listens(port: int, uid: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net/tcp6")) -> bool:
-    """Is every socket that listens on `port` the user's or root's, and is there one? See proc_net_tcp.rst of the kernel."""
-    owners = set()
+def _listeners(port: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net/tcp6")) -> set[int]:
+    """The users who listen on `port`, on whatever address. See proc_net_tcp.rst of the kernel."""
+    owners: set[int] = set()
     for table in tables:
         try:
             with open(table) as lines:
@@ -129,7 +132,7 @@ def _listens(port: int, uid: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/
         except OSError:  # a kernel without IPv6
             continue
         owners |= {int(row[7]) for row in rows if row[3] == _LISTENING and int(row[1].rsplit(":", 1)[1], 16) == port}
-    return bool(owners) and owners <= {uid, 0}
+    return owners
 
 
 def _listed_models(body: bytes) -> list[object]:
