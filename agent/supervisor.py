@@ -6,9 +6,7 @@ kernel kills worker and server with it (PDEATHSIG), and the model's mount goes w
 """
 
 import os
-import selectors
 import signal
-import socket
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -25,7 +23,6 @@ from agent.errors import (
     DestinationError,
     DestinationProblem,
     InternalError,
-    LeaseEndedError,
     WorkerLostError,
 )
 from agent.events import (
@@ -47,6 +44,7 @@ from agent.events import (
 )
 from agent.guest import hardening, mounts
 from agent.health import HealthPort
+from agent.loop import Loop
 from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
@@ -59,7 +57,6 @@ DEFAULT_STATUS_FILE = f"{RUN_DIRECTORY}/status.json"
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 ASK_AGAIN_S = 0.5
 LEASE_LOOK_S = 1.0
-"""A lease is counted on CLOCK_BOOTTIME, which goes on while the guest sleeps; what we can wait on stands still."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +81,7 @@ class Supervisor:
             BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0), hints.status_file, hints.termination_log
         )
         self._hints = hints
-        self._selector = selectors.DefaultSelector()
+        self._loop = Loop()
         self._private_mounts = False
         self._worker: tuple[int, int] | None = None  # pid, pidfd
         self._channel: Channel | None = None
@@ -96,21 +93,17 @@ class Supervisor:
         self._server: ServerProcess | None = None
         self._probe: Probe | None = None
         self._stop_signal = 0
-        self._next_tick: float | None = None
-        self._kill_at: float | None = None
-        self._ask_again_at: float | None = None
+        self._asked_to_stop = False
         self._serving_since = 0.0
         self._error: AgentError | None = None
-        self._ended = False
 
     def run(self) -> int:
         """Boot, serve, wipe. The value is the exit status."""
         try:
             config = self._read_config()  # may wait for a terminal, which a signal must be able to end
-            self._watch_signals()
+            self._loop.watch_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._stop)
             self._prepare(config)
-            while not self._ended:
-                self._turn()
+            self._loop.run(self._reap)
         except AgentError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001  # a bug must not leave a server running unwatched
@@ -132,74 +125,16 @@ class Supervisor:
         self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
         if self._hints.health_address:
             try:
-                HealthPort(self._hints.health_address, self._selector, self._teller.report)
+                HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
         self._start_worker(config)
 
-    # --- the loop -----------------------------------------------------------------------------------------------------
-
-    def _turn(self) -> None:
-        now = time.monotonic()
-        for key, _ in self._selector.select(self._timeout(now)):
-            if self._selector.get_map().get(key.fd) is key:  # an earlier handler of this turn may have closed it
-                key.data()
-            if self._ended:
-                return
-        now = time.monotonic()
-        if (lease := self._lease()) and time.clock_gettime(time.CLOCK_BOOTTIME) >= lease[1]:
-            self._fail(lease[0])
-        if self._ask_again_at is not None and now >= self._ask_again_at:
-            self._ask_again_at = None
-            if self._server and self._server.is_alive():
-                self._ask_ready()
-        if self._next_tick is not None and now >= self._next_tick and self._policy:
-            self._next_tick = None
-            self._obey(self._policy.decide(policy.Tick(), now))
-        if self._kill_at is not None and now >= self._kill_at:
-            self._ended = True
-        reap_orphans((*self._children(), *([self._server.pid] if self._server else [])))
-
-    def _timeout(self, now: float) -> float | None:
-        waits = [at - now for at in (self._next_tick, self._kill_at, self._ask_again_at) if at is not None]
-        if self._lease():
-            waits.append(LEASE_LOOK_S)
-        return max(0.0, min(waits)) if waits else None
-
-    def _lease(self) -> tuple[LeaseEndedError, float] | None:
-        """What to fail with, and when (CLOCK_BOOTTIME); None without a lease, and once we are on the way out."""
-        if self._model and self._model.lease and self._error is None and not self._stop_signal:
-            return self._model.lease, self._model.lease_ends_at
-        return None
-
-    def _watch(self, descriptor: int, handler: Callable[[], None]) -> None:
-        self._selector.register(descriptor, selectors.EVENT_READ, handler)
-
-    def _unwatch(self, descriptor: int) -> None:
-        with suppress(KeyError):
-            self._selector.unregister(descriptor)
-
     def _tell(self, message: Message) -> None:
         self._teller.tell(message)
 
-    # --- signals ------------------------------------------------------------------------------------------------------
-
-    def _watch_signals(self) -> None:
-        reader, writer = socket.socketpair()
-        for end in (reader, writer):
-            end.setblocking(False)
-        signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
-            signal.signal(number, lambda *_: None)
-        self._signal_ends = (reader, writer)
-        self._watch(reader.fileno(), self._on_signal)
-
-    def _on_signal(self) -> None:
-        for number in self._signal_ends[0].recv(64):
-            if number != signal.SIGCHLD:  # that one only ends the wait
-                self._stop(number)
-
     def _stop(self, number: int) -> None:
+        """A signal asks for the end."""
         again, self._stop_signal = self._stop_signal != 0, number
         if self._worker:
             # Its device thread is joined, never killed: that can take a minute, and the status says so.
@@ -212,7 +147,15 @@ class Supervisor:
                 self._error = BootInterruptedError(number)
             self._obey(self._policy.decide(policy.StopRequested(), time.monotonic()))
         elif again:
-            self._ended = True  # asked twice: do not wait for the server
+            self._loop.ended = True  # asked twice: do not wait for the server
+
+    def _check_lease(self) -> None:
+        """Look again every second: the lease is counted on CLOCK_BOOTTIME, which goes on while the guest sleeps."""
+        if self._model and self._model.lease and self._error is None and not self._stop_signal:
+            if time.clock_gettime(time.CLOCK_BOOTTIME) >= self._model.lease_ends_at:
+                self._fail(self._model.lease)
+            else:
+                self._loop.wake("lease", LEASE_LOOK_S, self._check_lease)
 
     # --- worker -------------------------------------------------------------------------------------------------------
 
@@ -235,8 +178,8 @@ class Supervisor:
         theirs.close()
         self._worker = (pid, os.pidfd_open(pid))
         self._channel = ours
-        self._watch(ours.fileno(), self._on_channel)
-        self._watch(self._worker[1], self._on_worker_end)
+        self._loop.watch(ours.fileno(), self._on_channel)
+        self._loop.watch(self._worker[1], self._on_worker_end)
 
     def _on_channel(self) -> None:
         """Take everything the worker has said so far."""
@@ -246,7 +189,7 @@ class Supervisor:
             except BlockingIOError:
                 return
             if packet is None:
-                self._unwatch(self._channel.fileno())
+                self._loop.unwatch(self._channel.fileno())
                 self._channel.close()
                 self._channel = None
             elif "loaded" in packet.record:
@@ -263,12 +206,12 @@ class Supervisor:
         assert self._worker
         self._on_channel()  # a last word may still be in the pipe
         pid, pidfd = self._worker
-        self._unwatch(pidfd)
+        self._loop.unwatch(pidfd)
         ended = os.waitid(os.P_PID, pid, os.WEXITED)
         os.close(pidfd)
         self._worker = None
         if self._error:  # told already
-            self._ended = True
+            self._loop.ended = True
         elif self._stop_signal:
             self._fail(BootInterruptedError(self._stop_signal))
         elif self._handed is None:
@@ -282,8 +225,8 @@ class Supervisor:
 
     def _serve(self, model: HandedModel) -> None:
         self._model, plan = model, model.plan
-        if (lease := self._lease()) and time.clock_gettime(time.CLOCK_BOOTTIME) >= lease[1]:
-            self._fail(lease[0])
+        self._check_lease()
+        if self._error:
             return
         try:
             with stage(Stage.PUBLISH, self._tell):
@@ -305,11 +248,15 @@ class Supervisor:
             case policy.Start():
                 self._start_server()
             case policy.Wait(seconds):
-                self._next_tick = None if seconds is None else time.monotonic() + seconds
+                self._loop.wake("policy", seconds, self._tick)
             case policy.Stop():
                 self._ask_server_to_stop()
             case policy.GiveUp(error):
                 self._fail(error)
+
+    def _tick(self) -> None:
+        assert self._policy
+        self._obey(self._policy.decide(policy.Tick(), time.monotonic()))
 
     def _start_server(self) -> None:
         assert self._model and self._placement and self._policy
@@ -320,21 +267,22 @@ class Supervisor:
             self._fail(error)
             return
         self._tell(ServerStarted(server.pid, self._policy.starts, own_uid=bool(plan.uid)))
-        self._watch(server.pidfd, self._on_server_end)
+        self._loop.watch(server.pidfd, self._on_server_end)
         if server.output_fd is not None:
             output = server.output_fd
-            self._watch(output, lambda: None if server.drain() else self._unwatch(output))
+            self._loop.watch(output, lambda: None if server.drain() else self._loop.unwatch(output))
         self._ask_ready()
         self._obey(self._policy.decide(policy.Tick(), time.monotonic()))
 
     def _ask_ready(self) -> None:
         assert self._model
+        assert self._probe is None
         try:
             self._probe = probe = start_probe(self._model.plan)
         except AgentError as error:
             self._fail(error)
             return
-        self._watch(probe.fd, lambda: self._on_probe(probe))
+        self._loop.watch(probe.fd, lambda: self._on_probe(probe))
 
     def _on_probe(self, probe: Probe) -> None:
         assert self._policy and self._server
@@ -342,11 +290,11 @@ class Supervisor:
         if probe.read():
             self._obey(self._policy.decide(policy.NotReady(probe.last_reason), now))
             return
-        self._unwatch(probe.fd)
+        self._loop.unwatch(probe.fd)
         self._probe = None
         running = probe.finish(self._server)
         if running is None:
-            self._ask_again_at = now + ASK_AGAIN_S  # the server has ended, or something killed the probe
+            self._loop.wake("probe", ASK_AGAIN_S, self._ask_ready)  # the server has ended, or something killed the probe
             return
         if Stage.SERVER in self._teller.report.running():
             self._tell(StageEnded(Stage.SERVER, running.ready_after_ms))
@@ -360,7 +308,7 @@ class Supervisor:
             self._fail(error)
             return
         if self._error or self._stop_signal:
-            self._ended = True
+            self._loop.ended = True
             return
         assert self._policy
         action = self._policy.decide(ended, time.monotonic())
@@ -372,32 +320,39 @@ class Supervisor:
         assert self._server
         server, self._server = self._server, None
         self._stop_probe()
-        self._unwatch(server.pidfd)
+        self._loop.unwatch(server.pidfd)
         if server.output_fd is not None:
-            self._unwatch(server.output_fd)
+            self._loop.unwatch(server.output_fd)
         ended = server.destroy(self._children())
         self._tell(ServerEnded(ended.status, ended.signal, server.output.total_bytes))
         return ended
 
     def _stop_probe(self) -> None:
-        self._ask_again_at = None
+        self._loop.wake("probe", None, self._ask_ready)
         if self._probe:
-            self._unwatch(self._probe.fd)
+            self._loop.unwatch(self._probe.fd)
             self._probe.stop()
             self._probe = None
 
     def _ask_server_to_stop(self) -> None:
         """Once: many servers take a second SIGTERM as an order to die at once."""
-        self._next_tick = None
+        self._loop.wake("policy", None, self._tick)
         self._stop_probe()
         if Stage.SERVER in self._teller.report.running():
             self._tell(StageFailed(Stage.SERVER, round((time.monotonic() - self._serving_since) * 1000)))
         if self._server is None:
-            self._ended = True
-        elif self._kill_at is None:
+            self._loop.ended = True
+        elif not self._asked_to_stop:
             assert self._model
+            self._asked_to_stop = True
             self._server.ask_to_stop()
-            self._kill_at = time.monotonic() + self._model.plan.stop_timeout_s
+            self._loop.wake("kill", self._model.plan.stop_timeout_s, self._end)
+
+    def _end(self) -> None:
+        self._loop.ended = True
+
+    def _reap(self) -> None:
+        reap_orphans((*self._children(), *([self._server.pid] if self._server else [])))
 
     def _children(self) -> tuple[int, ...]:
         """Our own children that are not the server's."""

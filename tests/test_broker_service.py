@@ -41,7 +41,7 @@ def played(site: Site, scene: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
     """What the scene returns, played while the broker runs."""
 
     async def play() -> Any:
-        async with site.running():
+        async with site.running(), asyncio.timeout(60):  # a stream that is not ended must not hang the tests
             return await scene()
 
     return asyncio.run(play())

@@ -63,10 +63,11 @@ def pool(host: str, port: int | None, context: ssl.SSLContext | None, kept: int)
         context: for https, changed for this use; None: http.
         kept: connections that are kept for later.
     """
+    timeout = urllib3.Timeout(connect=SLICE_S, read=SLICE_S)
     if context is None:
-        return _Pool(host, port, urllib3.Timeout(SLICE_S), kept)
+        return _Pool(host, port, timeout, kept)
     context.sslsocket_class = _TlsSocket
-    return _TlsPool(host, port, urllib3.Timeout(SLICE_S), kept, ssl_context=context)
+    return _TlsPool(host, port, timeout, kept, ssl_context=context)
 
 
 def _time_left() -> float:
