@@ -43,7 +43,7 @@ async def boot(
     Args:
         cfg: the measured configuration.
         devices: open, and good enough to be attested.
-        broker: not connected yet.
+        broker: its connection may still be under way.
         store: where the sealed model lies.
         notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
@@ -91,10 +91,11 @@ async def boot(
 async def _lease(lease_s: int | None) -> AsyncIterator[None]:
     """No step goes on longer than the key may be used. Raises LeaseEndedError."""
     try:
-        async with asyncio.timeout(lease_s):
+        async with asyncio.timeout(lease_s) as limit:
             yield
     except TimeoutError:
-        assert lease_s is not None
+        if lease_s is None or not limit.expired():
+            raise
         raise LeaseEndedError(lease_s) from None
 
 

@@ -79,19 +79,25 @@ def make_mount_points() -> None:
         os.chmod(path, 0o755)  # noqa: S103
 
 
+def take_over(model: HandedModel, undo: ExitStack) -> None:
+    """From now on it is ours to free: its descriptors, or its folder. To be called as soon as it arrives."""
+    for descriptor in model.descriptors:
+        undo.callback(os.close, descriptor)
+    if model.directory is not None:
+        undo.callback(shutil.rmtree, model.directory, ignore_errors=True)
+
+
 def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placement:
     """Give model and scratch space their paths.
 
     Args:
-        model: its descriptors are closed by `undo`.
+        model: taken over before.
         private_mounts: this process has a mount namespace of its own.
         undo: gets every compensation.
 
     Raises:
         DestinationError: the kernel refused.
     """
-    for descriptor in model.descriptors:
-        undo.callback(os.close, descriptor)
     try:
         scratch = _make_scratch(model.plan, private_mounts, undo)
         if model.destination is DestinationKind.MEMFD:
@@ -104,7 +110,6 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         else:
             assert model.directory is not None
             root = model.directory
-            undo.callback(shutil.rmtree, root, ignore_errors=True)
     except OSError as error:
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
     return Placement(f"{root}/{model.single_file}" if model.single_file else root, root, scratch)

@@ -45,7 +45,7 @@ from agent.events import (
 from agent.guest import hardening, mounts
 from agent.health import HealthPort
 from agent.loop import Loop
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish
+from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
 from agent.server.probe import Probe, start_probe
@@ -115,11 +115,11 @@ class Supervisor:
         hardening.harden_agent()
         hardening.become_subreaper()
         try:
-            mounts.enter_private_mount_namespace()
-            make_mount_points()
-            self._private_mounts = True
-        except PermissionError:
-            pass  # not root: no mounts of our own, the destination will be another
+            with suppress(PermissionError):  # not root: no mounts of our own, the destination will be another
+                mounts.enter_private_mount_namespace()
+                self._private_mounts = True
+            if self._private_mounts:
+                make_mount_points()
         except OSError as error:  # root without a root mount (chroot), or without /run: nothing is mounted where others see it
             raise DestinationError(DestinationProblem.MOUNT_POINT, error.errno or 0) from error
         self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
@@ -194,6 +194,7 @@ class Supervisor:
                 self._channel = None
             elif "loaded" in packet.record:
                 self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
+                take_over(self._handed, self._undo)
             else:
                 message = message_from_record(packet.record)
                 if isinstance(message, AgentError):

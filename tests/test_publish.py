@@ -8,7 +8,7 @@ import pytest
 from agent.artifact import DestinationKind
 from agent.config import EXAMPLE, parse
 from agent.errors import DestinationError, LeaseEndedError
-from agent.publish import HandedModel, publish
+from agent.publish import HandedModel, publish, take_over
 from agent.server import ServerPlan
 from agent.worker import plan_server
 
@@ -35,7 +35,9 @@ def test_anything_else_is_refused(record: object) -> None:
 def test_a_memfd_is_named_by_its_number_and_scratch_goes_with_the_boot() -> None:
     memfd = os.memfd_create("model")
     with ExitStack() as undo:
-        place = publish(handed(DestinationKind.MEMFD, (memfd,)), False, undo)
+        model = handed(DestinationKind.MEMFD, (memfd,))
+        take_over(model, undo)
+        place = publish(model, False, undo)
         assert (place.model, place.descriptors) == (f"/proc/self/fd/{memfd}", (memfd,))
         assert Path(place.scratch).stat().st_mode & 0o777 == 0o700
         Path(place.scratch, "cache").write_text("x")
@@ -48,7 +50,9 @@ def test_a_given_directory_is_used_as_it_is_and_emptied_at_the_end(tmp_path: Pat
     model = tmp_path / "model"
     (model / "weights").mkdir(parents=True)
     with ExitStack() as undo:
-        place = publish(handed(DestinationKind.DIRECTORY, (), str(model)), False, undo)
+        given = handed(DestinationKind.DIRECTORY, (), str(model))
+        take_over(given, undo)
+        place = publish(given, False, undo)
         assert place.model == f"{model}/weights/model.gguf"
         assert place.model_dir == str(model)
         assert model.exists()
@@ -59,7 +63,9 @@ def test_a_given_directory_is_used_as_it_is_and_emptied_at_the_end(tmp_path: Pat
 def test_what_is_no_mount_cannot_be_attached_and_nothing_stays() -> None:
     reader, writer = os.pipe()
     os.close(writer)
+    model = handed(DestinationKind.TMPFS, (reader,))
     with ExitStack() as undo, pytest.raises(DestinationError):
-        publish(handed(DestinationKind.TMPFS, (reader,)), False, undo)
+        take_over(model, undo)
+        publish(model, False, undo)
     with pytest.raises(OSError):
         os.fstat(reader)
