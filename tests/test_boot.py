@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from agent.broker import bootstrap
+from tests.range_server import Fault, RangeServer
 from tests.world import World, ask, ask_until
 
 
@@ -388,6 +390,29 @@ def test_the_death_of_the_supervisor_ends_the_server(world: World) -> None:
 
     assert select.select([pidfd], [], [], 5)[0], "the server outlived the supervisor"
     os.close(pidfd)
+
+
+@pytest.fixture
+def dripping(world: World) -> World:
+    """A world whose store sends a byte now and then."""
+    world.artifact["source"] = world.undo.enter_context(RangeServer(world.layout, Fault.DRIP_BODY)).url
+    return world
+
+
+def test_a_lease_that_ends_during_the_boot_ends_the_boot(dripping: World) -> None:
+    dripping.row["lease_s"] = 1
+    outcome = dripping.boot()
+    assert (outcome.failure["class"], outcome.status) == ("LeaseEndedError", 22)
+    assert "server_started" not in outcome.names()
+
+
+def test_a_store_that_drips_keeps_no_signal_waiting(dripping: World) -> None:
+    agent = dripping.start()
+    agent.wait_for("gate_passed")
+    began = time.monotonic()
+    outcome = agent.stop()
+    assert (outcome.failure["class"], outcome.status) == ("BootInterruptedError", 21)
+    assert time.monotonic() - began < 10
 
 
 def test_a_given_directory_serves_and_is_empty_afterwards(world: World) -> None:

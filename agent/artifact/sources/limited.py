@@ -35,7 +35,8 @@ class _Limit(NamedTuple):
 
 
 # A variable of the context, no argument: between a request and its sockets lie urllib3, http.client and ssl.
-_limit: ContextVar[_Limit] = ContextVar("limit", default=_Limit(math.inf, Event()))
+_NO_LIMIT = _Limit(math.inf, Event())
+_limit: ContextVar[_Limit] = ContextVar("limit", default=_NO_LIMIT)
 
 
 @contextmanager
@@ -116,7 +117,8 @@ def _connect(connection: HTTPConnection) -> socket.socket:
     for tried, (family, kind, protocol, _, address) in enumerate(addresses):
         try:
             # Each gets its part of the time: an address that leads nowhere leaves some for the next.
-            return _connect_to(_Socket(family, kind, protocol), address, _time_left() / (len(addresses) - tried))
+            timeout_s = _time_left() / (len(addresses) - tried)
+            return _connect_to(_Socket(family, kind, protocol), address, timeout_s)
         except OSError as error:
             problem = error
     if isinstance(problem, TimeoutError):
