@@ -2,23 +2,27 @@
 
 Read `boot.py` first: it is the worker's story, and the folders are its steps.
 
-    closed.py       values that may leave the process: integers, enums, bounded identifiers
-    errors.py       every way a boot can fail, who must act, and the exit status
-    events.py       everything a boot can say;  report.py  the four faces of one status
-    config.py       the one reader of configuration: MeasuredConfig, HostHints
-    supervisor.py   standard library only: worker, server, signals, status
-    boot.py         the worker's story, one step after the other
-    stages.py       the declared stages and their durations;  retry.py  the one retry schedule
-    keys.py         secrets in locked memory, the sealed key and its unwrapping
-    evidence/       what the guest says of itself: binding, formats, devices
-    verify/         signatures, chains and claims of evidence: the only place
-    handshake/      the protocol machine, the token, the gRPC wire
-    artifact/       the sealed model: format, sources, memory, opening, sealing
-    server/         the model server: presets, spawn, readiness, restart policy
-    guest/          what we ask of the kernel: mounts, process hardening
-    broker/         the reference key broker
-    sim/            simulated silicon in the real formats; never in a guest image
-    demo/           one boot on simulated silicon with a real model, for people
+    closed.py        values that may leave the process: integers, enums, bounded identifiers
+    errors.py        every way a boot can fail, who must act, and the exit status
+    events.py        everything a boot can say;  report.py  the four faces of one status
+    config.py        the one parser of the measured configuration;  config_source.py  where its bytes come from
+    cli.py           finds the verb;  commands/  one lazily imported file per verb
+    supervisor.py    standard library only: worker, server, signals, lease;  beside it loop.py (waiting), publish.py (mounts),
+                     telling.py and health.py (the faces), channel.py (the wire to the worker)
+    worker.py        the process around boot.py: its outcome, its one error
+    boot.py          the worker's story, one step after the other
+    stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
+    keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
+    http_policy.py   the one TLS context and redirect rule for HTTP
+    evidence/        what the guest says of itself: binding, formats, devices, the GPU gate
+    verify/          signatures, chains and claims of evidence: the only place
+    handshake/       the protocol machine, the token, the gRPC wire
+    artifact/        the sealed model: format, sources, memory, opening, sealing
+    server/          the model server: presets, spawn, readiness, restart policy
+    guest/           what we ask of the kernel: mounts, memory, process hardening
+    broker/          the reference key broker
+    sim/             simulated silicon in the real formats; never in a guest image
+    demo/            one boot on simulated silicon with a real model, for people
 
 There is no public Python API. The interfaces are the command line, the protocol, the
 configuration schema, `artifact/FORMAT.md` and the exit table, each with its version.

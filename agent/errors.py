@@ -23,7 +23,8 @@ AgentError
 └── InternalError                                                         keyturn × agent
 
 An error is built from closed fields (`closed.py`); the text is made in `__str__` from those fields alone, so nothing
-secret and nothing a peer wrote can be in it. What we did wrong ourselves is not here: that is a RuntimeError, a bug.
+secret and nothing a peer wrote can be in it. The whole tree is one file, however long: it is the page on which a failure is
+looked up. What we did wrong ourselves is not here: that is a RuntimeError, a bug.
 """
 
 import dataclasses
