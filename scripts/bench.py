@@ -98,17 +98,15 @@ def released_key() -> ReleasedKey:
     return ReleasedKey(secret, Ident("bench"), 1)
 
 
-async def load_once(location: str, digest: str, kind: str, *, held: bool) -> float:
-    """Seconds that `load` takes, with nothing fetched ahead when `held`."""
+async def load_once(location: str, digest: str, kind: str) -> float:
+    """Seconds that `load` takes when nothing was fetched ahead."""
     source = HeldSource(open_source(location, None, 30))
-    source.held = held
     config = ArtifactConfig(source=location, manifest_digest=digest, destination=kind)  # type: ignore[arg-type]
     with ExitStack() as undo:
         undo.callback(source.close)
         prepared = await prepare(source, config, KEY_URI, undo)
-        if held:
-            prepared.stop_fetching()
-            source.held = False
+        prepared.stop_fetching()
+        source.held = False
         with released_key() as key:
             began = time.perf_counter()
             await load(prepared, key, 0, lambda _, __: None)
@@ -199,7 +197,7 @@ def compare(model: Model, repeat: int, name: str, other: Callable[[], float]) ->
     """Medians over alternating pairs of a load and `other`."""
     pairs = []
     for _ in range(repeat + 1):
-        mine = asyncio.run(load_once(str(model.layout), model.digest, destination_kind(), held=True))
+        mine = asyncio.run(load_once(str(model.layout), model.digest, destination_kind()))
         pairs.append((mine, other()))
     pairs = pairs[1:]  # the first touches memory the machine may not have yet
     speed = MODEL_BYTES / 1e9
