@@ -1,7 +1,7 @@
 """Every way a boot can fail, who must act, and with which exit status the process ends.
 
 AgentError
-├── ConfigError · ConfigConflictError · ConfigNotMeasuredError            operator × config
+├── ConfigError · ConfigNotMeasuredError                                  operator × config
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── EvidenceVerificationError                                         host × evidence
@@ -142,16 +142,6 @@ class ConfigError(AgentError):
     def what(self) -> str:
         at = f", line {self.line}" if self.line is not None else ""
         return f"configuration {self.key}: {self.problem.value}{at}" if self.key else f"configuration: {self.problem.value}{at}"
-
-
-@dataclasses.dataclass(eq=False)
-class ConfigConflictError(AgentError):
-    owner = Owner.OPERATOR
-    step = Step.CONFIG
-    next_step = "leave exactly one deciding configuration source"
-
-    def what(self) -> str:
-        return "two configuration sources want to decide"
 
 
 @dataclasses.dataclass(eq=False)

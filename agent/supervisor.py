@@ -16,6 +16,7 @@ from agent import __version__
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.errors import (
+    EXIT_SERVED,
     AgentError,
     BootInterruptedError,
     ConfigError,
@@ -391,7 +392,7 @@ class Supervisor:
             self._tell(Wiped())
         if self._error and self._teller.report.error is None:
             self._tell(self._error)
-        status = self._error.exit_status if self._error else 0
+        status = self._error.exit_status if self._error else EXIT_SERVED
         self._tell(Stopped(status))
         self._teller.last_word()
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

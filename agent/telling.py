@@ -57,8 +57,10 @@ class Teller:
         """The termination message, where Kubernetes or the operator has made a place for it; and what was not read yet."""
         self._flush(LAST_WORD_S)
         if self._termination_log:
-            with suppress(OSError):  # nobody asked for it, or nobody can read it: stderr had the same
-                Path(self._termination_log).write_text(self.report.termination_message())
+            # A path of the host's: it may be a pipe that nobody reads, or somebody's link. stderr had the same words.
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            with suppress(OSError), open(os.open(self._termination_log, flags, 0o644), "w") as stream:
+                stream.write(self.report.termination_message())
 
     def _write_line(self, message: Message) -> None:
         if self._for_people:

@@ -52,6 +52,15 @@ def test_the_last_word_goes_where_kubernetes_reads_it(tmp_path: Path) -> None:
     assert "expected 2 distinct GPUs, got 1" in (tmp_path / "termination").read_text()
 
 
+def test_the_last_word_neither_waits_for_a_reader_nor_follows_a_link(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    teller(None, str(tmp_path / "fifo")).last_word()  # blocks for ever where this is wrong
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "victim")
+    teller(None, str(tmp_path / "link")).last_word()
+    assert (tmp_path / "victim").read_text() == "precious"
+
+
 @contextmanager
 def stderr_pipe() -> Iterator[int]:
     """Replace descriptor 2 by a pipe; the value is its reading end."""
