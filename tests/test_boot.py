@@ -7,6 +7,7 @@ it: class, exit status, what the broker recorded, and that no key was released w
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import time
@@ -20,7 +21,7 @@ import pytest
 
 from agent.broker import bootstrap
 from tests.range_server import Fault, RangeServer
-from tests.world import World, ask, ask_until
+from tests.world import Agent, World, ask, ask_until
 
 
 @pytest.fixture
@@ -384,12 +385,25 @@ def test_the_death_of_the_supervisor_ends_the_server(world: World) -> None:
     agent = world.start()
     agent.wait_for("server_ready")
     server = json.loads(agent.status_file.read_text())["server"]["pid"]
-    pidfd = os.pidfd_open(server)
-    agent.process.kill()
-    import select
+    assert ends_with(server, agent)
 
-    assert select.select([pidfd], [], [], 5)[0], "the server outlived the supervisor"
-    os.close(pidfd)
+
+def test_the_death_of_the_supervisor_ends_the_worker(world: World) -> None:
+    world.broker_config["timeout_s"] = 3600
+    agent = world.start(broker=False)
+    agent.wait_for("retrying")
+    (worker,) = children_of(agent.process.pid)
+    assert ends_with(worker, agent)
+
+
+def ends_with(pid: int, agent: Agent) -> bool:
+    """Does the death of the agent end this process, without another start of anything?"""
+    pidfd = os.pidfd_open(pid)
+    try:
+        agent.process.kill()
+        return bool(select.select([pidfd], [], [], 5)[0])
+    finally:
+        os.close(pidfd)
 
 
 @pytest.fixture

@@ -8,9 +8,11 @@ import pytest
 from agent.artifact import DestinationKind
 from agent.config import EXAMPLE, parse
 from agent.errors import DestinationError, LeaseEndedError
-from agent.publish import HandedModel, publish, take_over
+from agent.guest import mounts
+from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
 from agent.server import ServerPlan
 from agent.worker import plan_server
+from tests.children import in_child
 
 PLAN: ServerPlan = plan_server(parse(EXAMPLE.encode()).config.server)
 
@@ -69,3 +71,21 @@ def test_what_is_no_mount_cannot_be_attached_and_nothing_stays() -> None:
         publish(model, False, undo)
     with pytest.raises(OSError):
         os.fstat(reader)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_model_and_scratch_are_mounted_for_the_server_and_gone_before_we_say_so() -> None:
+    def scenario() -> tuple[int, int]:
+        mounts.enter_private_mount_namespace()
+        make_mount_points()
+        made = mounts.detached_tmpfs(1 << 20, os.getegid())
+        model = handed(DestinationKind.TMPFS, (made.fd,))
+        with ExitStack() as undo:
+            take_over(model, undo)
+            place = publish(model, True, undo)
+            assert place.model == f"{RUN_DIRECTORY}/model/weights/model.gguf"
+            assert os.stat(place.scratch).st_uid == PLAN.uid
+            during = Path("/proc/self/mountinfo").read_text().count(f" {RUN_DIRECTORY}/")
+        return during, Path("/proc/self/mountinfo").read_text().count(f" {RUN_DIRECTORY}/")
+
+    assert in_child(scenario) == (2, 0)

@@ -33,8 +33,8 @@ def main(model: str, port: int, behaviour: str) -> int:
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             if self.path == "/health":
-                unready = ("never-ready", "deaf-to-one-signal")
-                self.answer(503 if behaviour in unready else 200, {"status": "ok"})
+                unready = behaviour == "never-ready" or (behaviour == "deaf-to-one-signal" and not signals)
+                self.answer(503 if unready else 200, {"status": "ok"})
             elif self.path == "/v1/models":
                 self.answer(200, {"data": [{"id": MODEL_ID}]})
             elif self.path == "/about":
