@@ -393,6 +393,7 @@ def test_the_death_of_the_supervisor_ends_the_worker(world: World) -> None:
     agent = world.start(broker=False)
     agent.wait_for("retrying")
     (worker,) = children_of(agent.process.pid)
+    os.kill(worker, signal.SIGSTOP)  # it can do nothing about it: the kernel has to
     assert ends_with(worker, agent)
 
 
