@@ -1,13 +1,15 @@
 """Every way a boot can fail, who must act, and with which exit status the process ends.
 
 AgentError
-├── ConfigError · ConfigNotMeasuredError                                  operator × config
+├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
+├── InitdataError                                                         operator × config
+├── GuestInitError                                                        operator × guest
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── EvidenceVerificationError                                         host × evidence
 ├── GpuCountError · GpuModeError · GpuFaultError                          host × gpu
 ├── VmRestartRequiredError                                                operator × gate
-├── BrokerUnreachableError · BrokerIdentityError                          operator × broker
+├── NoRouteError · BrokerUnreachableError · BrokerIdentityError           operator × broker
 ├── RemoteProtocolError · BrokerFailureError                              authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError                                     authority × key
@@ -17,7 +19,7 @@ AgentError
 │   └── ManifestDigestError · MalformedManifestError · RollbackError · MalformedHeaderError
 │       TruncatedArtifactError · SegmentAuthenticationError · SealError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
-├── BootInterruptedError · WorkerLostError                                operator × agent
+├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
 ├── ServerError                                                           developer × server
 │   └── ServerStartError · ServerExitedError · ServerNotReadyError · ServerStuckError
 └── InternalError                                                         keyturn × agent
@@ -48,6 +50,7 @@ class Owner(enum.Enum):
 class Step(enum.Enum):
     """The part of the boot that failed."""
 
+    GUEST = "guest"
     CONFIG = "config"
     DEVICES = "devices"
     EVIDENCE = "evidence"
@@ -80,6 +83,7 @@ EXIT_STATUS: dict[tuple[Owner, Step], int] = {
     (Owner.OPERATOR, Step.MEMORY): 20,
     (Owner.OPERATOR, Step.AGENT): 21,
     (Owner.AUTHORITY, Step.LEASE): 22,
+    (Owner.OPERATOR, Step.GUEST): 23,
     (Owner.KEYTURN, Step.AGENT): 29,
     (Owner.DEVELOPER, Step.SERVER): 30,
     (Owner.OPERATOR, Step.GATE): 31,
@@ -156,6 +160,72 @@ class ConfigNotMeasuredError(AgentError):
 
     def what(self) -> str:
         return "configuration digest differs from HOST_DATA of this guest's own report"
+
+
+@dataclasses.dataclass(eq=False)
+class ConfigConflictError(AgentError):
+    """Two places hold a configuration, and only one may decide."""
+
+    owner = Owner.OPERATOR
+    step = Step.CONFIG
+    next_step = "leave one source: the initdata entry keyturn.toml, or the file in the guest image"
+    first: Ident
+    second: Ident
+
+    def what(self) -> str:
+        return f"configuration found in {self.first} and in {self.second}"
+
+
+class InitdataProblem(enum.Enum):
+    LENGTH = "length field is larger than the device or than 1 MiB"
+    GZIP = "content is not one whole gzip stream"
+    TOO_LARGE = "document is larger than 4 MiB"
+    NOT_UTF8 = "document is not UTF-8"
+    NOT_TOML = "document is not valid TOML"
+    VERSION = "version is missing or not 0.1.0"
+    ALGORITHM = "algorithm is missing or none of sha256, sha384, sha512"
+    DATA = "[data] is missing or not a table of strings"
+    NO_ENTRY = "[data] has no entry keyturn.toml"
+
+
+@dataclasses.dataclass(eq=False)
+class InitdataError(AgentError):
+    """An initdata document cannot be used. `source` says where it came from."""
+
+    owner = Owner.OPERATOR
+    step = Step.CONFIG
+    next_step = "make the initdata again; the annotation is base64 of gzip of the TOML document"
+    source: Ident
+    problem: InitdataProblem
+
+    def what(self) -> str:
+        return f"initdata from {self.source}: {self.problem.value}"
+
+
+# --- the guest itself -------------------------------------------------------------------------------------------------
+
+
+class GuestPart(enum.Enum):
+    MOUNT = "mount"
+    MODULE = "kernel module"
+    MODULE_LIST = "module list"
+    INTERFACE = "network interface"
+    PARAMETER = "kernel parameter"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestInitError(AgentError):
+    """As PID 1 the agent could not make the guest what it needs. `name` is the mount, module, interface or parameter."""
+
+    owner = Owner.OPERATOR
+    step = Step.GUEST
+    next_step = "check that kernel, initrd and kernel command line are of one build; the kernel's own lines above may say more"
+    part: GuestPart
+    name: Ident
+    code: int = 0
+
+    def what(self) -> str:
+        return f"guest init: {self.part.value} {self.name} failed" + (f" (errno {self.code})" if self.code else "")
 
 
 # --- devices and evidence ---------------------------------------------------------------------------------------------
@@ -342,6 +412,20 @@ class VmRestartRequiredError(AgentError):
 
 
 # --- broker -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(eq=False)
+class NoRouteError(AgentError):
+    """The guest got no route within the measured deadline. `interfaces` counts those that are not the loopback."""
+
+    owner = Owner.OPERATOR
+    step = Step.BROKER
+    next_step = "check the pod's network: kata-agent, the guest's own init or the kernel parameter ip= must configure an interface"
+    waited_s: int
+    interfaces: int
+
+    def what(self) -> str:
+        return f"no route out of this guest after {self.waited_s} s, {self.interfaces} network interfaces"
 
 
 class Unreachable(enum.Enum):
@@ -721,6 +805,20 @@ class WorkerLostError(AgentError):
 
     def what(self) -> str:
         return f"worker ended without an outcome: signal {self.signal}, status {self.status}"
+
+
+@dataclasses.dataclass(eq=False)
+class SupervisorLostError(AgentError):
+    """Told by the guest's init: the supervisor ended without a last word. Fields as of WorkerLostError."""
+
+    owner = Owner.OPERATOR
+    step = Step.AGENT
+    next_step = "signal 9 is usually the kernel running out of memory: see the guest's kernel log, and give the guest more"
+    signal: int
+    status: int
+
+    def what(self) -> str:
+        return f"supervisor ended without a last word: signal {self.signal}, status {self.status}"
 
 
 class ServerError(AgentError):

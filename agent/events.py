@@ -18,6 +18,7 @@ class Stage(enum.Enum):
 
     CONFIG = "config"  # parse, digest
     DEVICES = "devices"  # open the TEE and the GPUs, read modes
+    NETWORK = "network"  # a route out of the guest is there
     PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
     ATTEST = "attest"  # Hello … Verdict, token verified
     RELEASE_KEY = "release-key"  # the JWE arrives, still sealed
@@ -37,6 +38,33 @@ class Event(ClosedRecord):
 class BootStarted(Event):
     version: Ident
     mode: Ident
+
+
+@dataclasses.dataclass(frozen=True)
+class ConfigFound(Event):
+    """Where the deciding bytes came from: `file`, `initdata-file`, `initdata-device`, `kata-initdata` or `image`."""
+
+    source: Ident
+
+
+@dataclasses.dataclass(frozen=True)
+class WaitingFor(Event):
+    """Nothing goes on before `what` is there: `config`, `tee` or `route`. Over when the running stage ends."""
+
+    what: Ident
+    at_most_s: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LocalChecksPassed(Event):
+    """Phase 1 is over: configuration measured, devices good. From here on the boot needs the network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerEnded(Event):
+    """The boot's worker is gone, and with it every key. `peak_kib`: the most memory it had resident."""
+
+    peak_kib: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,6 +42,7 @@ def test_the_exit_table_is_frozen() -> None:
         "operator × memory": 20,
         "operator × agent": 21,
         "authority × lease": 22,
+        "operator × guest": 23,
         "keyturn × agent": 29,
         "developer × server": 30,
         "operator × gate": 31,

@@ -11,6 +11,10 @@ from agent.events import Stage, StageEnded, VerdictAccepted, all_events, message
 def test_names_and_fields_of_events_are_frozen() -> None:
     assert {name: [field.name for field in dataclasses.fields(event)] for name, event in all_events().items()} == {
         "boot_started": ["version", "mode"],
+        "config_found": ["source"],
+        "waiting_for": ["what", "at_most_s"],
+        "local_checks_passed": [],
+        "worker_ended": ["peak_kib"],
         "stage_started": ["stage"],
         "stage_ended": ["stage", "ms", "bytes"],
         "stage_failed": ["stage", "ms"],
@@ -34,7 +38,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
 
 
 def test_the_stages_are_frozen() -> None:
-    stages = ["config", "devices", "prepare", "attest", "release-key", "secure", "unwrap", "load", "publish", "server"]
+    stages = ["config", "devices", "network", "prepare", "attest", "release-key", "secure", "unwrap", "load", "publish", "server"]
     assert [stage.value for stage in Stage] == stages
 
 
