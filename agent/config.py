@@ -2,7 +2,8 @@
 
 Owns the schema and the digest; reads no environment and no file but the one it is given. What the host says (paths of the
 status file, addresses of the health port, log view) are `HostHints`, flags that decide nothing.
-The digest of exactly these bytes must equal HOST_DATA of the guest's own report (`evidence/collect.py` checks it).
+The digest over these bytes, or over the initdata document they stand in, must once fitted equal HOST_DATA of the guest's
+own report (`evidence/collect.py` checks it).
 """
 
 import hashlib
@@ -39,6 +40,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
     attester: Literal["snp", "simulated-snp"]
+    wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -57,6 +59,7 @@ class BrokerConfig(_Section, frozen=True, kw_only=True):
     token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)]
     key_uri: _KeyUri
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
+    route_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 300
     allow_simulated: bool = False
 
 
@@ -105,23 +108,25 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A configuration and the SHA-256 over its bytes (32 bytes), which HOST_DATA must equal."""
+    """A configuration, and what HOST_DATA must equal once fitted: see `config_source.FoundConfig.digest`."""
 
     config: MeasuredConfig
     digest: bytes
 
 
-def parse(data: bytes) -> Measured:
+def parse(data: bytes, digest: bytes | None = None) -> Measured:
     """Parse the measured configuration.
 
     Args:
         data: the file, UTF-8 TOML, at most 1 MiB.
+        digest: what HOST_DATA must equal once fitted, `b""` for zeros; None: the SHA-256 of `data`.
+
     Raises:
         ConfigError: with the key concerned; never with its value, which may be a secret.
     """
     config = parse_toml(data, MeasuredConfig, SCHEMA)
     _check_together(config)
-    return Measured(config, hashlib.sha256(data).digest())
+    return Measured(config, hashlib.sha256(data).digest() if digest is None else digest)
 
 
 def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
@@ -177,8 +182,6 @@ def _check_together(config: MeasuredConfig) -> None:
     simulated = config.tee.attester.startswith("simulated-")
     if simulated != (config.simulation is not None):
         raise wrong("simulation.machine")
-    if config.broker.allow_simulated and not simulated:
-        raise wrong("broker.allow_simulated")
     if config.artifact.unsafe_allow_swap and not simulated:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
@@ -231,6 +234,7 @@ probe = "completion"             # one request that must succeed before ready
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
     "tee.attester": "which CPU TEE gives evidence: snp, or simulated-snp by name on a machine without a TEE",
+    "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
@@ -241,7 +245,10 @@ EXPLAIN = {
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",
     "broker.key_uri": "the model key: kbs:///repository/type/tag",
     "broker.timeout_s": "seconds for the whole handshake including retries, 1..3600, default 180",
-    "broker.allow_simulated": "accept a verdict over simulated evidence; only with a simulated attester",
+    "broker.route_timeout_s": "seconds to wait for a route out of this guest before the broker is asked, 0..3600, default 300; "
+    "in a Kata guest the network comes only after kata-agent",
+    "broker.allow_simulated": "accept a verdict over simulated evidence: for boot tests on emulated silicon only; "
+    "status and events say simulated",
     "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. With plain http the "
     "network sees names and sizes; every byte is authenticated all the same",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`",

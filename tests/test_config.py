@@ -64,7 +64,11 @@ NEEDS = ConfigProblem.NEEDS_OTHER_KEY
         (change("https://models.example.com/my-model", "ftp://models"), BAD, "artifact.source"),
         (change('attester = "snp"', 'attester = "simulated-snp"'), NEEDS, "simulation.machine"),
         (EXAMPLE + '[simulation]\nmachine = "/machine"\n', NEEDS, "simulation.machine"),
-        (change("timeout_s = 180", "allow_simulated = true"), NEEDS, "broker.allow_simulated"),
+        (change("timeout_s = 180", "route_timeout_s = 3601"), BAD, "broker.route_timeout_s"),
+        (change("timeout_s = 180", "route_timeout_s = -1"), BAD, "broker.route_timeout_s"),
+        (change("[tee]", "[tee]\nwait_s = 601"), BAD, "tee.wait_s"),
+        (change("[tee]", "[tee]\nwait_s = -1"), BAD, "tee.wait_s"),
+        (change("[tee]", "[tee]\nwait_s = 1.5"), ConfigProblem.WRONG_TYPE, "tee.wait_s"),
         (change('destination = "auto"', "unsafe_allow_swap = true"), NEEDS, "artifact.unsafe_allow_swap"),
         (change('destination = "auto"', 'destination = "directory"'), NEEDS, "artifact.directory"),
         (change('destination = "auto"', 'directory = "/dev/shm/x"'), NEEDS, "artifact.directory"),
@@ -98,9 +102,27 @@ def test_a_large_file_is_refused_before_it_is_parsed() -> None:
     assert caught.value.problem is ConfigProblem.TOO_LARGE
 
 
-@pytest.mark.parametrize("text", [SIMULATED, change("timeout_s = 180", "allow_simulated = true", SIMULATED)])
-def test_simulation_is_chosen_by_name(text: str) -> None:
-    assert parse(text.encode()).config.tee.attester == "simulated-snp"
+def test_simulation_is_chosen_by_name() -> None:
+    assert parse(SIMULATED.encode()).config.tee.attester == "simulated-snp"
+
+
+def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:
+    assert parse(EXAMPLE.encode()).config.broker.allow_simulated is False
+    config = parse(change("timeout_s = 180", "allow_simulated = true").encode()).config
+    assert (config.tee.attester, config.broker.allow_simulated) == ("snp", True)
+
+
+def test_waits_have_a_default_and_zero_is_no_wait() -> None:
+    config = parse(EXAMPLE.encode()).config
+    assert (config.tee.wait_s, config.broker.route_timeout_s) == (10, 300)
+    text = change("timeout_s = 180", "route_timeout_s = 0", change("[tee]", "[tee]\nwait_s = 0"))
+    config = parse(text.encode()).config
+    assert (config.tee.wait_s, config.broker.route_timeout_s) == (0, 0)
+
+
+@pytest.mark.parametrize("digest", [b"", b"i" * 48])
+def test_a_digest_found_with_the_configuration_is_kept_as_it_is(digest: bytes) -> None:
+    assert parse(EXAMPLE.encode(), digest).digest == digest
 
 
 @given(st.binary(max_size=200))

@@ -1,5 +1,6 @@
 """Collection over a whole simulated machine; the rules of the gate are `test_evidence_gate.py`."""
 
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,13 @@ DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
 
-def devices_of(machine: SimulatedMachine, gpus: GpuSystem | None = None) -> Devices:
+def devices_of(machine: SimulatedMachine, gpus: GpuSystem | None = None, digest: bytes = DIGEST) -> Devices:
     return open_devices(
         machine.attester(),
         gpus or machine.gpu_system(),
         gpu_count=machine.gpu.count,
         ready_preset=False,
-        config_digest=DIGEST,
+        config_digest=digest,
         manifest_digest="sha256:" + "0" * 64,
         server_command_digest="sha256:" + "1" * 64,
     )
@@ -44,6 +45,24 @@ def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine
     machine.gpu.devtools = 1  # would be the next error
     with pytest.raises(ConfigNotMeasuredError):
         devices_of(machine)
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
+def test_a_longer_digest_is_compared_as_host_data_holds_it(machine: SimulatedMachine, algorithm: str) -> None:
+    digest = hashlib.new(algorithm, b"initdata").digest()
+    machine.host_data = digest[:32]
+    devices_of(machine, digest=digest)
+    machine.host_data = digest[:31] + bytes([digest[31] ^ 1])
+    with pytest.raises(ConfigNotMeasuredError):
+        devices_of(machine, digest=digest)
+
+
+def test_a_configuration_of_the_image_decides_only_where_nobody_passed_initdata(machine: SimulatedMachine) -> None:
+    machine.host_data = bytes(32)
+    devices_of(machine, digest=b"")
+    machine.host_data = bytes(31) + b"\1"
+    with pytest.raises(ConfigNotMeasuredError):
+        devices_of(machine, digest=b"")
 
 
 def test_ready_before_the_boot_is_found_when_devices_are_opened(machine: SimulatedMachine) -> None:

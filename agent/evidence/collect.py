@@ -21,6 +21,7 @@ from agent.evidence import (
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
 from agent.evidence.gate import SecuredDevices, check_inventory, secure
 from agent.evidence.snp_abi import parse_report
+from agent.guest.initdata import fit
 from agent.handshake import Verdict
 from agent.verify.nvidia import parse_chain
 
@@ -96,16 +97,19 @@ def open_devices(
         gpus: None exactly when `gpu_count` is 0.
         gpu_count: configured number of GPUs.
         ready_preset: the image's init sets the ready state.
-        config_digest: SHA-256 of the measured configuration, 32 bytes; HOST_DATA must equal it.
+        config_digest: over the measured configuration, or over the initdata document that came with it, 32, 48 or 64 bytes;
+            HOST_DATA must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
+            is no initdata: HOST_DATA must be zero.
         manifest_digest: what the evidence says will be loaded.
         server_command_digest: what the evidence says will be run.
 
     Raises:
-        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration.
+        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
         DeviceError, MalformedEvidenceError, EvidenceBindingError: a device misbehaved.
         GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
     """
-    if parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data != config_digest:
+    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
+    if host_data != fit(config_digest, len(host_data)):
         raise ConfigNotMeasuredError
     inventory = None
     if gpus:
