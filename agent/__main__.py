@@ -3,14 +3,21 @@
 Whoever starts the agent may have set variables that steer an interpreter, a loader or a library (`PYTHONPATH`,
 `SSLKEYLOGFILE`, `GRPC_TRACE`, proxies …). `-I` ignores Python's own; everything else is dropped here, before any module
 that could read it is imported. That no loader variable (`LD_PRELOAD`) acted before this line rests on whoever starts us.
+
+In the bundle the interpreter is isolated from the start, and its own loader adds variables, which are dropped last. As the
+kernel's `/init` the command line is `init`, whatever words the kernel hands on.
 """
 
 import os
 import sys
 
-# What may pass: the terminal and the search path of people, not of programs. Nothing here is read by the boot itself.
-_ALLOWED = ("TERM", "COLUMNS", "LINES", "NO_COLOR")
+# What may pass: the terminal and the search path of people, not of programs; and where systemd waits for READY.
+_ALLOWED = ("TERM", "COLUMNS", "LINES", "NO_COLOR", "NOTIFY_SOCKET")
 _FIXED = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "GRPC_VERBOSITY": "NONE"}
+# What the bundle's loader (PyInstaller) sets for itself before it starts Python. It goes on with the path of its libraries.
+_LOADER = ("_PYI_ARCHIVE_FILE", "_PYI_PARENT_PROCESS_LEVEL", "_PYI_LINUX_PROCESS_NAME", "LD_LIBRARY_PATH")
+_CLEANED = "KEYTURN_CLEANED"
+"""Set by us for ourselves: an environment that is still not clean after that is an error, not another turn."""
 
 
 def main() -> int:
@@ -21,12 +28,29 @@ def main() -> int:
         except OSError:
             os.open(os.devnull, os.O_RDWR)
             os.set_inheritable(descriptor, True)
-    clean = {name: os.environ[name] for name in _ALLOWED if name in os.environ} | _FIXED
-    if not sys.flags.isolated or dict(os.environ) != clean:
-        os.execve(sys.executable, [sys.executable, "-I", "-m", "agent", *sys.argv[1:]], clean)  # ourselves
+    bundled = bool(getattr(sys, "frozen", False))
+    found = dict(os.environ)
+    cleaned = found.pop(_CLEANED, None)
+    if bundled and found.get("LD_LIBRARY_PATH") == sys._MEIPASS:  # type: ignore[attr-defined]  # nobody added to it
+        found = {name: value for name, value in found.items() if name not in _LOADER}
+    clean = {name: found[name] for name in _ALLOWED if name in found} | _FIXED
+    if not sys.flags.isolated or found != clean:
+        if cleaned is not None:
+            raise RuntimeError("the environment cannot be cleaned")
+        interpreter = [sys.executable] if bundled else [sys.executable, "-I", "-m", "agent"]
+        os.execve(sys.executable, [*interpreter, *_arguments()], clean | {_CLEANED: "1"})  # ourselves
+    for name in (_CLEANED, *_LOADER):
+        os.environ.pop(name, None)
     from agent.cli import main as cli_main
 
-    return cli_main(sys.argv[1:])
+    return cli_main(_arguments())
+
+
+def _arguments() -> list[str]:
+    """Our words; as the kernel's first program none of them is anybody's who may choose the verb."""
+    if os.getpid() == 1 and os.path.basename(sys.argv[0]) == "init":
+        return ["init"]
+    return sys.argv[1:]
 
 
 if __name__ == "__main__":

@@ -25,7 +25,20 @@ install_system_packages() {
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     can "$python" 'import ensurepip' || missing="python$version-venv"
     can "$python" 'import ctypes; ctypes.CDLL("libgomp.so.1")' || missing="$missing libgomp1"
-    [ -n "$missing" ] || return 0
+    install_packages $missing
+}
+
+need() { # COMMAND… whose Debian packages have their names
+    missing=
+    for name in "$@"; do
+        command -v "$name" >/dev/null || missing="$missing $name"
+    done
+    install_packages $missing
+}
+
+install_packages() { # PACKAGE…
+    [ $# -gt 0 ] || return 0
+    missing=$*
     if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
         say "system packages are missing that only root can install:" $missing
         exit 1

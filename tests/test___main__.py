@@ -45,7 +45,7 @@ def test_nothing_of_the_callers_environment_passes_but_the_terminal() -> None:
         "TERM": "dumb",
     }
     found = environment_of_the_agent(**hostile)
-    assert set(found) <= {"PATH", "LC_ALL", "GRPC_VERBOSITY", "TERM", "COLUMNS", "LINES", "NO_COLOR"}
+    assert set(found) <= {"PATH", "LC_ALL", "GRPC_VERBOSITY", "TERM", "COLUMNS", "LINES", "NO_COLOR", "KEYTURN_CLEANED"}
     assert found["TERM"] == "dumb"
     assert found["GRPC_VERBOSITY"] == "NONE"
     assert "/tmp/evil" not in found["PATH"]

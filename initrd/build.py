@@ -1,0 +1,328 @@
+"""Builds what is shipped: the bundle (agent and interpreter in one folder) and the stand-alone initrd made from it.
+
+The same commit gives the same bytes, whatever machine, user and folder: Debian packages and wheels are locked by hash
+(`locks/guest.debs`, `locks/build.debs`, `locks/image.txt`), the bundler runs in a root made of them, every time is one
+constant and every list is sorted. Needs apt-get with Debian 12 in its sources, cpio, zstd and util-linux; and root, or a
+user who may make user namespaces.
+"""
+
+import argparse
+import hashlib
+import lzma
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import sbom
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+from agent import __version__  # noqa: E402  # of this clone, whatever is installed
+
+EPOCH = 946684800  # 2000-01-01, the time of every file; zip, which the bundler writes, begins in 1980
+NAME = f"keyturn-{__version__}"
+BUNDLE = f"{NAME}-linux-x86_64"
+MAX_BUNDLE_BYTES = 60 * 10**6
+MAX_INITRD_BYTES = 34 * 10**6
+RELEASE_LEVEL = 19
+# What a program of the bundle loads from libc6. Not iconv's character sets, which are more than half of the package.
+LIBC = re.compile(
+    r"(ld-linux-x86-64|libc|libm|libmvec|libdl|libpthread|librt|libutil|libresolv|libnss_(dns|files))\.so\.[0-9]+"
+)
+# Parts of the standard library that nothing of ours asks for, and build tools that a hook could drag in.
+LEFT_OUT = ("curses", "doctest", "pkg_resources", "pydoc", "readline", "setuptools", "sqlite3", "tkinter", "unittest")
+# What hooks collect beside the code and no program reads.
+LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json)$")
+BUNDLER_ENVIRONMENT = {
+    "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
+    "PYTHONPATH": "/opt/site",
+    "PYTHONHASHSEED": "0",
+    "SOURCE_DATE_EPOCH": str(EPOCH),
+    "LC_ALL": "C.UTF-8",
+    "HOME": "/tmp",  # noqa: S108  # of the build root
+}
+
+
+def main() -> None:
+    """Build everything into one folder and print digests and sizes."""
+    parser = argparse.ArgumentParser(prog="build-initrd", description="Build bundle, initrd and SBOM.", allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR", help="where results go; default build/")
+    parser.add_argument("--fast", action="store_true", help="compress badly and quickly, for a look; not what is shipped")
+    args = parser.parse_args()
+    level = 1 if args.fast else RELEASE_LEVEL
+    args.out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="keyturn-build-") as name:
+        work = Path(name)
+        say("packages")
+        root, kernel = work / "root", work / "kernel"
+        for deb in fetch(locked("guest.debs") + locked("build.debs")):
+            run("dpkg-deb", "-x", deb, kernel if deb.name.startswith("linux-image-") else root)
+        say("bundle")
+        bundle = make_bundle(root, work / BUNDLE)
+        floor = (bundle / "GLIBC_FLOOR").read_text().strip()
+        unpacked = sum(path.lstat().st_size for path in bundle.rglob("*") if not path.is_dir())
+        say("initrd")
+        initrd = make_initrd(work / "initrd", bundle, root, kernel)
+        say(f"packing, zstd -{level}")
+        results = [args.out / f"{BUNDLE}.tar.zst", args.out / f"{NAME}-initrd.zst"]
+        pack_tar(bundle, results[0], level)
+        pack_cpio(initrd, results[1], level)
+        (vmlinuz,) = (kernel / "boot").glob("vmlinuz-*")
+        results += [Path(shutil.copyfile(source, args.out / f"{NAME}-{source.name}")) for source in (vmlinuz, HERE / "cmdline")]
+        results.append(args.out / f"{NAME}.cdx.json")
+        results[-1].write_text(sbom.document(__version__, EPOCH, locked("guest.debs"), ROOT / "locks" / "guest.txt"))
+    sums = {path.name: sha256(path) for path in results}
+    (args.out / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
+    for path in results:
+        print(f"{sums[path.name]}  {path.stat().st_size / 1e6:5.1f} MB  {path.name}")
+    print(f"bundle: {unpacked / 1e6:.1f} MB unpacked, needs glibc {floor} or newer")
+    check_size("the unpacked bundle", unpacked, MAX_BUNDLE_BYTES)
+    if level == RELEASE_LEVEL:
+        check_size("the initrd", results[1].stat().st_size, MAX_INITRD_BYTES)
+
+
+# --- packages ---------------------------------------------------------------------------------------------------------
+
+
+def locked(lock: str) -> list[tuple[str, str, str, str]]:
+    """(name, version, architecture, SHA-256) of each line of a lock."""
+    lines = (ROOT / "locks" / lock).read_text().splitlines()
+    fields = [re.split("[= ]", line) for line in lines if not line.startswith("#")]
+    return [(name, version, architecture, digest) for name, version, architecture, digest in fields]
+
+
+def fetch(packages: list[tuple[str, str, str, str]]) -> list[Path]:
+    """The packages' files, from the cache or by apt-get, each with the digest of its lock."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "keyturn" / "debs"
+    cache.mkdir(parents=True, exist_ok=True)
+    files = {name: cache / f"{name}_{digest}.deb" for name, _, _, digest in packages}
+    missing = [package for package in packages if not files[package[0]].exists()]
+    if missing:
+        # A folder of its own: apt names files after versions, and half a file must not be taken for a whole one.
+        with tempfile.TemporaryDirectory(dir=cache) as name:
+            wanted = [f"{package}={version}" for package, version, _, _ in missing]
+            if subprocess.run(
+                ["apt-get", "-qq", "-o", "APT::Sandbox::User=root", "download", *wanted], cwd=name, check=False
+            ).returncode:
+                fail(
+                    "a package of locks/*.debs is not to be had in its locked version: run `apt-get update`, add a snapshot "
+                    "of Debian to apt's sources, or renew the lock with initrd/lock-debs"
+                )
+            for package, _, _, digest in missing:
+                (deb,) = Path(name).glob(f"{package}_*.deb")
+                if sha256(deb) != digest:
+                    fail(f"{package} is not the file that the lock names")
+                deb.rename(files[package])
+    return list(files.values())
+
+
+# --- the bundle -------------------------------------------------------------------------------------------------------
+
+
+def make_bundle(root: Path, bundle: Path) -> Path:
+    """Agent, interpreter and libraries as one folder that needs nothing but glibc."""
+    site = root / "opt" / "site"
+    install_wheels(site)
+    install_agent(site / "agent")
+    for name in ("entry.py", "rthook.py"):
+        shutil.copyfile(HERE / name, root / "opt" / name)
+    settle(root / "opt")
+    for name in ("proc", "dev", "tmp"):
+        (root / name).mkdir(exist_ok=True)
+    (root / "dev" / "null").touch()
+    run("ldconfig", "-r", root)
+    command = [
+        *("/usr/bin/python3.11", "-m", "PyInstaller", "--onedir", "--strip", "--noconfirm", "--log-level", "ERROR"),
+        *("--name", "keyturn", "--distpath", "/opt/dist", "--workpath", "/opt/work", "--specpath", "/opt/work"),
+        *("--runtime-hook", "/opt/rthook.py", "--collect-submodules", "agent", "--add-binary", f"{libudev(root)}:."),
+        *(word for module in LEFT_OUT for word in ("--exclude-module", module)),
+        "/opt/entry.py",
+    ]
+    # The names of the caller's user and folder are not seen in there, and nothing stays mounted.
+    own = [] if os.geteuid() == 0 else ["--map-root-user"]
+    inside = 'mount -t proc proc "$0/proc" && mount --bind /dev/null "$0/dev/null" && exec chroot "$0" "$@"'
+    run("unshare", "--mount", "--pid", "--fork", *own, "sh", "-c", inside, root, *command, env=BUNDLER_ENVIRONMENT)
+    (root / "opt" / "dist" / "keyturn").rename(bundle)
+    for path in [*bundle.rglob("*")]:
+        if LITTER.search(str(path)):
+            path.unlink()
+    (bundle / "GLIBC_FLOOR").write_text(glibc_floor(bundle) + "\n")
+    files = sorted(path for path in bundle.rglob("*") if path.is_file() and not path.is_symlink())
+    (bundle / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.relative_to(bundle)}\n" for path in files))
+    settle(bundle)
+    return bundle
+
+
+def install_wheels(site: Path) -> None:
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", "install", "--no-deps"]
+    for_debian = ["--python-version", "3.11", "--implementation", "cp", "--abi", "cp311", "--abi", "abi3", "--abi", "none"]
+    platforms = [f"--platform={tag}_x86_64" for tag in ("manylinux_2_28", "manylinux2014", "manylinux_2_17")]
+    wheels = ["--only-binary", ":all:", "--require-hashes", "--no-compile", "--root-user-action", "ignore"]
+    run(*pip, *wheels, *for_debian, *platforms, "--target", site, "-r", ROOT / "locks" / "image.txt")
+
+
+def install_agent(target: Path) -> None:
+    """Our own code without what `exclude` names: what is not there cannot be bundled."""
+    excluded = [line for line in (HERE / "exclude").read_text().splitlines() if line and not line.startswith("#")]
+    for source in sorted((ROOT / "agent").rglob("*.py")):
+        path = source.relative_to(ROOT / "agent")
+        if not any(path.is_relative_to(name) for name in excluded):
+            (target / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target / path)
+
+
+def libudev(root: Path) -> str:
+    """Where it lies in the build root. No import leads there, so the bundler must be told."""
+    (found,) = (root / "usr/lib/x86_64-linux-gnu").glob("libudev.so.1")
+    return f"/{found.relative_to(root)}"
+
+
+def glibc_floor(bundle: Path) -> str:
+    """The newest version of glibc's interface that a file of the bundle asks for."""
+    asked: set[tuple[int, ...]] = set()
+    for path in bundle.rglob("*"):
+        if path.is_file() and (data := path.read_bytes()).startswith(b"\x7fELF"):
+            asked |= {tuple(int(part) for part in match.split(b".")) for match in re.findall(rb"\0GLIBC_(2\.[0-9]+)", data)}
+    return ".".join(map(str, max(asked)))
+
+
+# --- the initrd -------------------------------------------------------------------------------------------------------
+
+
+def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
+    """The root file system of a guest whose PID 1 is the agent. There is no shell in it, and no other program."""
+    for name in ("dev", "etc/keyturn", "etc/ssl/certs", "opt", "proc", "root", "run", "sys", "tmp", "usr/lib64", "var"):
+        (top / name).mkdir(parents=True)
+    for name in ("lib", "lib64"):
+        (top / name).symlink_to(f"usr/{name}")
+    shutil.copytree(bundle, top / "opt" / "keyturn", symlinks=True)
+    (top / "init").symlink_to("opt/keyturn/keyturn")
+
+    libraries = top / "usr/lib/x86_64-linux-gnu"
+    libraries.mkdir(parents=True)
+    for path in sorted((root / "lib/x86_64-linux-gnu").iterdir()):
+        if LIBC.fullmatch(path.name):
+            shutil.copy(path, libraries / path.name)
+    (top / "usr/lib64/ld-linux-x86-64.so.2").symlink_to("../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
+
+    # Who is who, and where names come from: what glibc reads. Kata's agent mounts its own resolv.conf over ours.
+    (top / "etc/passwd").write_text("root:x:0:0::/root:/\nserver:x:65532:65532::/:/\n")
+    (top / "etc/group").write_text("root:x:0:\nserver:x:65532:\n")
+    (top / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
+    (top / "etc/nsswitch.conf").write_text("passwd: files\ngroup: files\nhosts: files dns\n")
+    (top / "etc/resolv.conf").touch()
+    certificates = sorted((root / "usr/share/ca-certificates/mozilla").glob("*.crt"))
+    (top / "etc/ssl/certs/ca-certificates.crt").write_text("".join(path.read_text() for path in certificates))
+
+    install_modules(top, kernel)
+    settle(top)
+    return top
+
+
+def install_modules(top: Path, kernel: Path) -> None:
+    """The modules of `modules` and what they depend on, not compressed, and the list of them in loading order."""
+    (tree,) = (kernel / "lib/modules").iterdir()
+    packed = {module_name(path): path for path in tree.rglob("*.ko*")}
+    builtin = {module_name(Path(line)) for line in (tree / "modules.builtin").read_text().splitlines()}
+    ordered: dict[str, Path] = {}
+
+    def add(name: str) -> None:
+        if name in ordered or name in builtin:
+            return
+        if name not in packed:
+            fail(f"this kernel has no module {name}")
+        data = packed[name].read_bytes()
+        if packed[name].suffix == ".xz":
+            data = lzma.decompress(data)
+        found = re.search(rb"\0depends=([^\0]*)\0", data)
+        for dependency in found[1].decode().split(",") if found and found[1] else ():
+            add(dependency.replace("-", "_"))
+        path = Path("usr/lib/modules") / tree.name / packed[name].relative_to(tree).with_name(f"{name}.ko")
+        (top / path).parent.mkdir(parents=True, exist_ok=True)
+        (top / path).write_bytes(data)
+        ordered[name] = path
+
+    for line in (HERE / "modules").read_text().splitlines():
+        if line and not line.startswith("#"):
+            add(line.replace("-", "_"))
+    lists = top / "usr/lib/keyturn/modules.d"
+    lists.mkdir(parents=True)
+    (lists / "50-keyturn.list").write_text("".join(f"/{path}\n" for path in ordered.values()))
+
+
+def module_name(path: Path) -> str:
+    return path.name.split(".")[0].replace("-", "_")
+
+
+# --- packing ----------------------------------------------------------------------------------------------------------
+
+
+def settle(top: Path) -> None:
+    """Modes and times that depend on nothing: 0755 for folders and programs, 0644 for the rest."""
+    for path in [top, *top.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & stat.S_IXUSR else 0o644)
+        os.utime(path, (EPOCH, EPOCH), follow_symlinks=False)
+
+
+def pack_tar(folder: Path, target: Path, level: int) -> None:
+    owner = ("--owner=0", "--group=0", "--numeric-owner")
+    tar = subprocess.Popen(
+        ["tar", "--format=gnu", "--sort=name", *owner, "-C", str(folder.parent), "-c", folder.name], stdout=subprocess.PIPE
+    )
+    compress(tar, target, level)
+
+
+def pack_cpio(folder: Path, target: Path, level: int) -> None:
+    names = sorted(os.fsencode(path.relative_to(folder)) for path in folder.rglob("*"))
+    cpio = subprocess.Popen(
+        ["cpio", "--null", "--create", "--format=newc", "--quiet", "--reproducible", "--owner=0:0"],
+        cwd=folder,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert cpio.stdin
+    cpio.stdin.write(b"".join(name + b"\0" for name in names))  # far below what a pipe holds before cpio must write
+    cpio.stdin.close()
+    compress(cpio, target, level)
+
+
+def compress(source: "subprocess.Popen[bytes]", target: Path, level: int) -> None:
+    # Two threads: their number decides where zstd cuts, and so the bytes.
+    run("zstd", f"-{level}", "-T2", "--quiet", "--force", "-o", target, stdin=source.stdout)
+    if source.wait():
+        fail(f"{source.args!r} failed")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_size(what: str, got: int, limit: int) -> None:
+    if got > limit:
+        fail(f"{what} has {got} bytes, above its {limit}: see what came in, or raise the limit deliberately")
+
+
+def run(*command: object, **options: object) -> None:
+    done = subprocess.run([str(word) for word in command], check=False, **options)  # type: ignore[call-overload]  # options of run
+    if done.returncode:
+        fail(f"{command[0]} failed with status {done.returncode}")
+
+
+def say(step: str) -> None:
+    print(f"build-initrd: {step}", file=sys.stderr)
+
+
+def fail(reason: str) -> None:
+    sys.exit(f"build-initrd: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,7 @@
+"""The bundle's program: `keyturn`."""
+
+import sys
+
+from agent.__main__ import main
+
+sys.exit(main())

@@ -1,0 +1,109 @@
+"""What `initrd/build.py` makes: twice the same bytes, and nothing in it that has no business in a guest.
+
+Builds twice, so it runs where KEYTURN_BUILD is set, as in CI.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TOOLS = ("apt-get", "cpio", "dpkg-deb", "tar", "unshare", "zstd")
+EXCLUDED = [line for line in (ROOT / "initrd" / "exclude").read_text().splitlines() if line and not line.startswith("#")]
+
+pytestmark = [
+    pytest.mark.skipif("KEYTURN_BUILD" not in os.environ, reason="builds for two minutes: set KEYTURN_BUILD=1"),
+    pytest.mark.xdist_group("initrd"),
+]
+
+
+@dataclass(frozen=True)
+class Built:
+    out: Path
+    sums: str
+    bundle: Path
+    root: Path
+    """The initrd's content."""
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    missing = [tool for tool in TOOLS if shutil.which(tool) is None]
+    assert not missing, "KEYTURN_BUILD is set, so its tools must be there"
+    top = tmp_path_factory.mktemp("initrd")
+    out = build(top / "first")
+    (top / "root").mkdir()
+    subprocess.run(["tar", "-C", top, "-xf", next(out.glob("*.tar.zst"))], check=True)
+    image = subprocess.run(["zstd", "-dcq", next(out.glob("*-initrd.zst"))], capture_output=True, check=True).stdout
+    subprocess.run(["cpio", "-idm", "--quiet"], cwd=top / "root", input=image, check=True)
+    return Built(out, (out / "SHA256SUMS").read_text(), next(top.glob("keyturn-*")), top / "root")
+
+
+def build(out: Path) -> Path:
+    subprocess.run([sys.executable, ROOT / "initrd" / "build.py", "--fast", "--out", out], check=True, timeout=600)
+    return out
+
+
+def modules(bundle: Path) -> set[str]:
+    """The Python modules inside the bundle's program."""
+    from PyInstaller.archive.readers import CArchiveReader
+
+    archive = CArchiveReader(str(bundle / "keyturn"))
+    found = set(archive.open_embedded_archive("PYZ.pyz").toc) | set(archive.toc)
+    return {name for name in found if isinstance(name, str)}
+
+
+def names(top: Path) -> list[str]:
+    return [str(path.relative_to(top)) for path in top.rglob("*")]
+
+
+def test_a_second_build_in_another_folder_gives_the_same_bytes(built: Built, tmp_path: Path) -> None:
+    assert (build(tmp_path / "elsewhere" / "second") / "SHA256SUMS").read_text() == built.sums
+    assert len(built.sums.splitlines()) == 5
+
+
+def test_the_bundle_has_the_boot_and_nothing_that_is_excluded(built: Built) -> None:
+    found = modules(built.bundle)
+    assert {"agent.boot", "agent.worker", "agent.evidence.tsm", "grpc", "pyudev"} <= found
+    excluded = ["agent." + name.removesuffix(".py").replace("/", ".") for name in EXCLUDED]
+    foreign = ("pip", "setuptools", "pytest", "unittest", "PyInstaller", "hypothesis", "joserfc", "xllamacpp", "tests")
+    assert not [name for name in found if name.startswith((*excluded, *foreign))]
+
+
+def test_there_is_no_shell_compiler_pip_or_test_in_the_initrd(built: Built) -> None:
+    found = names(built.root)
+    assert not [name for name in found if re.search(r"(^|/)(sh|bash|dash|busybox|gcc|cc|ld|as|python3?|pip|tests?)$", name)]
+    assert not [name for name in found if re.search(r"\.(h|c|cc|a|pyi)$|(^|/)test_", name)]
+    assert os.readlink(built.root / "init") == "opt/keyturn/keyturn"
+
+
+def test_every_listed_module_is_there_after_what_it_depends_on(built: Built) -> None:
+    listed = (built.root / "usr/lib/keyturn/modules.d/50-keyturn.list").read_text().splitlines()
+    assert all((built.root / name[1:]).is_file() for name in listed)
+    order = [Path(name).stem for name in listed]
+    for before, after in (("configfs", "tsm"), ("tsm", "sev_guest"), ("net_failover", "virtio_net"), ("scsi_mod", "sd_mod")):
+        assert order.index(before) < order.index(after)
+
+
+def test_the_bundle_lists_its_files_and_says_which_glibc_it_needs(built: Built) -> None:
+    subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=built.bundle, check=True)
+    major, minor = (built.bundle / "GLIBC_FLOOR").read_text().strip().split(".")
+    assert (int(major), int(minor)) <= (2, 36)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root changes its root")
+@pytest.mark.parametrize("hostile", [{}, {"LD_LIBRARY_PATH": "/evil", "PYTHONPATH": "/evil", "_PYI_SPLASH_IPC": "1"}])
+def test_the_agent_runs_in_a_root_that_has_only_glibc(built: Built, hostile: dict[str, str]) -> None:
+    command = ["/opt/keyturn/keyturn", "--version"]
+    chroot = shutil.which("chroot")
+    assert chroot
+    done = subprocess.run([chroot, built.root, *command], env=hostile, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "keyturn", "")
+    done = subprocess.run([chroot, built.root, command[0], "broker"], env=hostile, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "not part of this installation" in done.stderr) == (2, True)
