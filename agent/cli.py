@@ -35,7 +35,7 @@ INTERFACES = {
 _EPILOG = """exit status:
   0 served and stopped on request · 2 usage
   10 configuration · 11 no device · 12 evidence · 13 GPU · 14 broker not reachable · 15 broker protocol
-  16 denied · 17 key · 18 artifact store · 19 artifact · 20 memory · 21 interrupted · 22 lease ended
+  16 denied · 17 key · 18 artifact store · 19 artifact · 20 memory · 21 interrupted · 22 lease ended · 23 guest init
   29 bug in keyturn · 30 model server failed · 31 guest must be restarted
 
 `keyturn demo` shows the whole story on any machine. `keyturn config example` prints a configuration to start from.

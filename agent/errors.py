@@ -420,7 +420,7 @@ class NoRouteError(AgentError):
 
     owner = Owner.OPERATOR
     step = Step.BROKER
-    next_step = "check the pod's network: kata-agent, the guest's own init or the kernel parameter ip= must configure an interface"
+    next_step = "check the pod's network: kata-agent or the guest's own init must configure an interface"
     waited_s: int
     interfaces: int
 

@@ -27,6 +27,8 @@ from agent.events import (
     Stopped,
     Stopping,
     VerdictAccepted,
+    WaitingFor,
+    WorkerEnded,
     message_to_record,
 )
 
@@ -66,6 +68,7 @@ class BootReport:
     simulated: bool | None = None
     lease_s: int | None = None
     gate_preset: bool | None = None
+    worker_peak_kib: int | None = None
     server_pid: int | None = None
     server_starts: int = 0
     waiting_for: Ident | None = None
@@ -82,7 +85,12 @@ class BootReport:
                 self.phase = Phase.BOOTING
             case StageStarted(stage):
                 self.stages[stage] = StageStatus("running")
+            case WaitingFor(what, _):
+                self.waiting_for = what
+            case WorkerEnded(peak_kib):
+                self.worker_peak_kib = peak_kib
             case StageEnded(stage, ms, count):
+                self.waiting_for = None
                 self.stages[stage] = StageStatus("done", ms, count)
             case StageFailed(stage, ms):
                 self.stages[stage] = StageStatus("failed", ms)
@@ -132,6 +140,7 @@ class BootReport:
             "simulated": self.simulated,
             "lease_s": self.lease_s,
             "gpu_ready_preset": self.gate_preset,
+            "worker_peak_kib": self.worker_peak_kib,
             "server": {"pid": self.server_pid, "starts": self.server_starts},
             "waiting_for": self.waiting_for,
             "stages": [

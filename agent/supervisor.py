@@ -41,6 +41,7 @@ from agent.events import (
     Stopped,
     Stopping,
     Wiped,
+    WorkerEnded,
     message_from_record,
 )
 from agent.guest import hardening, mounts
@@ -72,11 +73,8 @@ class HostHints:
 class Supervisor:
     """One boot from fork to wipe. `run` may be called once."""
 
-    def __init__(
-        self, mode: str, hints: HostHints, read_config: Callable[[], bytes], worker: Callable[[Channel, bytes], int]
-    ) -> None:
-        """`worker` runs in the forked child, with what `read_config` read, and returns its exit status."""
-        self._read_config = read_config
+    def __init__(self, mode: str, hints: HostHints, worker: Callable[[Channel], int]) -> None:
+        """`worker` runs in the forked child and returns its exit status."""
         self._worker_main = worker
         self._teller = Teller(
             BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0), hints.status_file, hints.termination_log
@@ -101,9 +99,8 @@ class Supervisor:
     def run(self) -> int:
         """Boot, serve, wipe. The value is the exit status."""
         try:
-            config = self._read_config()  # may wait for a terminal, which a signal must be able to end
             self._loop.watch_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._stop)
-            self._prepare(config)
+            self._prepare()
             self._loop.run(self._reap)
         except AgentError as error:
             self._fail(error)
@@ -111,7 +108,7 @@ class Supervisor:
             self._fail(InternalError.of(error))
         return self._wipe()
 
-    def _prepare(self, config: bytes) -> None:
+    def _prepare(self) -> None:
         """What can fail without a key being asked for fails here. Then the worker is on its way."""
         hardening.harden_agent()
         hardening.become_subreaper()
@@ -129,7 +126,7 @@ class Supervisor:
                 HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
-        self._start_worker(config)
+        self._start_worker()
 
     def _tell(self, message: Message) -> None:
         self._teller.tell(message)
@@ -160,7 +157,7 @@ class Supervisor:
 
     # --- worker -------------------------------------------------------------------------------------------------------
 
-    def _start_worker(self, config: bytes) -> None:
+    def _start_worker(self) -> None:
         ours, theirs = Channel.pair()
 
         def become_worker(parent: int) -> None:
@@ -171,7 +168,7 @@ class Supervisor:
                 # A terminal sends these to the whole group: only the supervisor decides, or a device request would be cut off.
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                status = self._worker_main(theirs, config)
+                status = self._worker_main(theirs)
             finally:
                 os._exit(status)
 
@@ -209,17 +206,17 @@ class Supervisor:
         self._on_channel()  # a last word may still be in the pipe
         pid, pidfd = self._worker
         self._loop.unwatch(pidfd)
-        ended = os.waitid(os.P_PID, pid, os.WEXITED)
+        _, ended, used = os.wait4(pid, 0)
         os.close(pidfd)
         self._worker = None
+        self._tell(WorkerEnded(used.ru_maxrss))
         if self._error:  # told already
             self._loop.ended = True
         elif self._stop_signal:
             self._fail(BootInterruptedError(self._stop_signal))
         elif self._handed is None:
-            by_itself = ended is not None and ended.si_code == os.CLD_EXITED
-            code = ended.si_status if ended is not None else 0
-            self._fail(WorkerLostError(signal=0 if by_itself else code, status=code if by_itself else 0))
+            code = os.waitstatus_to_exitcode(ended)
+            self._fail(WorkerLostError(signal=max(-code, 0), status=max(code, 0)))
         else:
             self._serve(self._handed)
 

@@ -10,15 +10,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import Measured, MeasuredConfig, ServerConfig, parse
-from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError
-from agent.events import Event, Retrying, Stage, message_to_record
+from agent.config_source import FoundConfig
+from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError, NoAttesterError
+from agent.events import ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
+from agent.guest.network import has_route, wait_for_route
+from agent.guest.uevents import appears
 from agent.publish import HandedModel
 from agent.server import Output, ServerPlan
 from agent.server.presets import ProbeKind, command_digest, server_plan
@@ -31,11 +34,15 @@ if TYPE_CHECKING:
     from agent.evidence.collect import Devices
 
 STORE_TIMEOUT_S = 60
+CONFIG_WAIT_S = 10
+"""For the disk with the initdata to appear: nothing that is measured can say how long, before it is read."""
+FindConfig = Callable[[], FoundConfig | None]
+"""Looks for the one configuration; None while there is none."""
 OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
-def work(channel: Channel, config: bytes, open_hardware: OpenHardware) -> int:
+def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware) -> int:
     """Run one boot and report it over `channel`. The value is this process's exit status: 0 when the outcome was told."""
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
@@ -46,7 +53,7 @@ def work(channel: Channel, config: bytes, open_hardware: OpenHardware) -> int:
 
     with ExitStack() as undo:
         try:
-            record, descriptors = asyncio.run(_boot(config, open_hardware, undo, notify))
+            record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify))
             channel.send(record, descriptors)
             undo.pop_all()  # it is the supervisor's now: nothing here may take it back
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
@@ -59,14 +66,18 @@ def work(channel: Channel, config: bytes, open_hardware: OpenHardware) -> int:
 
 
 async def _boot(
-    config: bytes, open_hardware: OpenHardware, undo: ExitStack, notify: Notify
+    find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
 
     with stage(Stage.CONFIG, notify):
-        measured = parse(config)
+        found = await appears(find_config, CONFIG_WAIT_S, lambda: notify(WaitingFor(Ident("config"), CONFIG_WAIT_S)))
+        if found is None:
+            raise ConfigError(ConfigProblem.NOT_FOUND)
+        notify(ConfigFound(found.source))
+        measured = parse(found.data, found.digest)
         plan = plan_server(measured.config.server)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
@@ -79,10 +90,20 @@ async def _boot(
     cfg, at = measured.config, measured.config.broker
     trust = Trust(_token_keys(at.token_keys), at.allow_simulated)
     async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry) as broker:
-        broker.connect()
+        local = all(is_loopback(endpoint) for endpoint in at.endpoints)
+        with suppress(OSError):  # told below, where the route is needed
+            if local or has_route():
+                broker.connect()
 
         with stage(Stage.DEVICES, notify):
-            devices = await in_thread(lambda: _open(measured, plan, open_hardware))
+            devices = await _open(measured, plan, open_hardware, notify)
+        notify(LocalChecksPassed())
+
+        if not local:
+            with stage(Stage.NETWORK, notify):
+                waiting = WaitingFor(Ident("route"), at.route_timeout_s)
+                await wait_for_route(at.route_timeout_s, lambda: notify(waiting))
+            broker.connect()
 
         from agent.artifact.sources import open_source
         from agent.boot import boot
@@ -104,20 +125,40 @@ async def _boot(
     return {"loaded": handed.record()}, handed.descriptors
 
 
-def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware) -> "Devices":
+async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, notify: Notify) -> "Devices":
     from agent.evidence.collect import open_devices
 
     cfg = measured.config
-    attester, gpus = open_hardware(cfg)
-    return open_devices(
-        attester,
-        gpus,
-        gpu_count=cfg.gpu.count,
-        ready_preset=cfg.gpu.ready_state == "preset",
-        config_digest=measured.digest,
-        manifest_digest=cfg.artifact.manifest_digest,
-        server_command_digest=command_digest(plan.argv),
+    absent: list[NoAttesterError] = []
+
+    def look() -> tuple[Attester, GpuSystem | None] | None:
+        try:
+            return open_hardware(cfg)
+        except NoAttesterError as error:
+            absent.append(error)
+            return None
+
+    hardware = await appears(look, cfg.tee.wait_s, lambda: notify(WaitingFor(Ident("tee"), cfg.tee.wait_s)))
+    if hardware is None:
+        raise absent[-1]
+    attester, gpus = hardware
+    return await in_thread(
+        lambda: open_devices(
+            attester,
+            gpus,
+            gpu_count=cfg.gpu.count,
+            ready_preset=cfg.gpu.ready_state == "preset",
+            config_digest=measured.digest,
+            manifest_digest=cfg.artifact.manifest_digest,
+            server_command_digest=command_digest(plan.argv),
+        )
     )
+
+
+def is_loopback(endpoint: str) -> bool:
+    """Does this `host:port` stay inside the guest?"""
+    host = endpoint.rpartition(":")[0]
+    return host in ("localhost", "[::1]") or host.startswith("127.")
 
 
 def _token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":

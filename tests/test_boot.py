@@ -101,6 +101,36 @@ def test_a_sealed_memfd_serves_as_well(world: World) -> None:
     assert agent.stop().status == 0
 
 
+@pytest.mark.parametrize("algorithm", ["sha256", "sha384"])
+def test_the_configuration_may_be_an_entry_of_the_initdata_the_guest_was_launched_with(world: World, algorithm: str) -> None:
+    agent = world.start(initdata=algorithm)
+    assert agent.wait_for("config_found")["source"] == "initdata-file"
+    agent.wait_for("local_checks_passed")
+    agent.wait_for("server_ready")
+    status = json.loads(agent.status_file.read_text())
+    assert status["worker_peak_kib"] > 10_000
+    assert agent.stop().status == 0
+
+
+def test_another_initdata_than_the_one_it_was_launched_with_stops_before_anything_is_asked_for(world: World) -> None:
+    world.host_data = bytes(32)
+    outcome = world.start(initdata="sha384").wait()
+    assert (outcome.failure["class"], outcome.status) == ("ConfigNotMeasuredError", 10)
+    assert "local_checks_passed" not in outcome.names()
+    assert world.audit() == []
+
+
+def test_without_a_route_the_boot_waits_says_so_and_ends_at_its_measured_deadline(world: World) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root makes a network namespace, where there is no route")
+    world.broker_config |= {"endpoints": ["192.0.2.1:8443"], "route_timeout_s": 1}
+    outcome = world.start(broker=False, wrapper=("unshare", "--net")).wait()
+    waited = next(event for event in outcome.events if event["event"] == "waiting_for")
+    assert (waited["what"], waited["at_most_s"]) == ("route", 1)
+    assert (outcome.failure["class"], outcome.status) == ("NoRouteError", 14)
+    assert outcome.names().index("local_checks_passed") < outcome.names().index("waiting_for")
+
+
 def test_a_guest_without_gpus_boots_on_cpu_evidence_alone(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)

@@ -25,7 +25,8 @@ def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path)
     command = [sys.executable, "-m", "agent", "run", "--config", str(tmp_path / "none.toml"), "--status-file", ""]
     done = subprocess.run([*command, "--termination-log", str(termination)], capture_output=True, text=True, timeout=30)
     assert done.returncode == 10
-    assert [json.loads(line)["event"] for line in done.stderr.splitlines()] == ["failed", "wiped", "stopped"]
+    events = [json.loads(line)["event"] for line in done.stderr.splitlines()]
+    assert events == ["boot_started", "stage_started", "stage_failed", "failed", "worker_ended", "wiped", "stopped"]
     assert "ConfigError" in termination.read_text()
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 from agent.artifact.seal import seal_model
 from agent.broker import bootstrap
+from agent.guest.initdata import fit
 from agent.server.presets import command_digest
 from agent.sim.machine import SimulatedMachine
 
@@ -185,7 +186,13 @@ class World:
         return [(line["step"], line["decision"], line["claim"] or line["reason"]) for line in lines]
 
     def start(
-        self, *, broker: bool = True, flags: tuple[str, ...] = (), wrapper: tuple[str, ...] = (), status_file: str | None = ""
+        self,
+        *,
+        broker: bool = True,
+        flags: tuple[str, ...] = (),
+        wrapper: tuple[str, ...] = (),
+        status_file: str | None = "",
+        initdata: str | None = None,
     ) -> "Agent":
         """The agent as its own process, on a guest launched with the digest of its configuration.
 
@@ -194,9 +201,15 @@ class World:
             flags: more of `keyturn run`.
             wrapper: a command that runs the agent.
             status_file: None: the agent's default; "": one in our folder.
+            initdata: the algorithm of an initdata document that carries the configuration; None: the plain file.
         """
         config = self.write_config()
         digest = hashlib.sha256(config.read_bytes()).digest()
+        if initdata:
+            text = config.read_text()
+            config = self.folder / "initdata.toml"
+            config.write_text(f"version = '0.1.0'\nalgorithm = '{initdata}'\n[data]\n'keyturn.toml' = {json.dumps(text)}\n")
+            digest = fit(hashlib.new(initdata, config.read_bytes()).digest(), 32)
         if self.row and self.gpu["count"]:
             argv = command_digest(tuple(self.server["command"]))
             self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
@@ -207,7 +220,7 @@ class World:
             self.start_broker()
         if status_file is not None:
             flags = ("--status-file", str(self.folder / "status" / "status.json"), *flags)
-        return Agent(config, self.folder, self.undo, flags, wrapper)
+        return Agent(self.folder, self.undo, ("--initdata" if initdata else "--config", str(config), *flags), wrapper)
 
     def boot(self, *, broker: bool = True) -> "Outcome":
         """A boot that is expected to end by itself."""
@@ -217,10 +230,10 @@ class World:
 class Agent:
     """A running `keyturn run`."""
 
-    def __init__(self, config: Path, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...]) -> None:
+    def __init__(self, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...]) -> None:
         self.termination_log = folder / "termination"
         self.status_file = folder / "status" / "status.json"
-        command = [*wrapper, sys.executable, "-m", "agent", "run", "--config", str(config)]
+        command = [*wrapper, sys.executable, "-m", "agent", "run"]
         command += ["--termination-log", str(self.termination_log), *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
         self.events: list[dict[str, Any]] = []

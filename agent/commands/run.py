@@ -2,10 +2,11 @@
 
 import argparse
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from agent.channel import Channel
-from agent.config_source import read_bounded
+from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
 
 if TYPE_CHECKING:
@@ -24,7 +25,17 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(parser=parser)
-    parser.add_argument("--config", required=True, metavar="FILE", help="configuration, - for standard input")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", metavar="FILE", help="configuration, - for standard input; HOST_DATA is its SHA-256")
+    source.add_argument(
+        "--initdata", metavar="FILE", help="initdata document with an entry keyturn.toml; HOST_DATA is the document's digest"
+    )
+    source.add_argument(
+        "--guest",
+        action="store_true",
+        help="what this guest was launched with: Kata's initdata, the initdata disk, or /etc/keyturn/keyturn.toml of the "
+        "measured image. Only for an agent that is part of that image, never in a container",
+    )
     parser.add_argument(
         "--status-file", metavar="FILE", help=f"status document, '' for none; default {DEFAULT_STATUS_FILE} as root"
     )
@@ -44,13 +55,26 @@ def run(args: argparse.Namespace) -> int:
     status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
     termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
 
-    def worker(channel: Channel, config: bytes) -> int:
+    find = _config_finder(args)
+
+    def worker(channel: Channel) -> int:
         from agent.worker import work
 
-        return work(channel, config, _open_hardware)
+        return work(channel, find, _open_hardware)
 
     hints = HostHints(status_file or None, termination_log, address)
-    return Supervisor("run", hints, lambda: read_bounded(args.config), worker).run()
+    return Supervisor("run", hints, worker).run()
+
+
+def _config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None]":
+    """Where the worker looks. Standard input is read now, while a signal still ends it as it ends anything."""
+    if args.guest:
+        return find_in_guest
+    read, file = (from_file, args.config) if args.config is not None else (from_initdata_file, args.initdata)
+    if file == "-":
+        found = read(file)
+        return lambda: found
+    return lambda: read(file)
 
 
 def _open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":

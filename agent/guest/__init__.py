@@ -1,1 +1,3 @@
-"""What we ask of the guest's kernel: mounts, memory figures, process hardening. Standard library only."""
+"""What we ask of the guest's kernel: mounts, memory figures, hardening, routes, uevents; and its initdata. All but
+`uevents.py` is standard library only.
+"""
