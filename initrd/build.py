@@ -126,7 +126,7 @@ def fetch(packages: list[tuple[str, str, str, str]]) -> list[Path]:
 
 
 def make_bundle(root: Path, bundle: Path) -> Path:
-    """Agent, interpreter and libraries as one folder that needs nothing but glibc."""
+    """Agent, interpreter and libraries as one folder that needs glibc, and zlib for its loader."""
     site = root / "opt" / "site"
     install_wheels(site)
     install_agent(site / "agent")
@@ -144,10 +144,7 @@ def make_bundle(root: Path, bundle: Path) -> Path:
         *(word for module in LEFT_OUT for word in ("--exclude-module", module)),
         "/opt/entry.py",
     ]
-    # The names of the caller's user and folder are not seen in there, and nothing stays mounted.
-    own = [] if os.geteuid() == 0 else ["--map-root-user"]
-    inside = 'mount -t proc proc "$0/proc" && mount --bind /dev/null "$0/dev/null" && exec chroot "$0" "$@"'
-    run("unshare", "--mount", "--pid", "--fork", *own, "sh", "-c", inside, root, *command, env=BUNDLER_ENVIRONMENT)
+    run(*inside_root(root), *command, env=BUNDLER_ENVIRONMENT)
     (root / "opt" / "dist" / "keyturn").rename(bundle)
     for path in [*bundle.rglob("*")]:
         if LITTER.search(str(path)):
@@ -157,6 +154,13 @@ def make_bundle(root: Path, bundle: Path) -> Path:
     (bundle / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.relative_to(bundle)}\n" for path in files))
     settle(bundle)
     return bundle
+
+
+def inside_root(root: Path) -> tuple[object, ...]:
+    """The start of a command line that runs in the build root: nobody's user and folder show there, nothing stays mounted."""
+    own = () if os.geteuid() == 0 else ("--map-root-user",)
+    enter = 'mount -t proc proc "$0/proc" && mount --bind /dev/null "$0/dev/null" && exec chroot "$0" "$@"'
+    return ("unshare", "--mount", "--pid", "--fork", *own, "sh", "-c", enter, root)
 
 
 def install_wheels(site: Path) -> None:
@@ -209,6 +213,8 @@ def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
     for path in sorted((root / "lib/x86_64-linux-gnu").iterdir()):
         if LIBC.fullmatch(path.name):
             shutil.copy(path, libraries / path.name)
+    # The bundle's loader is linked with zlib, and needs it before it knows its own folder.
+    shutil.copy(root / "lib/x86_64-linux-gnu/libz.so.1", libraries / "libz.so.1")
     (top / "usr/lib64/ld-linux-x86-64.so.2").symlink_to("../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
 
     # Who is who, and where names come from: what glibc reads. Kata's agent mounts its own resolv.conf over ours.
