@@ -16,6 +16,7 @@ from agent.report import console_line
 # verb -> one line of help; the module is agent.commands.<verb>
 VERBS = {
     "run": "boot: attest, get the key, open the model, start and supervise the model server",
+    "init": "the first program of a guest: started by the kernel as /init",
     "status": "show the status of a running agent",
     "config": "check, explain or print an example of the configuration",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",

@@ -173,6 +173,16 @@ class BootReport:
         lines.append("stages: " + (", ".join(done) or "none"))
         return "\n".join(lines)[: MAX_TERMINATION_BYTES - 1] + "\n"
 
+    def last_line(self) -> str:
+        """The end of a boot on one line, for a console: exit status, and of a failure class, step, owner and next step."""
+        error = self.error
+        if error is None:
+            return f"end: exit status {self.exit_status or 0}, request id {self.request_id or 'none'}"
+        return (
+            f"end: exit status {error.exit_status}, {type(error).__name__}, step {error.step.value}, "
+            f"who must act: {error.owner.value}, request id {self.request_id or 'none'}, next step: {error.next_step}"
+        )
+
     def health(self, path: str) -> tuple[int, str]:
         """HTTP status and body for `/livez`, `/readyz`, `/status`; anything else is 404."""
         if path == "/livez":

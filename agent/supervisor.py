@@ -96,6 +96,10 @@ class Supervisor:
         self._serving_since = 0.0
         self._error: AgentError | None = None
 
+    @property
+    def report(self) -> BootReport:
+        return self._teller.report
+
     def run(self) -> int:
         """Boot, serve, wipe. The value is the exit status."""
         try:

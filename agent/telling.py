@@ -91,6 +91,8 @@ class Teller:
         try:
             while self._unread and select.select([], [STDERR], [], max(0.0, deadline - time.monotonic()))[1]:
                 self._unread = self._unread[os.write(STDERR, self._unread[: select.PIPE_BUF]) :]
+        except BlockingIOError:  # a terminal that says it takes bytes and takes none
+            return
         except OSError:  # whoever read us is gone; the boot goes on
             self._unread = b""
 

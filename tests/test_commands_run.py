@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.cli import main
-from agent.commands.run import _open_hardware
+from agent.commands.run import open_hardware
 from agent.config import EXAMPLE, parse
 from agent.errors import AgentError
 from agent.sim.machine import SimulatedMachine
@@ -32,9 +32,9 @@ def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path)
 
 def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMachine) -> None:
     simulated = EXAMPLE.replace('"snp"', '"simulated-snp"') + f'[simulation]\nmachine = "{machine.directory}"\n'
-    attester, gpus = _open_hardware(parse(simulated.encode()).config)
+    attester, gpus = open_hardware(parse(simulated.encode()).config)
     assert type(attester).__name__ == "SimulatedSnp"
     assert gpus is not None
     with pytest.raises(AgentError) as caught:
-        _open_hardware(parse(EXAMPLE.encode()).config)
+        open_hardware(parse(EXAMPLE.encode()).config)
     assert caught.value.exit_status == 11

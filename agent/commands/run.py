@@ -46,12 +46,9 @@ def add_parser(verbs: Any, summary: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    address = None
-    if args.health:
-        host, _, port = args.health.rpartition(":")
-        if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-            args.parser.error("--health takes HOST:PORT")
-        address = (host.strip("[]"), int(port))
+    address = health_address(args.health) if args.health else None
+    if args.health and address is None:
+        args.parser.error("--health takes HOST:PORT")
     status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
     termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
 
@@ -60,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     def worker(channel: Channel) -> int:
         from agent.worker import work
 
-        return work(channel, find, _open_hardware)
+        return work(channel, find, open_hardware)
 
     hints = HostHints(status_file or None, termination_log, address)
     return Supervisor("run", hints, worker).run()
@@ -77,7 +74,15 @@ def _config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None
     return lambda: read(file)
 
 
-def _open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
+def health_address(text: str) -> tuple[str, int] | None:
+    """HOST:PORT; None when it is not."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        return None
+    return host.strip("[]"), int(port)
+
+
+def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
     from pathlib import Path
 

@@ -31,6 +31,9 @@ _MOVE_MOUNT_F_EMPTY_PATH = 0x4
 _MS_REC = 0x4000
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
+NOSUID = 0x2
+NODEV = 0x4
+NOEXEC = 0x8
 # include/uapi/linux/fcntl.h, sched.h, magic.h
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -113,6 +116,22 @@ def attach(mount: int, target: str) -> None:
     path = ctypes.c_char_p(os.fsencode(target))
     flags = ctypes.c_uint(_MOVE_MOUNT_F_EMPTY_PATH)
     _call(_SYS_MOVE_MOUNT, mount, ctypes.c_char_p(b""), ctypes.c_int(_AT_FDCWD), path, flags)
+
+
+def mount(kind: str, target: str, flags: int, options: str) -> None:
+    """Mount a file system of the kernel's own.
+
+    Args:
+        kind: its type, which also stands where a device would.
+        target: a directory.
+        flags: of `NOSUID`, `NODEV` and `NOEXEC`.
+        options: as mount(8) takes them, may be empty.
+
+    Raises:
+        OSError: EBUSY, it is mounted there already; ENODEV, the kernel has no such type.
+    """
+    source, where, data = (ctypes.c_char_p(os.fsencode(text)) for text in (kind, target, options))
+    _check(_LIBC.mount(source, where, source, ctypes.c_ulong(flags), data))
 
 
 def detach(target: str) -> None:

@@ -1,0 +1,24 @@
+"""What of PID 1 needs no machine of its own; that it boots one is `scripts/build-initrd` and QEMU's affair."""
+
+from agent.errors import SupervisorLostError
+from agent.events import Stopped
+from agent.guest.pid1 import MAX_LINE_BYTES, _last_line, kernel_parameters
+from agent.report import BootReport
+from tests.test_errors import ALL, sample
+
+
+def test_the_last_of_each_kernel_parameter_counts_and_words_without_a_value_do_not() -> None:
+    assert kernel_parameters("quiet a=1 b=x=y a=2\n") == {"a": "2", "b": "x=y"}
+
+
+def test_the_last_line_names_class_owner_and_exit_status_and_fits_the_kernel_log() -> None:
+    line = _last_line(SupervisorLostError(signal=9, status=0))
+    for part in ("exit status 21", "SupervisorLostError", "who must act: operator"):
+        assert part in line
+    assert all(len(_last_line(sample(cls)).encode()) <= MAX_LINE_BYTES for cls in ALL)
+
+
+def test_a_boot_that_served_ends_with_status_0() -> None:
+    report = BootReport("0.1.0", "init")
+    report.apply(Stopped(0))
+    assert report.last_line().startswith("end: exit status 0")
