@@ -68,6 +68,7 @@ class BootReport:
     simulated: bool | None = None
     lease_s: int | None = None
     gate_preset: bool | None = None
+    supervisor_kib: int | None = None
     worker_peak_kib: int | None = None
     server_pid: int | None = None
     server_starts: int = 0
@@ -140,7 +141,7 @@ class BootReport:
             "simulated": self.simulated,
             "lease_s": self.lease_s,
             "gpu_ready_preset": self.gate_preset,
-            "worker_peak_kib": self.worker_peak_kib,
+            "memory": {"supervisor_kib": self.supervisor_kib, "worker_peak_kib": self.worker_peak_kib},
             "server": {"pid": self.server_pid, "starts": self.server_starts},
             "waiting_for": self.waiting_for,
             "stages": [

@@ -7,6 +7,7 @@ told once on the others and never stops a boot. Standard library only, because t
 import errno
 import json
 import os
+import resource
 import select
 import stat
 import sys
@@ -38,6 +39,7 @@ class Teller:
     def tell(self, message: Message) -> None:
         """One message to everybody."""
         self.report.apply(message)
+        self.report.supervisor_kib = resident_kib()
         problem = None
         if self._status_file:  # first: whoever reads the line may look at the status next
             try:
@@ -118,6 +120,14 @@ def _regular(path: Path) -> Path:
         if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
             raise FileExistsError(errno.EEXIST, "status file")
     return path
+
+
+def resident_kib() -> int | None:
+    """How much memory this process has resident."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() // 1024
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def start_of(pid: int) -> int | None:

@@ -18,12 +18,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-import sbom
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from agent import __version__  # noqa: E402  # of this clone, whatever is installed
+from initrd import sbom  # noqa: E402
 
 EPOCH = 946684800  # 2000-01-01, the time of every file; zip, which the bundler writes, begins in 1980
 NAME = f"keyturn-{__version__}"

@@ -28,10 +28,10 @@ install_system_packages() {
     install_packages $missing
 }
 
-need() { # COMMAND… whose Debian packages have their names
+need() { # COMMAND[:PACKAGE]…
     missing=
     for name in "$@"; do
-        command -v "$name" >/dev/null || missing="$missing $name"
+        command -v "${name%%:*}" >/dev/null || missing="$missing ${name##*:}"
     done
     install_packages $missing
 }

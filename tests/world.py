@@ -66,7 +66,15 @@ class World:
     """Change the public fields before `boot`."""
 
     def __init__(
-        self, folder: Path, silicon: Path, undo: ExitStack, gpus: int = 1, files: int = 1, model_bytes: int = MODEL_BYTES
+        self,
+        folder: Path,
+        silicon: Path,
+        undo: ExitStack,
+        gpus: int = 1,
+        files: int = 1,
+        model_bytes: int = MODEL_BYTES,
+        given: bytes | None = None,
+        key: bytes = KEY,
     ) -> None:
         self.folder = folder
         self.undo = undo
@@ -74,17 +82,17 @@ class World:
         self.silicon = silicon
         self.port, self.broker_port = free_port(), free_port()
         self.behaviour = "serve"
-        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": os.urandom(model_bytes) for i in range(files)}
+        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": given or os.urandom(model_bytes) for i in range(files)}
         source = folder / "source"
         source.mkdir()
         for name, data in self.model.items():
             (source / name).write_bytes(data)
         self.layout = folder / "layout"
-        self.manifest_digest = seal_model(source, self.layout, KEY, KEY_URI, "tiny", 3, lambda *_: None)
+        self.manifest_digest = seal_model(source, self.layout, key, KEY_URI, "tiny", 3, lambda *_: None)
         self.broker = bootstrap.create(folder / "broker", "kbs.test", datetime.now(UTC))
         key_file = folder / "broker" / "keys" / KEY_URI.removeprefix("kbs:///")
         key_file.parent.mkdir(parents=True, exist_ok=True)
-        key_file.write_bytes(KEY)
+        key_file.write_bytes(key)
         key_file.chmod(0o600)
         self.key_file = key_file
         self.tee: dict[str, Any] = {"attester": "simulated-snp"}
@@ -146,7 +154,11 @@ class World:
     def write_config(self) -> Path:
         sections = {
             "tee": self.tee,
-            "simulation": {"machine": str(self.machine.directory)},
+            **(
+                {"simulation": {"machine": str(self.machine.directory)}}
+                if self.tee["attester"].startswith("simulated-")
+                else {}
+            ),
             "gpu": self.gpu,
             "broker": self.broker_config,
             "artifact": self.artifact,
@@ -204,23 +216,30 @@ class World:
             initdata: the algorithm of an initdata document that carries the configuration; None: the plain file.
         """
         config = self.write_config()
-        digest = hashlib.sha256(config.read_bytes()).digest()
         if initdata:
-            text = config.read_text()
-            config = self.folder / "initdata.toml"
-            config.write_text(f"version = '0.1.0'\nalgorithm = '{initdata}'\n[data]\n'keyturn.toml' = {json.dumps(text)}\n")
-            digest = fit(hashlib.new(initdata, config.read_bytes()).digest(), 32)
+            config = self.write_initdata(config, initdata)
+        self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), 32))
+        if broker:
+            self.start_broker()
+        if status_file is not None:
+            flags = ("--status-file", str(self.folder / "status" / "status.json"), *flags)
+        return Agent(self.folder, self.undo, ("--initdata" if initdata else "--config", str(config), *flags), wrapper)
+
+    def write_initdata(self, config: Path, algorithm: str) -> Path:
+        """An initdata document with the configuration in it."""
+        path = self.folder / "initdata.toml"
+        entry = f"'keyturn.toml' = {json.dumps(config.read_text())}\n"
+        path.write_text(f"version = '0.1.0'\nalgorithm = '{algorithm}'\n[data]\n{entry}")
+        return path
+
+    def launch(self, digest: bytes) -> None:
+        """The guest as it is launched with this digest of its configuration, 32 bytes, and a policy that expects it."""
         if self.row and self.gpu["count"]:
             argv = command_digest(tuple(self.server["command"]))
             self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
         self.row_snp.setdefault("host_data", [{"id": "config-1", "value": digest.hex()}])
         self.machine.host_data = self.host_data or digest
         self.machine.save()
-        if broker:
-            self.start_broker()
-        if status_file is not None:
-            flags = ("--status-file", str(self.folder / "status" / "status.json"), *flags)
-        return Agent(self.folder, self.undo, ("--initdata" if initdata else "--config", str(config), *flags), wrapper)
 
     def boot(self, *, broker: bool = True) -> "Outcome":
         """A boot that is expected to end by itself."""

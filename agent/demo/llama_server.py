@@ -14,13 +14,15 @@ def main() -> None:
     """Serve until SIGTERM or SIGINT; status 0 then, 1 if the model cannot be loaded."""
     parser = argparse.ArgumentParser(prog="llama_server", description=__doc__)
     parser.add_argument("--model", required=True, help="GGUF file")
-    parser.add_argument("--port", required=True, type=int, help="port on 127.0.0.1")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; default 127.0.0.1")
+    parser.add_argument("--port", required=True, type=int, help="port on it")
     parser.add_argument("--alias", required=True, help="model id to serve it under")
     parser.add_argument("--embedding", action="store_true", help="serve embeddings, not completions")
     arguments = parser.parse_args()
 
     parameters = xllamacpp.CommonParams()
     parameters.model.path = arguments.model
+    parameters.hostnames = [arguments.host]
     parameters.port = arguments.port
     parameters.model_alias = {arguments.alias}
     parameters.embedding = arguments.embedding

@@ -1,0 +1,338 @@
+"""Boots the product's initrd in QEMU: evidence through the kernel's own configfs-tsm, a real broker, a real model server.
+
+`scripts/boot-test` runs it. Everything outside the guest is on this machine's loopback, which the guest reaches as 10.0.2.2.
+"""
+
+import argparse
+import hashlib
+import http.client
+import json
+import mmap
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from agent.demo import layout_server
+from agent.guest.initdata import fit, pack_device
+from agent.sim.machine import create_silicon
+from tests.boot import overlay, tiny_gguf
+from tests.boot.firmware import Firmware
+from tests.boot.guest import Guest, Image
+from tests.world import World, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST = "10.0.2.2"  # QEMU's name for the machine around it
+ADDRESS = f"ip=10.0.2.15::{HOST}:255.255.255.0::eth0:off"
+SERVER_PORT, HEALTH_PORT = 8080, 8081
+BOOT_S, END_S = 80, 90
+MAX_WORKER_KIB, MAX_SUPERVISOR_KIB = 110 << 10, 20 << 10
+TIMELINE = (
+    ("kernel", r"Linux version"),
+    ("first Python line", r"keyturn: boot started"),
+    ("local checks", r"keyturn: local checks passed"),
+    ("network", r"keyturn: network: done"),
+    ("verdict", r"keyturn: attest: done"),
+    ("open", r"keyturn: load: done"),
+    ("ready", r"keyturn: model server ready"),
+)
+
+
+@dataclass
+class Site:
+    """What stands around one guest."""
+
+    world: World
+    firmware: Firmware
+    guest: Guest
+    server_port: int
+    health_port: int
+    canary: str
+
+
+def main() -> int:
+    """Build what is missing, boot, tell. The value is the exit status."""
+    parser = argparse.ArgumentParser(prog="boot-test", description=__doc__.split("\n\n", maxsplit=1)[0], allow_abbrev=False)
+    parser.add_argument("--build", type=Path, default=ROOT / "build", metavar="DIR", help="results of scripts/build-initrd")
+    parser.add_argument("--all", action="store_true", help="every scenario: also the ways in which a boot can end")
+    titles = [title for title, _ in SCENARIOS]
+    what = f"any of: {', '.join(titles)} (default: {titles[0]})"
+    parser.add_argument("scenarios", nargs="*", choices=[[], *titles], metavar="SCENARIO", help=what)
+    args = parser.parse_args()
+    chosen = titles if args.all else args.scenarios or titles[:1]
+    began = time.monotonic()
+    image = prepare(args.build)
+    failed = []
+    with tempfile.TemporaryDirectory(prefix="keyturn-boot-") as name:
+        silicon = Path(name) / "silicon"
+        create_silicon(silicon, 0)
+        for title, scenario in SCENARIOS:
+            if title not in chosen:
+                continue
+            folder = Path(name) / title.replace(" ", "-")
+            folder.mkdir()
+            started = time.monotonic()
+            try:
+                scenario(folder, silicon, image)
+                print(f"{title}: passed in {time.monotonic() - started:.1f} s", flush=True)
+            except Exception as error:  # the others shall run all the same
+                failed.append(title)
+                print(f"{title}: FAILED\n{type(error).__name__}: {error}", flush=True)
+    print(f"{len(chosen) - len(failed)} passed, {len(failed)} failed  # {time.monotonic() - began:.0f} s")
+    return 1 if failed else 0
+
+
+def prepare(build: Path) -> Image:
+    """The product's files as they were built, and one archive appended to its initrd."""
+    lines = (line.split("  ") for line in (build / "SHA256SUMS").read_text().splitlines())
+    sums = {name: digest for digest, name in lines}
+    (kernel,) = build.glob("*-vmlinuz-*")
+    (product,) = build.glob("keyturn-*-initrd.zst")
+    (command_line,) = build.glob("*-cmdline")
+    digest = hashlib.sha256(product.read_bytes()).hexdigest()
+    if digest != sums[product.name]:
+        raise RuntimeError("the initrd is not the one that was built")
+    print(f"initrd {product.name} sha256 {digest}, as built", flush=True)
+    version = kernel.name.split("-vmlinuz-")[1]
+    extra, whole = build / "boot-test-overlay.zst", build / "boot-test-initrd.zst"
+    overlay.make(extra, version)
+    with whole.open("wb") as target:
+        for part in (product, extra):
+            with part.open("rb") as source:
+                shutil.copyfileobj(source, target)
+            target.write(bytes(-target.tell() % 4))  # the kernel looks for the next archive at a multiple of 4
+    return Image(kernel, whole, command_line.read_text().strip())
+
+
+def site(folder: Path, silicon: Path, image: Image, undo: ExitStack, change: Callable[[World], None] = lambda _: None) -> Site:
+    """A guest that is about to boot, and everything it needs."""
+    canary = f"keyturn-canary-{os.urandom(12).hex()}"
+    tiny_gguf.write(folder / "plain.gguf", canary)
+    model = (folder / "plain.gguf").read_bytes()
+    (folder / "plain.gguf").unlink()
+    world = World(folder / "world", silicon, undo, gpus=0, given=model, key=os.urandom(32))
+    store = undo.enter_context(layout_server.serve(world.layout))
+    world.tee = {"attester": "snp"}
+    world.broker_config |= {"endpoints": [f"{HOST}:{world.broker_port}"], "timeout_s": 30, "route_timeout_s": 60}
+    world.artifact["source"] = store.replace("127.0.0.1", HOST)
+    command = ["/usr/bin/python3.11", "-I", "/opt/server/llama_server.py", "--host", "{host}", "--port", "{port}"]
+    world.server = {
+        "preset": "llama-cpp",
+        "command": [*command, "--model", "{model}", "--alias", "{model_id}"],
+        "host": "0.0.0.0",  # the host asks through a forwarded port
+        "port": SERVER_PORT,
+        "model_id": "tiny",
+        "probe": "completion",
+        "ready_timeout_s": 60,
+        "scratch_mib": 16,
+    }
+    del world.row["manifest_digests"]
+    change(world)
+    document = world.write_initdata(world.write_config(), "sha384").read_bytes()
+    world.launch(fit(hashlib.sha384(document).digest(), 32))
+    (folder / "initdata.img").write_bytes(pack_device(document))
+    firmware = undo.enter_context(Firmware(folder / "tsm", world.machine))
+    server_port, health_port = free_port(), free_port()
+    guest = Guest(
+        image,
+        folder,
+        folder / "tsm",
+        folder / "initdata.img",
+        {server_port: SERVER_PORT, health_port: HEALTH_PORT},
+        parameters=f"{ADDRESS} keyturn.health=0.0.0.0:{HEALTH_PORT}",
+    )
+    return Site(world, firmware, guest, server_port, health_port, canary)
+
+
+def same(what: str, found: object, expected: object) -> None:
+    assert found == expected, f"{what}: {found!r}, expected {expected!r}"
+
+
+def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any]:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    try:
+        connection.request(method, path, None if body is None else json.dumps(body), {"Content-Type": "application/json"})
+        answer: dict[str, Any] = json.loads(connection.getresponse().read())
+        return answer
+    finally:
+        connection.close()
+
+
+# --- scenarios --------------------------------------------------------------------------------------------------------
+
+
+def serve(here: Site, undo: ExitStack) -> dict[str, Any]:
+    """Boot until the model is served and has answered; the value is the agent's status."""
+    here.world.start_broker()
+    guest = undo.enter_context(here.guest)
+    guest.wait_for("keyturn: model server ready", BOOT_S)
+    answer = ask(here.server_port, "POST", "/v1/completions", {"model": "tiny", "prompt": "sealed", "max_tokens": 8})
+    status = ask(here.health_port, "GET", "/status")
+    print("  " + ", ".join(f"{what} {guest.seconds(pattern) or -1:.1f} s" for what, pattern in TIMELINE))
+    print(f"  answer {json.dumps(answer['choices'])[:160]}")
+    peak_kib, supervisor_kib = (int(str(status["memory"][name])) for name in ("worker_peak_kib", "supervisor_kib"))
+    print(f"  worker at most {peak_kib / 1024:.1f} MiB, supervisor {supervisor_kib / 1024:.1f} MiB")
+    assert peak_kib <= MAX_WORKER_KIB and supervisor_kib <= MAX_SUPERVISOR_KIB, "the agent needs more memory than it should"
+    same("status", (status["phase"], status["simulated"]), ("serving", True))
+    same("audit", here.world.audit(), [("attest", "allowed", None), ("release", "allowed", None)])
+    same("reports asked of the firmware", here.firmware.requests, 2)
+    return status
+
+
+def success(folder: Path, silicon: Path, image: Image) -> None:
+    """The product's own /init is the kernel's first program."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        serve(here, undo)
+        no_canary(here)
+
+
+def in_512_mib(folder: Path, silicon: Path, image: Image) -> None:
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        here.guest.memory_mib = 512
+        serve(here, undo)
+
+
+def late_route(folder: Path, silicon: Path, image: Image) -> None:
+    """As in a Kata guest: somebody else makes the network, when the local checks are over and the agent waits."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        here.guest.parameters = f"rdinit=/opt/hand/init keyturn.health=0.0.0.0:{HEALTH_PORT}"
+        here.world.start_broker()
+        guest = undo.enter_context(here.guest)
+        guest.wait_for("keyturn: local checks passed", BOOT_S)
+        guest.wait_for("keyturn: waiting for: what route", 10)
+        same("audit before there is a route", here.world.audit(), [])
+        guest.hand(f"ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via {HOST}")
+        guest.wait_for("keyturn: network: done", 20)
+        guest.wait_for("keyturn: model server ready", BOOT_S)
+        guest.hand("kill -TERM 1")
+        same("end", guest.wait_for_end(END_S), (0, None))
+        no_canary(here)
+
+
+def worker_killed(folder: Path, silicon: Path, image: Image) -> None:
+    """In the middle of a request to the firmware."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        here.guest.parameters += " rdinit=/opt/hand/init"
+        asked = threading.Event()
+        here.firmware.on_request = lambda _: asked.set()
+        here.firmware.delay_s = END_S
+        guest = undo.enter_context(here.guest)
+        assert asked.wait(BOOT_S), "the firmware was never asked"
+        supervisor = json.loads(guest.hand("cat /run/keyturn/status.json"))["agent"]["pid"]
+        guest.hand(f"kill -9 $(cat /proc/{supervisor}/task/{supervisor}/children)")
+        same("end", guest.wait_for_end(END_S), (21, "WorkerLostError"))
+        no_canary(here)
+
+
+def supervisor_killed(folder: Path, silicon: Path, image: Image) -> None:
+    """While it serves."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        here.guest.parameters += " rdinit=/opt/hand/init"
+        status = serve(here, undo)
+        here.guest.hand(f"kill -9 {status['agent']['pid']}")
+        same("end", here.guest.wait_for_end(END_S), (21, "SupervisorLostError"))
+        no_canary(here)
+
+
+def wiped(folder: Path, silicon: Path, image: Image) -> None:
+    """The agent is a service here, so that the guest goes on after its end and its whole memory can be looked through."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo)
+        here.guest.parameters = "rdinit=/opt/hand/service"
+        here.guest.memory_mib = 512
+        status = serve(here, undo)
+        secrets = {"canary": here.canary.encode(), "key": here.world.key_file.read_bytes()}
+        before = found_in_memory(here.guest, secrets)
+        assert "canary" in before, "a scan that does not find the weights while they are served finds nothing"
+        supervisor = status["agent"]["pid"]
+        here.guest.hand(f"kill -TERM {supervisor}")
+        here.guest.wait_for("hand: agent ended with status 0", END_S)
+        after = found_in_memory(here.guest, secrets)
+        print(f"  in memory while serving: {sorted(before)}; after the wipe: {sorted(after)}")
+        same("in memory after the wipe", after, set())
+        no_canary(here)
+
+
+def found_in_memory(guest: Guest, secrets: dict[str, bytes]) -> set[str]:
+    """Which of these byte strings the guest's memory holds."""
+    dump = guest.folder / "memory"
+    guest.qmp("stop")
+    guest.qmp("pmemsave", val=0, size=guest.memory_mib << 20, filename=str(dump))
+    guest.qmp("cont")
+    with dump.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        found = {name for name, value in secrets.items() if memory.find(value) >= 0}
+    dump.unlink()
+    return found
+
+
+def no_canary(here: Site) -> None:
+    """Neither console nor disk has it."""
+    for path in (here.guest.console_log, here.guest.folder / "initdata.img"):
+        data = path.read_bytes()
+        assert here.canary.encode() not in data and here.world.key_file.read_bytes() not in data, f"a secret in {path.name}"
+
+
+def ends_with(
+    expected: tuple[int, str], change: Callable[[World], None], broker: bool = True
+) -> Callable[[Path, Path, Image], None]:
+    """A boot that must end by itself, with this exit status and error class on its last line."""
+
+    def scenario(folder: Path, silicon: Path, image: Image) -> None:
+        with ExitStack() as undo:
+            here = site(folder, silicon, image, undo, change)
+            if broker:
+                here.world.start_broker()
+            guest = undo.enter_context(here.guest)
+            same("end", guest.wait_for_end(END_S), expected)
+            no_canary(here)
+
+    return scenario
+
+
+def _deny(world: World) -> None:
+    world.row_snp["measurements"] = [{"id": "image-1", "value": "00" * 48}]
+
+
+def _tamper(world: World) -> None:
+    blob = max((world.layout / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(blob.read_bytes())
+    data[len(data) // 2] ^= 1
+    blob.write_bytes(data)
+
+
+def _no_broker(world: World) -> None:
+    world.broker_config["timeout_s"] = 5
+
+
+def _no_memory(world: World) -> None:
+    world.artifact["headroom_mib"] = 4096
+
+
+SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
+    ("success", success),
+    ("512 MiB", in_512_mib),
+    ("route after local checks", late_route),
+    ("broker down", ends_with((14, "BrokerUnreachableError"), _no_broker, broker=False)),
+    ("denial", ends_with((16, "KeyReleaseDeniedError"), _deny)),
+    ("tampered artifact", ends_with((19, "SegmentAuthenticationError"), _tamper)),
+    ("too little memory", ends_with((20, "InsufficientMemoryError"), _no_memory)),
+    ("worker killed", worker_killed),
+    ("supervisor killed", supervisor_killed),
+    ("wiped", wiped),
+]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
