@@ -5,6 +5,7 @@ Results go to stdout. Errors go to stderr, as one JSON line, or as `keyturn: …
 
 import argparse
 import importlib
+import importlib.util
 import json
 import sys
 
@@ -39,16 +40,18 @@ _EPILOG = """exit status:
   16 denied · 17 key · 18 artifact store · 19 artifact · 20 memory · 21 interrupted · 22 lease ended · 23 guest init
   29 bug in keyturn · 30 model server failed · 31 guest must be restarted
 
-`keyturn demo` shows the whole story on any machine. `keyturn config example` prints a configuration to start from.
+`keyturn config example` prints a configuration to start from.
 """
+_DEMO = "`keyturn demo` shows the whole story on any machine.\n"
 
 
 def main(argv: list[str]) -> int:
     """Run one command; the value is the exit status. Usage errors leave by SystemExit(2), as argparse does."""
+    here = {verb for verb in VERBS if importlib.util.find_spec(f"agent.commands.{verb}")}  # a guest's bundle has not all
     parser = argparse.ArgumentParser(
         prog="keyturn",
         description="Boot agent of a confidential inference guest.",
-        epilog=_EPILOG,
+        epilog=_EPILOG + (_DEMO if "demo" in here else ""),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -59,7 +62,8 @@ def main(argv: list[str]) -> int:
     module = None
     for verb, summary in VERBS.items():
         if verb != chosen:
-            verbs.add_parser(verb, help=summary, add_help=False)
+            if verb in here:
+                verbs.add_parser(verb, help=summary, add_help=False)
             continue
         try:
             module = importlib.import_module(f"agent.commands.{verb}")

@@ -235,7 +235,9 @@ class GuestInitError(AgentError):
 class NoAttesterError(AgentError):
     owner = Owner.OPERATOR
     step = Step.DEVICES
-    next_step = "run inside a confidential guest whose image has the TEE driver; a simulated TEE must be configured by name"
+    next_step = (
+        "run in a confidential guest whose image has the TEE driver and mounts configfs; simulators are configured by name"
+    )
     attester: Ident
 
     def what(self) -> str:

@@ -14,6 +14,7 @@ from agent.errors import AgentError, error_to_record
 from agent.events import (
     BootStarted,
     GatePassed,
+    LocalChecksPassed,
     Message,
     Progress,
     Requested,
@@ -62,6 +63,8 @@ class BootReport:
     pid: int = 0
     started: int = 0  # with `pid` it names this process: field 22 of /proc/PID/stat
     phase: Phase = Phase.BOOTING
+    locally_good: bool = False
+    """Everything that can be looked at without a network was, and was as it should be."""
     stages: dict[Stage, StageStatus] = field(default_factory=dict)
     request_id: Ident | None = None
     policy_version: Ident | None = None
@@ -86,6 +89,8 @@ class BootReport:
                 self.phase = Phase.BOOTING
             case StageStarted(stage):
                 self.stages[stage] = StageStatus("running")
+            case LocalChecksPassed():
+                self.locally_good = True
             case WaitingFor(what, _):
                 self.waiting_for = what
             case WorkerEnded(peak_kib):
@@ -127,6 +132,10 @@ class BootReport:
     def running(self) -> list[Stage]:
         """The stages that have begun and not ended."""
         return [stage for stage, seen in self.stages.items() if seen.state == "running"]
+
+    def ending(self) -> bool:
+        """Is this boot on its way out, or over?"""
+        return self.phase in (Phase.STOPPING, Phase.STOPPED, Phase.FAILED)
 
     def status(self) -> dict[str, object]:
         """The status document: schema `keyturn.status/v1`."""
@@ -212,6 +221,9 @@ def console_line(message: Message) -> str | None:
             return f"model server ready after {ms} ms"
         case ServerEnded(status, signal, _):
             return f"model server ended (status {status}, signal {signal})"
+        case WaitingFor(what, at_most_s):
+            return f"waiting for {what}, at most {at_most_s} s"
         case _:
             record = message_to_record(message)
-            return f"{record.pop('event')}: ".replace("_", " ") + ", ".join(f"{key} {value}" for key, value in record.items())
+            fields = ", ".join(f"{key} {value}" for key, value in record.items() if key != "event")
+            return str(record["event"]).replace("_", " ") + (f": {fields}" if fields else "")

@@ -44,7 +44,7 @@ from agent.events import (
     WorkerEnded,
     message_from_record,
 )
-from agent.guest import hardening, mounts
+from agent.guest import hardening, mounts, systemd
 from agent.health import HealthPort
 from agent.loop import Loop
 from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
@@ -77,7 +77,10 @@ class Supervisor:
         """`worker` runs in the forked child and returns its exit status."""
         self._worker_main = worker
         self._teller = Teller(
-            BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0), hints.status_file, hints.termination_log
+            BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0),
+            hints.status_file,
+            hints.termination_log,
+            systemd.from_environment(),
         )
         self._hints = hints
         self._loop = Loop()

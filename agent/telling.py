@@ -1,4 +1,4 @@
-"""Writes the four faces of a boot: stderr, the status file, the termination message. The health port is `health.py`.
+"""Writes the faces of a boot: stderr, status file, termination message, systemd's status. The health port is `health.py`.
 
 Owns the writing and nothing else: what is written is made by `report.py` and `events.py`. A face that cannot be written is
 told once on the others and never stops a boot. Standard library only, because the supervisor imports it.
@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from agent.events import LinesLost, Message, StatusUnwritable, message_to_record
+from agent.guest.systemd import ServiceManager
 from agent.report import BootReport, console_line
 
 STDERR = 2
@@ -26,11 +27,15 @@ LAST_WORD_S = 1.0
 class Teller:
     """The only writer of this process."""
 
-    def __init__(self, report: BootReport, status_file: str | None, termination_log: str | None) -> None:
+    def __init__(
+        self, report: BootReport, status_file: str | None, termination_log: str | None, service_manager: ServiceManager
+    ) -> None:
         self.report = report
+        self._service_manager = service_manager
         self._status_file = Path(status_file) if status_file else None
         self._termination_log = termination_log
         self._for_people = sys.stderr.isatty()
+        self._stderr = _never_waiting() if self._for_people else STDERR
         self._status_told = False
         self._unread = b""
         self._lost = 0
@@ -52,6 +57,9 @@ class Teller:
                 with suppress(OSError, ValueError):  # none is better than one that is no longer true
                     _regular(self._status_file).unlink(missing_ok=True)
         self._write_line(message)
+        self._service_manager.tell(
+            ready=self.report.locally_good, stopping=self.report.ending(), status=console_line(self.report.error or message)
+        )
         if problem:
             self.tell(problem)
 
@@ -91,8 +99,8 @@ class Teller:
         """
         deadline = time.monotonic() + wait_s
         try:
-            while self._unread and select.select([], [STDERR], [], max(0.0, deadline - time.monotonic()))[1]:
-                self._unread = self._unread[os.write(STDERR, self._unread[: select.PIPE_BUF]) :]
+            while self._unread and select.select([], [self._stderr], [], max(0.0, deadline - time.monotonic()))[1]:
+                self._unread = self._unread[os.write(self._stderr, self._unread[: select.PIPE_BUF]) :]
         except BlockingIOError:  # a terminal that says it takes bytes and takes none
             return
         except OSError:  # whoever read us is gone; the boot goes on
@@ -111,6 +119,14 @@ class Teller:
         except OSError:
             new.unlink(missing_ok=True)
             raise
+
+
+def _never_waiting() -> int:
+    """The terminal behind stderr, opened for ourselves alone: poll says that it takes something, not that it takes all."""
+    try:
+        return os.open(f"/proc/self/fd/{STDERR}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:  # somebody else's terminal
+        return STDERR
 
 
 def _regular(path: Path) -> Path:

@@ -148,6 +148,7 @@ def make_bundle(root: Path, bundle: Path) -> Path:
     for path in [*bundle.rglob("*")]:
         if LITTER.search(str(path)):
             path.unlink()
+    shutil.copy(HERE / "keyturn.service", bundle)
     (bundle / "GLIBC_FLOOR").write_text(glibc_floor(bundle) + "\n")
     files = sorted(path for path in bundle.rglob("*") if path.is_file() and not path.is_symlink())
     (bundle / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.relative_to(bundle)}\n" for path in files))

@@ -1,6 +1,8 @@
 import fcntl
 import json
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,12 +13,13 @@ import pytest
 from agent.closed import Ident
 from agent.errors import GpuCountError
 from agent.events import BootStarted, Stage, StageStarted
+from agent.guest.systemd import ServiceManager
 from agent.report import BootReport
 from agent.telling import MAX_UNREAD_BYTES, Teller
 
 
 def teller(status: str | None = None, termination: str | None = None) -> Teller:
-    return Teller(BootReport("0.1.0", "run"), status, termination)
+    return Teller(BootReport("0.1.0", "run"), status, termination, ServiceManager(None))
 
 
 def test_every_message_is_one_json_line_and_a_new_status(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -127,3 +130,23 @@ def test_a_path_that_is_no_file_of_ours_is_told_and_left_alone(path: str, capfd:
     teller(path).tell(StageStarted(Stage.CONFIG))
     assert "status_unwritable" in capfd.readouterr().err
     assert os.stat("/dev/null").st_ino == before.st_ino
+
+
+def test_a_terminal_that_nobody_reads_stops_nothing() -> None:
+    """In a child, because a terminal behind stderr is a matter of the whole process."""
+    program = """
+from agent.errors import GpuCountError
+from agent.guest.systemd import ServiceManager
+from agent.report import BootReport
+from agent.telling import Teller
+told = Teller(BootReport("0.1.0", "run"), None, None, ServiceManager(None))
+for _ in range(2000):
+    told.tell(GpuCountError(2, 1))
+"""
+    master, slave = os.openpty()
+    try:
+        subprocess.run([sys.executable, "-c", program], stderr=slave, timeout=60, check=True)
+        assert os.get_blocking(slave), "the terminal is as it was for everybody else"
+    finally:
+        os.close(master)
+        os.close(slave)

@@ -5,8 +5,10 @@ import os
 from typing import Any, NoReturn
 
 from agent.channel import Channel
+from agent.closed import Ident
 from agent.commands.run import health_address, open_hardware
 from agent.config_source import find_in_guest
+from agent.errors import ConfigError, ConfigProblem
 from agent.report import BootReport
 from agent.server.process import fork
 from agent.supervisor import DEFAULT_STATUS_FILE, HostHints, Supervisor
@@ -39,7 +41,10 @@ def _supervise(hints: dict[str, str]) -> BootReport:
 
         return work(channel, find_in_guest, open_hardware)
 
-    address = health_address(hints["keyturn.health"]) if "keyturn.health" in hints else None
+    asked = hints.get("keyturn.health")
+    address = None if asked is None else health_address(asked)
+    if asked is not None and address is None:
+        raise ConfigError(ConfigProblem.ADDRESS, Ident("keyturn.health"))
     supervisor = Supervisor("init", HostHints(DEFAULT_STATUS_FILE, None, address), worker)
     supervisor.run()
     return supervisor.report

@@ -49,7 +49,7 @@ def run_guest(supervise: Callable[[dict[str, str]], BootReport], fork: Callable[
     """Be PID 1 until the end of the machine.
 
     Args:
-        supervise: runs in a child, with the hints of the kernel command line; what it returns makes the last line.
+        supervise: runs in a child, with the hints of the kernel command line; what it returns or raises makes the last line.
         fork: `server.process.fork`.
     """
     line = "end: no last word"
@@ -133,7 +133,11 @@ def _watch(supervise: Callable[[], str], fork: Callable[[Callable[[int], None]],
     def become_supervisor(_: int) -> None:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
         os.close(reader)
-        os.write(writer, supervise().encode()[:MAX_LINE_BYTES])
+        try:
+            line = supervise()
+        except AgentError as error:
+            line = _last_line(error)
+        os.write(writer, line.encode()[:MAX_LINE_BYTES])
         os._exit(0)
 
     supervisor = fork(become_supervisor)

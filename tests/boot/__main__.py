@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,17 @@ def prepare(build: Path) -> Image:
     version = kernel.name.split("-vmlinuz-")[1]
     extra, whole = build / "boot-test-overlay.zst", build / "boot-test-initrd.zst"
     overlay.make(extra, version)
-    with whole.open("wb") as target:
-        for part in (product, extra):
-            with part.open("rb") as source:
-                shutil.copyfileobj(source, target)
-            target.write(bytes(-target.tell() % 4))  # the kernel looks for the next archive at a multiple of 4
+    append(whole, product, extra)
     return Image(kernel, whole, command_line.read_text().strip())
+
+
+def append(target: Path, *archives: Path) -> None:
+    """One initrd of several archives."""
+    with target.open("wb") as whole:
+        for archive in archives:
+            with archive.open("rb") as source:
+                shutil.copyfileobj(source, whole)
+            whole.write(bytes(-whole.tell() % 4))  # the kernel looks for the next archive at a multiple of 4
 
 
 def site(folder: Path, silicon: Path, image: Image, undo: ExitStack, change: Callable[[World], None] = lambda _: None) -> Site:
@@ -168,10 +173,14 @@ def ask(port: int, method: str, path: str, body: object = None) -> dict[str, Any
 # --- scenarios --------------------------------------------------------------------------------------------------------
 
 
-def serve(here: Site, undo: ExitStack) -> dict[str, Any]:
-    """Boot until the model is served and has answered; the value is the agent's status."""
+def start(here: Site, undo: ExitStack) -> Guest:
     here.world.start_broker()
-    guest = undo.enter_context(here.guest)
+    return undo.enter_context(here.guest)
+
+
+def serve(here: Site) -> dict[str, Any]:
+    """Until the model is served and has answered; the value is the agent's status."""
+    guest = here.guest
     guest.wait_for("keyturn: model server ready", BOOT_S)
     answer = ask(here.server_port, "POST", "/v1/completions", {"model": "tiny", "prompt": "sealed", "max_tokens": 8})
     status = ask(here.health_port, "GET", "/status")
@@ -190,7 +199,8 @@ def success(folder: Path, silicon: Path, image: Image) -> None:
     """The product's own /init is the kernel's first program."""
     with ExitStack() as undo:
         here = site(folder, silicon, image, undo)
-        serve(here, undo)
+        start(here, undo)
+        serve(here)
         no_canary(here)
 
 
@@ -198,7 +208,8 @@ def in_512_mib(folder: Path, silicon: Path, image: Image) -> None:
     with ExitStack() as undo:
         here = site(folder, silicon, image, undo)
         here.guest.memory_mib = 512
-        serve(here, undo)
+        start(here, undo)
+        serve(here)
 
 
 def late_route(folder: Path, silicon: Path, image: Image) -> None:
@@ -206,10 +217,9 @@ def late_route(folder: Path, silicon: Path, image: Image) -> None:
     with ExitStack() as undo:
         here = site(folder, silicon, image, undo)
         here.guest.parameters = f"rdinit=/opt/hand/init keyturn.health=0.0.0.0:{HEALTH_PORT}"
-        here.world.start_broker()
-        guest = undo.enter_context(here.guest)
+        guest = start(here, undo)
         guest.wait_for("keyturn: local checks passed", BOOT_S)
-        guest.wait_for("keyturn: waiting for: what route", 10)
+        guest.wait_for("keyturn: waiting for route", 10)
         same("audit before there is a route", here.world.audit(), [])
         guest.hand(f"ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via {HOST}")
         guest.wait_for("keyturn: network: done", 20)
@@ -240,7 +250,8 @@ def supervisor_killed(folder: Path, silicon: Path, image: Image) -> None:
     with ExitStack() as undo:
         here = site(folder, silicon, image, undo)
         here.guest.parameters += " rdinit=/opt/hand/init"
-        status = serve(here, undo)
+        start(here, undo)
+        status = serve(here)
         here.guest.hand(f"kill -9 {status['agent']['pid']}")
         same("end", here.guest.wait_for_end(END_S), (21, "SupervisorLostError"))
         no_canary(here)
@@ -252,7 +263,8 @@ def wiped(folder: Path, silicon: Path, image: Image) -> None:
         here = site(folder, silicon, image, undo)
         here.guest.parameters = "rdinit=/opt/hand/service"
         here.guest.memory_mib = 512
-        status = serve(here, undo)
+        start(here, undo)
+        status = serve(here)
         secrets = {"canary": here.canary.encode(), "key": here.world.key_file.read_bytes()}
         before = found_in_memory(here.guest, secrets)
         assert "canary" in before, "a scan that does not find the weights while they are served finds nothing"
@@ -263,6 +275,62 @@ def wiped(folder: Path, silicon: Path, image: Image) -> None:
         print(f"  in memory while serving: {sorted(before)}; after the wipe: {sorted(after)}")
         same("in memory after the wipe", after, set())
         no_canary(here)
+
+
+def under_systemd(folder: Path, image: Image) -> Image:
+    """The same guest with systemd as its first program, and the product's unit enabled."""
+    extra, whole = folder / "systemd.zst", folder / "initrd.zst"
+    overlay.make_systemd(extra)
+    append(whole, image.initrd, extra)
+    return replace(image, initrd=whole)
+
+
+def unit(folder: Path, silicon: Path, image: Image) -> None:
+    """READY after the local checks and before there is a route; the stop is asked for by systemd, and the guest goes on."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, under_systemd(folder, image), undo)
+        here.guest.parameters = "rdinit=/usr/lib/systemd/systemd"
+        guest = start(here, undo)
+        guest.wait_for("keyturn: waiting for route", BOOT_S)
+        same("unit without a route", unit_state(guest), ("active", "waiting for route, at most 60 s"))
+        guest.hand(f"ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via {HOST}")
+        serve(here)
+        same("unit", unit_state(guest)[0], "active")
+        guest.hand("/usr/bin/systemctl stop keyturn")
+        same("unit after its stop", unit_state(guest)[0], "inactive")
+        guest.wait_for("keyturn: stopped: exit_status 0", 5)
+        no_canary(here)
+
+
+def unit_state(guest: Guest) -> tuple[str, ...]:
+    lines = guest.hand("/usr/bin/systemctl show keyturn --property ActiveState,StatusText").splitlines()
+    values = dict(line.split("=", 1) for line in lines)
+    return values["ActiveState"], values["StatusText"]
+
+
+def unit_denied(folder: Path, silicon: Path, image: Image) -> None:
+    """The agent fails: so does the machine."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, under_systemd(folder, image), undo, _deny)
+        here.guest.parameters = "rdinit=/usr/lib/systemd/systemd"
+        guest = start(here, undo)
+        guest.wait_for("keyturn: waiting for route", BOOT_S)
+        guest.hand(f"ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up; ip route add default via {HOST}")
+        guest.wait_for("keyturn: error: key release denied", BOOT_S)
+        guest.process.wait(END_S)
+        guest.wait_for("keyturn: stopped: exit_status 16", 0)
+        no_canary(here)
+
+
+def unit_without_its_needs(folder: Path, silicon: Path, image: Image) -> None:
+    """What the unit requires fails, so that the agent is never started: the machine is off all the same."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, under_systemd(folder, image), undo)
+        here.guest.parameters = "rdinit=/usr/lib/systemd/systemd boot-test.broken"
+        guest = undo.enter_context(here.guest)
+        guest.process.wait(END_S)
+        assert guest.seconds("keyturn: ") is None, "the agent ran"
+        assert guest.seconds("Linux version") is not None, "nothing ran"
 
 
 def found_in_memory(guest: Guest, secrets: dict[str, bytes]) -> set[str]:
@@ -331,6 +399,9 @@ SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
     ("worker killed", worker_killed),
     ("supervisor killed", supervisor_killed),
     ("wiped", wiped),
+    ("systemd", unit),
+    ("systemd denial", unit_denied),
+    ("systemd dependency fails", unit_without_its_needs),
 ]
 
 

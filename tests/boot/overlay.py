@@ -3,7 +3,9 @@
 The kernel unpacks it after the initrd, whose bytes stay what they are. Nothing in it replaces a file of the product.
 """
 
+import re
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -38,6 +40,69 @@ def make(target: Path, kernel_version: str) -> None:
         shutil.copy(debs / "bin/busybox", top / "opt/hand/busybox")
         build.settle(top)
         build.pack_cpio(top, target, 1)
+
+
+def make_systemd(target: Path) -> None:
+    """Write an archive that makes the same guest one with systemd, whose unit the agent is; as of Debian, and no more of it."""
+    with tempfile.TemporaryDirectory(prefix="keyturn-systemd-") as name:
+        debs, top = Path(name) / "debs", Path(name) / "top"
+        for deb in build.fetch([*build.locked("guest.debs"), *build.locked("build.debs"), *build.locked("boot-test.debs")]):
+            if deb.name.startswith(("lib", "systemd", "zlib")):
+                build.run("dpkg-deb", "-x", deb, debs)
+        libraries = top / "usr/lib/x86_64-linux-gnu"
+        (libraries / "systemd").mkdir(parents=True)
+        needed = [debs / "lib/systemd/systemd", *(debs / "usr/lib/x86_64-linux-gnu/systemd").glob("*.so")]
+        for library in _needed_by(needed, debs):
+            shutil.copy(library, libraries / library.name)
+        for library in needed[1:]:
+            shutil.copy(library, libraries / "systemd")
+        programs = top / "usr/lib/systemd"
+        programs.mkdir()
+        for program in ("systemd", "systemd-journald", "systemd-shutdown"):
+            shutil.copy(debs / "lib/systemd" / program, programs)
+        (top / "usr/bin").mkdir()
+        shutil.copy(debs / "bin/systemctl", top / "usr/bin")
+        (top / "bin").symlink_to("usr/bin")
+        (top / "usr/bin/mount").symlink_to("/opt/hand/busybox")  # what runs .mount units
+        shutil.copytree(debs / "lib/systemd/system", programs / "system", symlinks=True)
+        _install_units(programs / "system")
+        (top / "etc").mkdir()
+        (top / "etc/machine-id").write_text("0123456789abcdef" * 2 + "\n")  # without one, every unit is enabled at first
+        build.settle(top)
+        build.pack_cpio(top, target, 1)
+
+
+def _install_units(units: Path) -> None:
+    """As `systemctl enable` would, for an image that is not booted yet."""
+    (units / "default.target").unlink()
+    (units / "default.target").symlink_to("multi-user.target")
+    for unit, wanted_by in (
+        ("keyturn.service", "multi-user.target.wants"),
+        ("boot-test.service", "keyturn.service.requires"),
+        ("boot-test-shell.service", "sysinit.target.wants"),
+    ):
+        source = ROOT / "initrd" if unit == "keyturn.service" else ROOT / "tests/boot/systemd"
+        shutil.copy(source / unit, units)
+        (units / wanted_by).mkdir(exist_ok=True)
+        (units / wanted_by / unit).symlink_to(f"../{unit}")
+    (units / "keyturn.service.d").mkdir()
+    shutil.copy(ROOT / "tests/boot/systemd/boot-test.conf", units / "keyturn.service.d")
+
+
+def _needed_by(files: list[Path], debs: Path) -> list[Path]:
+    """The shared libraries that these files load, and those load, without what the product has."""
+    found: dict[str, Path | None] = {}
+    while files:
+        listing = subprocess.run(["objdump", "-p", *files], capture_output=True, text=True, check=True).stdout
+        new = set(re.findall(r"NEEDED +(\S+)", listing)) - found.keys()
+        files = []
+        for name in sorted(new):
+            places = (debs / folder / "x86_64-linux-gnu" / name for folder in ("usr/lib", "lib"))
+            path = next((place for place in places if place.exists()), None)
+            found[name] = path
+            if path:
+                files.append(path)
+    return [path for name, path in found.items() if path and not build.LIBC.fullmatch(name)]
 
 
 def _install_python(debs: Path, top: Path) -> None:
