@@ -1,10 +1,15 @@
 """Simulated silicon for every test, so that a plain clone without recorded evidence tests the same verifiers."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from agent.sim.machine import SimulatedMachine, create_silicon
+
+# gRPC restarts its poller in whatever a test forks. Between fork and exec that thread meets closed descriptors, and says so on
+# what is already the child's stderr, among its JSON lines. Nothing of ours uses gRPC on both sides of a fork.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 @pytest.fixture(scope="session")
