@@ -3,7 +3,7 @@
 Read `boot.py` first: it is the worker's story, and the folders are its steps.
 
     closed.py        values that may leave the process: integers, enums, bounded identifiers
-    errors.py        every way a boot can fail, who must act, and the exit status
+    errors.py        every way a boot can fail, who must act, and the exit status;  explanations.py  each of them at length
     events.py        everything a boot can say;  report.py  the four faces of one status
     config.py        the one parser of the measured configuration;  config_source.py  where its bytes come from
     cli.py           finds the verb;  commands/  one lazily imported file per verb

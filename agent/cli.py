@@ -19,6 +19,7 @@ VERBS = {
     "run": "boot: attest, get the key, open the model, start and supervise the model server",
     "init": "the first program of a guest: started by the kernel as /init",
     "status": "show the status of a running agent",
+    "explain": "what an error or an exit status means, who must act, and what to check",
     "config": "check, explain or print an example of the configuration",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",
     "inspect": "show a sealed model, and with a key check every byte of it",
@@ -34,7 +35,7 @@ INTERFACES = {
     "exit_table": "1",
 }
 
-_EPILOG = """exit status:
+_EPILOG = """exit status, at length with `keyturn explain EXIT_STATUS`:
   0 served and stopped on request · 2 usage
   10 configuration · 11 no device · 12 evidence · 13 GPU · 14 broker not reachable · 15 broker protocol
   16 denied · 17 key · 18 artifact store · 19 artifact · 20 memory · 21 interrupted · 22 lease ended · 23 guest init

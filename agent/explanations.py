@@ -1,0 +1,954 @@
+"""The long form of every error: what happened, what to check, and what the guest will not tell.
+
+Owns the texts that `keyturn explain` shows; who must act, step and exit status are facts of the class (`errors.py`). A text
+is fixed and never built from data. Words in backquotes can be typed, and a test compares configuration keys, verbs and
+options among them with what there is. Who changes when a class is raised changes its `happened` here. One file, however
+long, for the reason `errors.py` gives: things are looked up on it. Standard library only.
+"""
+
+from dataclasses import dataclass
+
+from agent import errors
+from agent.errors import AgentError, Owner
+
+ROLES = {
+    Owner.OPERATOR: "runs the cluster: configuration, network, memory, pods",
+    Owner.HOST: "owns machine and hypervisor: firmware, device state",
+    Owner.AUTHORITY: "decides about keys: the broker and its policy",
+    Owner.PROVIDER: "sealed the model",
+    Owner.DEVELOPER: "chose the model server",
+    Owner.KEYTURN: "us: a bug",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The long form of one error class.
+
+    Attributes:
+        happened: when the agent says this, in two or three sentences.
+        check: what the owner can do, likeliest first.
+        withheld: what is not told, and why.
+    """
+
+    happened: str
+    check: tuple[str, ...]
+    withheld: str
+
+
+EXPLANATIONS: dict[type[AgentError], Explanation] = {
+    # --- configuration ------------------------------------------------------------------------------------------------
+    errors.ConfigError: Explanation(
+        "A configuration, or a file or option of a command, could not be read or does not fit the schema. In a boot the "
+        "whole document is parsed before a device is opened. Unknown keys are errors too, because a key that is "
+        "silently ignored could be one that should have protected something.",
+        (
+            (
+                "`keyturn config check FILE` shows the same error without a boot; the text names the key, for syntax "
+                "also the line."
+            ),
+            (
+                "`keyturn config explain KEY` says what a key means and what it may hold; `keyturn config example` "
+                "prints a whole configuration to compare with."
+            ),
+            (
+                "A value that needs or excludes another key: `simulation.machine` belongs to a simulated attester, "
+                "`artifact.directory` to `artifact.destination` = directory, and `artifact.unsafe_allow_swap` is "
+                "refused with a real attester."
+            ),
+            (
+                "`broker.key_uri` although it is well formed: the model at `artifact.source` was sealed for another key "
+                "URI; `keyturn inspect` shows which."
+            ),
+            (
+                "An address that cannot be listened on is `--health` of `keyturn run`, `keyturn.health=` on the kernel "
+                "command line, or `--listen` of `keyturn broker`. In a guest, file-not-found means that ten seconds "
+                "after the start there was neither initdata nor `/etc/keyturn/keyturn.toml`."
+            ),
+        ),
+        "Only the key is told, never its value, and the parser's own text is dropped: a value can be a password in "
+        "`server.environment`, and logs belong to the host.",
+    ),
+    errors.ConfigNotMeasuredError: Explanation(
+        "The guest asked its own firmware for a report and compared HOST_DATA in it with the digest of the "
+        "configuration at hand. They differ, so somebody other than who launched the guest may have written this "
+        "configuration. Nothing it says was acted upon, but that a connection to the broker may have been opened.",
+        (
+            (
+                "`keyturn config check FILE` prints the HOST_DATA of a file. It covers the exact bytes: a changed line "
+                "end or a comment is another digest."
+            ),
+            (
+                "With `--config` HOST_DATA is the SHA-256 of the file. With initdata it is the digest of the whole "
+                "document by its own `algorithm`, cut or zero-padded to 32 bytes, not that of the entry in it."
+            ),
+            (
+                "With `/etc/keyturn/keyturn.toml` of the image and no initdata HOST_DATA must be all zero; with "
+                "initdata about other things it is the digest of that initdata, whose disk must then be attached."
+            ),
+            (
+                "On the host: QEMU's `host-data` of `sev-snp-guest` is base64 of the raw 32 bytes, not of their "
+                "hexadecimal form."
+            ),
+        ),
+        "Neither digest is printed. The one in the report is a measured value, and whoever runs the guest has the "
+        "configuration and can compute the other.",
+    ),
+    errors.ConfigConflictError: Explanation(
+        "Two places hold a configuration, or two of them hold different initdata documents. One source decides and "
+        "there is no order of preference, so that nobody has to guess which one the evidence of this guest stands for.",
+        (
+            (
+                "The text names both: `kata-initdata` is the file that kata-agent writes, `initdata-device` a disk that "
+                "begins with the initdata magic, `image` is `/etc/keyturn/keyturn.toml`."
+            ),
+            "`initdata-device` twice: two disks with different documents are attached; detach one.",
+            (
+                "`image` and an initdata source: take the entry `keyturn.toml` out of the initdata, or build the image "
+                "without the file. Initdata about other things may stay."
+            ),
+        ),
+        "Where the two differ is not told: both can hold secrets, and one of them is not the configuration of this guest.",
+    ),
+    errors.InitdataError: Explanation(
+        "An initdata document was found, and it cannot be read as one or has no entry `keyturn.toml`. The guest does "
+        "not go on without it: a document that was meant to decide must not vanish because it is damaged.",
+        (
+            (
+                'The document is TOML with `version = "0.1.0"`, an `algorithm` out of sha256, sha384 and sha512, and a '
+                "table `[data]` of strings."
+            ),
+            (
+                "The Kata annotation is base64 of gzip of the document: `base64 -d | gunzip` must give it back, as one "
+                "gzip stream with nothing behind it."
+            ),
+            (
+                "On a disk: the 8 bytes `initdata`, the compressed length as 64 bits little endian, the gzip stream, "
+                "zeros to 512 bytes. Not more than 1 MiB compressed and 4 MiB of document."
+            ),
+            (
+                "`keyturn run --initdata FILE` reads a plain document outside a guest; on a machine without a TEE a "
+                "good one for attester snp gets as far as NoAttesterError."
+            ),
+        ),
+        "No part of the document is quoted: it can hold policies and credentials of other programs in this guest.",
+    ),
+    # --- the guest itself ---------------------------------------------------------------------------------------------
+    errors.GuestInitError: Explanation(
+        "As PID 1 of its own initrd the agent could not mount a file system, load a kernel module or set up a network "
+        "interface; or, in any guest, the kernel would not say which routes there are. The text names the part and the "
+        "errno.",
+        (
+            (
+                "Kernel, initrd and command line must come from one build: compare them with its `SHA256SUMS`. A kernel "
+                "module with errno 8 (ENOEXEC) or 129 (EKEYREJECTED) is one of another kernel."
+            ),
+            (
+                "A mount with errno 19 (ENODEV): the kernel lacks the file system; it needs CONFIG_TMPFS, "
+                "CONFIG_DEVTMPFS, CONFIG_CGROUPS and CONFIG_CONFIGFS_FS."
+            ),
+            (
+                "Parameter `ip`: write `ip=ADDRESS::GATEWAY:NETMASK::DEVICE:off:DNS` with numbers only; there is no "
+                "DHCP client, so `ip=dhcp` is refused."
+            ),
+            (
+                "Interface `ip` with errno 19: no interface has the device name in `ip=`, or there is none at all; give "
+                "the machine a virtio-net device."
+            ),
+            "Start once without `quiet` on the kernel command line and read the kernel's own lines above ours.",
+        ),
+        "The value of `ip=` is not repeated: it is the host's word, which could be anything. What kernel modules print "
+        "stays in the kernel log.",
+    ),
+    # --- devices and evidence -----------------------------------------------------------------------------------------
+    errors.NoAttesterError: Explanation(
+        "The device that must give evidence is not there: no SEV-SNP provider behind configfs-tsm, no NVML library for "
+        "the configured GPUs, or a GPU of an architecture that cannot attest. A driver that is late was waited for, "
+        "`tee.wait_s` seconds. There is no fallback, since a guest that cannot prove what it is gets no key.",
+        (
+            (
+                "Attester snp: the host must launch the machine as an SNP guest (QEMU: `-object sev-snp-guest` and "
+                "`confidential-guest-support`); the guest's kernel log then says `Memory Encryption Features active: "
+                "AMD SEV SEV-ES SEV-SNP`."
+            ),
+            (
+                "Guest kernel 6.7 or newer with CONFIG_SEV_GUEST and CONFIG_TSM_REPORTS, `sev-guest` loaded and "
+                "configfs mounted: the folder `/sys/kernel/config/tsm/report` must exist. Another TEE's provider there "
+                "counts as none."
+            ),
+            (
+                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder, or "
+                "`gpu.count` must be 0."
+            ),
+            "Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest.",
+            "A driver that loads late: raise `tee.wait_s`.",
+        ),
+        "Nothing is held back here. Which paths were tried stands in `agent/evidence/tsm.py` and `agent/evidence/gpu.py`.",
+    ),
+    errors.SimulationRefusedError: Explanation(
+        "Simulated silicon was asked for where it has no place: beside a real TEE device, or in an installation without "
+        "simulators. Or the broker's verdict says that it was reached over simulated evidence, and the configuration "
+        "does not allow that. Whoever counts on a real device must never get a simulated one in its place.",
+        (
+            "For real work set `tee.attester` to snp and take the section with `simulation.machine` out.",
+            (
+                "A real TEE device exists: `/dev/sev-guest`, `/dev/tdx_guest` or `/sys/kernel/config/tsm/report`. "
+                "Simulate on a machine that has none of them."
+            ),
+            (
+                "No simulators: the shipped bundle and initrd leave them out by design. Run from a checkout, as "
+                "`keyturn demo` does."
+            ),
+            (
+                "The verdict is simulated on real hardware: the broker runs with `--unsafe-simulation-roots` and is not "
+                "the one for this guest. Only for boot tests set `broker.allow_simulated`."
+            ),
+        ),
+        "Nothing is held back: that something is simulated is always said, in status, events, tokens and audit log.",
+    ),
+    errors.DeviceError: Explanation(
+        "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm and "
+        "kernel-parameters, and an NVML return code for nvml. A call that reached the device is not repeated, because a "
+        "second try can latch a GPU in a fatal state or cost an SNP guest its attestation key.",
+        (
+            "configfs-tsm with code 1 or 13: the agent is not root, or its container has configfs read-only.",
+            (
+                "configfs-tsm with code 110 (ETIMEDOUT): the firmware was busy or throttled this guest for a minute; "
+                "look for other programs that ask for reports. Code 16 or 11: something else in the guest wrote into "
+                "our requests three times."
+            ),
+            (
+                "configfs-tsm with code 5 or 22 at outblob: look for `sev-guest` lines in the guest's kernel log, then "
+                "update firmware and kernel of the host."
+            ),
+            (
+                "nvml: look the number up in `nvmlReturn_t` of the driver's `nvml.h`; 9 means that the driver is not "
+                "loaded, 15 that the GPU fell off the bus."
+            ),
+            "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
+        ),
+        "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
+    ),
+    errors.MalformedEvidenceError: Explanation(
+        "A report, a certificate chain or the bundle of GPU evidence does not have the layout its specification gives "
+        "it: a length, a version or a reserved bit is wrong. A verifier would refuse it, so it is not sent.",
+        (
+            (
+                "snp-report: compare the version and the guest's firmware level with what this agent reads (versions 2 "
+                "to 5); very new firmware can be ahead of us."
+            ),
+            (
+                "snp-certificate-chain: the table the host supplies with the report is broken. Have it made again "
+                "(`snphost import` and the hypervisor's certificate option) or supply none, and give the certificates "
+                "to the broker with `--endorsements`."
+            ),
+            (
+                "nvidia-report and nvidia-certificate-chain: update VBIOS and driver to versions that NVIDIA lists for "
+                "confidential computing."
+            ),
+            "Report the format, the field and both numbers of the text to us together with the firmware and driver versions.",
+        ),
+        "Evidence bodies are never logged. A report holds chip identity and measured values, and a malformed one holds "
+        "whatever the host put there; only lengths and single field values are told.",
+    ),
+    errors.EvidenceBindingError: Explanation(
+        "A device answered with a well-formed report over other data than the agent handed in. The report was made for "
+        "somebody else, is a replay, or the driver mixed up two requests. For a verifier it would prove nothing about "
+        "this boot.",
+        (
+            "Look for a second program in the guest that asks for reports of the same device at the same time, and stop it.",
+            (
+                "snp-report: the guest kernel must be 6.7 or newer without patches to `drivers/virt/coco`; restart with "
+                "a distribution's own."
+            ),
+            "nvidia-report: reset the GPU on the host, restart the guest, and compare with another driver version.",
+            "If it happens again on the same machine and not on another, treat the machine as hostile.",
+        ),
+        "Neither the data asked for nor the data received is printed: the first holds the broker's nonce and our public "
+        "key, and the second is a stranger's.",
+    ),
+    errors.EvidenceVerificationError: Explanation(
+        "The evidence of a GPU is not signed by the key whose certificate came with it, so the guest does not send it. "
+        "The whole appraisal with chains, dates and patch levels is the broker's, which refuses with "
+        "KeyReleaseDeniedError and the same words.",
+        (
+            "Reset the GPU on the host and start a new guest.",
+            "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
+            "Boot the same image on another machine: if it passes there, take this one out of service.",
+        ),
+        "Neither certificates nor serial numbers are told, because they identify one chip. The text names the one check "
+        "that did not hold.",
+    ),
+    # --- GPU ----------------------------------------------------------------------------------------------------------
+    errors.GpuCountError: Explanation(
+        "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
+        "twice, or two of them sign their evidence with the same key. A GPU that is not in the evidence could read what "
+        "is sent to it, so more than expected is as wrong as fewer.",
+        (
+            (
+                "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
+                "was given."
+            ),
+            "Does the measured `gpu.count` fit this kind of machine? A change to it is a new HOST_DATA.",
+            (
+                "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
+                "not counted."
+            ),
+            "As many as given and still too few: two share an identity. Do not use the machine.",
+        ),
+        "UUIDs and certificates of GPUs are not printed, since they identify hardware of this host; two numbers are "
+        "enough to act.",
+    ),
+    errors.GpuModeError: Explanation(
+        "A GPU is in a mode in which it protects nothing, or in one this agent does not know: confidential computing "
+        "off, devtools on, an environment other than production, or a registry key of the driver that weakens the "
+        "protection. It was read before attestation, and again at the GPU gate.",
+        (
+            (
+                "On the host: `nvidia_gpu_tools.py --query-cc-mode`, then `nvidia_gpu_tools.py --set-cc-mode=on "
+                "--reset-after-cc-mode-switch`, for each GPU. The mode devtools is for debugging only."
+            ),
+            (
+                "In a guest with a shell: `nvidia-smi conf-compute -f` (feature), `nvidia-smi conf-compute -d` "
+                "(devtools) and `nvidia-smi conf-compute -e` (environment)."
+            ),
+            (
+                "Registry keys: take RmConfidentialCompute and RmConfComputeSpdmPolicy out of the kernel command line "
+                "and of the image's modprobe options; `/proc/driver/nvidia/params` shows what the driver has."
+            ),
+            (
+                "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
+                "host together."
+            ),
+        ),
+        "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",
+    ),
+    errors.GpuFaultError: Explanation(
+        "The GPUs were acceptable and something happened to them: a fatal XID or a confidential-computing fault stands "
+        "in the kernel log, they changed between attestation and gate, or the ready state is not what was set. The key "
+        "was not opened.",
+        (
+            (
+                "Fatal XID: the number in brackets is in NVIDIA's Xid catalog (48, 94, 95 and 140 are memory errors, 79 "
+                "is a GPU off the bus, 119 and 120 are its firmware). Reset the GPU on the host, then start a new "
+                "guest."
+            ),
+            (
+                "Inventory changed: nothing may attach, detach or reset a GPU while a guest boots; look at the host's "
+                "device plugin."
+            ),
+            (
+                "Ready state not set: with `gpu.ready_state` = preset the image's init must run `nvidia-smi "
+                "conf-compute -srs 1` before the agent starts. With own, something took the state back or the driver "
+                "ignored it."
+            ),
+            "Kernel log not readable: the agent needs `/dev/kmsg`, and CAP_SYSLOG where `kernel.dmesg_restrict` is 1.",
+        ),
+        "The lines of the kernel log are not copied, only the XID: the log holds text of devices that the host controls.",
+    ),
+    errors.VmRestartRequiredError: Explanation(
+        "The GPU ready state was 1 before this boot had attested anything, so somebody has already passed the gate in "
+        "this machine. The state is never set back and one machine gets one gate. A second boot in the same machine "
+        "cannot know what ran on the GPUs in between.",
+        (
+            (
+                "Delete the pod or power the machine off, so that a new guest is launched; a restart of the container "
+                "alone keeps the machine."
+            ),
+            (
+                "Set `restartPolicy: Never` for the pod, or `Restart=no` as in our unit, so that a failed boot is not "
+                "tried again in the same machine."
+            ),
+            (
+                "If the image's own init sets the state (stock Kata does), configure `gpu.ready_state` = preset; the "
+                "authority's policy row must then say `ready = true`."
+            ),
+            "In an image with a shell `nvidia-smi conf-compute -grs` shows the state.",
+        ),
+        "Who set the state is not told because the driver does not say: it keeps one bit.",
+    ),
+    # --- broker -------------------------------------------------------------------------------------------------------
+    errors.NoRouteError: Explanation(
+        "The local checks passed, and then the guest had no route out within `broker.route_timeout_s`. In a Kata guest "
+        "the network comes only after kata-agent, elsewhere from the image's init or from `ip=`. The broker was not "
+        "asked.",
+        (
+            "0 network interfaces: the machine has no network device, or its kernel has no virtio_net.",
+            (
+                "1 or more: they are there without a route. Stand-alone guest: "
+                "`ip=ADDRESS::GATEWAY:NETMASK::DEVICE:off:DNS` on the kernel command line; without GATEWAY there is no "
+                "default route."
+            ),
+            (
+                "Kata: the sandbox's network plugin (`kubectl describe pod`) and the order of units: ours must be ready "
+                "before kata-agent, and must not wait for network-online."
+            ),
+            (
+                "A slow network: raise `broker.route_timeout_s`. A broker inside the guest (an address on the loopback) "
+                "needs no route."
+            ),
+        ),
+        "Names and addresses of interfaces are not printed; the host gave them and knows them.",
+    ),
+    errors.BrokerUnreachableError: Explanation(
+        "No address in `broker.endpoints` gave an answer within `broker.timeout_s`, retries included. The reason told "
+        "is the last one. It is about the way to the broker and not about evidence: nothing was denied.",
+        (
+            (
+                "Connection refused: `keyturn broker` is not running or listens elsewhere; compare its `--listen` with "
+                "`broker.endpoints`."
+            ),
+            (
+                "Name does not resolve: the guest's name servers come from its init or from the two last fields of "
+                "`ip=`; or configure addresses, since `broker.server_name` alone says who must answer."
+            ),
+            (
+                "No answer in time: firewall, network policy or a missing route; from the same network `openssl "
+                "s_client -connect HOST:PORT` must show a certificate."
+            ),
+            (
+                "Connection lost: a proxy in between that ends TLS or does not speak HTTP/2. The connection must reach "
+                "the broker unopened."
+            ),
+            (
+                "Broker asked to come back later: it is overloaded, or its key store or audit log cannot be used. Its "
+                "audit log, or its stderr, says KEY_STORE_IO, AUDIT_LOG or OVERLOADED."
+            ),
+        ),
+        "Which address failed is not told, and no text of a peer: everything between guest and broker can write such a text.",
+    ),
+    errors.BrokerIdentityError: Explanation(
+        "Something answered at the broker's address, and it is not the broker that was measured: its certificate leads "
+        "to another CA, carries another name, is not valid now, or the TLS handshake failed. No evidence was sent to "
+        "it, and another try would not help.",
+        (
+            (
+                "`openssl s_client -connect HOST:PORT -servername NAME -showcerts` and compare the issuer with "
+                "`broker.ca_pem` and the DNS names with `broker.server_name`."
+            ),
+            (
+                "Certificate expired: the one that `keyturn broker init` makes ends after a year; sign a new one with "
+                "its `ca.key`. The CA stays, and so does the configuration."
+            ),
+            "Not valid by this guest's clock: the clock is the host's; compare it with a time server.",
+            (
+                "A name in the CN alone does not count; it must be a subject alternative name. A proxy that ends TLS is "
+                "somebody else."
+            ),
+        ),
+        "Nothing of the foreign certificate is shown: a stranger wrote it, and logs must not carry a stranger's text.",
+    ),
+    errors.RemoteProtocolError: Explanation(
+        "The broker answered with something that the protocol does not allow at this point: out of order, malformed, "
+        "too large, with another request id, or in another version. `state` is where the handshake was, for example "
+        "AWAIT_CHALLENGE.",
+        (
+            "`keyturn --version --json` on both sides: `protocol` must be the same.",
+            (
+                "Protocol version not supported right at the start: a gRPC server answers at this address that is no "
+                "key broker; check `broker.endpoints`, also for a proxy with routes by path."
+            ),
+            (
+                "`keyturn status` shows the request id; its line in the broker's audit log has what the broker saw, as "
+                "PROTOCOL_ and a word."
+            ),
+            (
+                "Stream ended before the answer: the broker was stopped or killed in the middle; see its stderr for an "
+                "error line."
+            ),
+        ),
+        "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
+    ),
+    errors.BrokerFailureError: Explanation(
+        "The broker was reached and ended the request with a failure: it could not do its part, or the key was refused "
+        "after the verdict had allowed it. The reason is one word of the broker's, and `status` the gRPC code. It is "
+        "not tried again.",
+        (
+            (
+                "`keyturn status` shows the request id; its line in the broker's audit log has the same reason. "
+                "INTERNAL is a bug of the broker, and its stderr has the place."
+            ),
+            (
+                "KEY_NOT_FOUND: there is no file for `broker.key_uri` below the folder of `--keys`; install it with the "
+                "command that `keyturn seal` printed."
+            ),
+            (
+                "KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_TYPE, KEY_FILE_LENGTH, KEY_FILE_OUTSIDE_STORE: a regular file "
+                "of 32 bytes, mode 0600, of root or the broker's user, and no link out of the folder. KEY_VERSION_FILE: "
+                "`.TAG.version` beside it must hold one decimal number from 1."
+            ),
+            (
+                "Status 7: the row was revoked or the policy changed between verdict and release (POLICY_REVOKED, "
+                "TOKEN_POLICY_VERSION). A new boot attests under the new policy."
+            ),
+            (
+                "Status 16: the broker does not accept its own verdict (TOKEN_ and the check); all replicas need the "
+                "same `--token-key` and one clock. Status 3: it refused a message of ours (PROTOCOL_); compare "
+                "versions."
+            ),
+        ),
+        "The broker's text is dropped and only its reason word is kept. The guest learns no more of the key store than "
+        "that, so neither does the guest's host.",
+    ),
+    errors.KeyReleaseDeniedError: Explanation(
+        "The broker checked the evidence and its policy says no. The text names the first claim that did not hold, the "
+        "id of the reference value it was compared with, and the version of the policy. A denial is final for this "
+        "boot.",
+        (
+            "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version.",
+            (
+                "`reference-value`: the policy row for this key says nothing about that claim, and what a row leaves "
+                "out is denied. Add the value on purpose."
+            ),
+            (
+                "`claim` with snp.measurement or snp.host_data: a new image or a new configuration. `keyturn config "
+                "check` prints HOST_DATA; after the change send SIGHUP to the broker."
+            ),
+            "`claim` with snp.tcb: the host's firmware is below `minimum_tcb`; have it updated rather than lower the value.",
+            (
+                "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
+                "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
+                "`not_after`."
+            ),
+        ),
+        "Neither the measured nor the expected value is told. Whoever is denied must not learn from the guest what "
+        "would have been accepted; the authority has both.",
+    ),
+    errors.TokenError: Explanation(
+        "The broker said yes, and its signed verdict does not hold: not signed by a key in `broker.token_keys`, out of "
+        "its time, for another boot, key or nonce, or with claims this version does not know. The guest trusts the "
+        "signature and not the connection, so it stops.",
+        (
+            (
+                "signature: compare `broker.token_keys` with the public half of the broker's `--token-key`; to change "
+                "the key, configure old and new first, then change the broker."
+            ),
+            (
+                "expiry or not-before: compare the clocks of guest and broker. A broker may be 60 seconds ahead; an old "
+                "verdict gets no allowance."
+            ),
+            "claims or algorithm: broker and agent are of different versions; compare `keyturn --version --json`.",
+            (
+                "nonce, tee-pubkey or key-uri: the verdict is one of another request. Look for a proxy or cache between "
+                "guest and broker, and treat it as an attack until explained."
+            ),
+        ),
+        "The token is not logged, not even in parts: until it expires it lets its holder ask for a key, although sealed "
+        "to this guest.",
+    ),
+    errors.KeyUnwrapError: Explanation(
+        "The sealed key arrived and cannot be opened with the key pair of this boot, which exists in this process only. "
+        "It was sealed for another boot, changed on its way, or made by a broker of another kind. No key material was "
+        "used.",
+        (
+            "Look up the request id in the audit log: was there exactly one release for it?",
+            (
+                "key wrap or content authentication: look for several broker replicas behind one name and for a proxy "
+                "that repeats answers; the release must belong to the verdict before it."
+            ),
+            (
+                "JWE format, algorithm or ephemeral key: the broker must answer with ECDH-ES+A256KW and A256GCM on "
+                "P-256, with no further members."
+            ),
+            "key length: the stored key is not 32 bytes; a model key is 32 raw bytes, neither hexadecimal nor base64.",
+        ),
+        "Only the check is named. A text about bytes would be an oracle for whoever sends altered keys.",
+    ),
+    errors.KeyMismatchError: Explanation(
+        "The key came and opened, and it is not the one this model was sealed with: the manifest holds a commitment to "
+        "its key and they differ. This is found before a segment is touched, so the model itself is not in doubt.",
+        (
+            (
+                "Under `broker.key_uri` the broker must hold the key file that `keyturn seal` wrote for this very "
+                "version (NAME-vN.key)."
+            ),
+            "`keyturn inspect SOURCE --check --key-file K` says whether a key file and a sealed model belong together.",
+            (
+                "A model that was sealed again with a new key: store the new key, or set `artifact.manifest_digest` to "
+                "the manifest of the old one."
+            ),
+        ),
+        "Nothing about the key that came is told, not even its version: logs belong to the host. The commitment stands "
+        "in the manifest.",
+    ),
+    errors.LeaseEndedError: Explanation(
+        "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
+        "wiped from guest memory, or the boot did not finish in time. The lease is counted from before the request, on "
+        "a clock that goes on while the guest sleeps.",
+        (
+            "Start a new guest; it attests again and asks for a new key. Nothing is renewed in a running guest yet.",
+            (
+                "If the boot itself did not finish: compare the lease with the time `load` takes (`keyturn status`), "
+                "and ask for a longer `lease_s` in the policy row or use a faster store."
+            ),
+            "For service without a gap start the next guest before the lease ends, and move traffic once it is ready.",
+        ),
+        "Nothing is held back: the length of the lease stands in the text and in the verdict's event.",
+    ),
+    # --- artifact -----------------------------------------------------------------------------------------------------
+    errors.ArtifactUnavailableError: Explanation(
+        "The store at `artifact.source` did not deliver what was asked for; the number in brackets is the HTTP status "
+        "or the errno. Timeouts, lost connections and server errors were tried again until `artifact.timeout_s`, "
+        "everything else ends the boot at once.",
+        (
+            (
+                "Not found: the layout must hold `blobs/sha256/` and the digest of `artifact.manifest_digest`, and "
+                "every blob that manifest names. `keyturn inspect SOURCE` from the same network reads it in the same "
+                "way."
+            ),
+            "Refused: the agent sends no credentials; the store must let this guest read, because the content is ciphertext.",
+            (
+                "Answer does not fit: the store must answer range requests with 206 and a correct Content-Range, must "
+                "not compress, and may redirect within its own scheme, host and port only. `curl -s -r 0-99 -D - -o "
+                "/dev/null URL` shows all three."
+            ),
+            "TLS: `artifact.ca_pem` for a private CA; otherwise the image must carry the system's CA certificates.",
+            (
+                "A folder: regular files without symbolic links, readable by the agent. Slow rather than broken: raise "
+                "`artifact.timeout_s`."
+            ),
+        ),
+        "URLs, file names and the store's error pages are not printed: the source can carry a secret in its path, and "
+        "the store is as untrusted as the network.",
+    ),
+    errors.ManifestDigestError: Explanation(
+        "The bytes that the store gave for the manifest do not have the digest in `artifact.manifest_digest`. Nothing "
+        "of them was parsed. Everything else about the model is authenticated through this one digest, so there is "
+        "nothing to go on with.",
+        (
+            (
+                "`sha256sum` of the manifest's file in `blobs/sha256` must be its own name; if not, the copy is "
+                "damaged: copy it again."
+            ),
+            (
+                "Over HTTP, fetch that blob with `curl -s` and compare: a store that rewrites line ends, compresses or "
+                "answers with a login page gives other bytes."
+            ),
+            "Compare `artifact.manifest_digest` with what `keyturn seal` printed; an index in the layout proves nothing.",
+        ),
+        "The digest that was found is not printed, since it is that of bytes anybody could have sent.",
+    ),
+    errors.MalformedManifestError: Explanation(
+        "The manifest is authentic, and it or its model description breaks a rule of FORMAT.md; the text names the "
+        "field. Either another program or version wrote it, or the description in the store is not the one that the "
+        "manifest names.",
+        (
+            "`keyturn inspect SOURCE@DIGEST` shows the same error without a guest.",
+            "`keyturn --version --json` where it was sealed and in the guest: `format` must be the same.",
+            (
+                "Field config.size or config.digest: the blob of the model description is not the one the manifest "
+                "names; copy the layout again."
+            ),
+            "Any other field: seal the model again with this version of `keyturn seal`.",
+        ),
+        "The value of the field is not quoted: file names of a model can be confidential, and indexes say enough.",
+    ),
+    errors.RollbackError: Explanation(
+        "The model is authentic and older than it may be. The floor is the higher of `artifact.min_version` and the "
+        "`min_model_version` that the authority put into the signed verdict. Old versions are refused, so that nobody "
+        "can bring back a model with a known fault.",
+        (
+            (
+                "`keyturn inspect SOURCE` shows the version of each manifest in the layout; set "
+                "`artifact.manifest_digest` to one that is not below the floor."
+            ),
+            "If the model is new and its number is wrong: seal it again with a higher `--version`.",
+            (
+                "To go back on purpose: lower `artifact.min_version` (a new HOST_DATA) and ask the authority to lower "
+                "`min_model_version` in the row."
+            ),
+        ),
+        "Nothing is held back: both numbers are in the text. Which of the two floors was the higher one can be seen "
+        "from the configuration.",
+    ),
+    errors.MalformedHeaderError: Explanation(
+        "A sealed file begins with 40 bytes from which its key is derived. In the manifest's file table they are not "
+        "those of this format; or `keyturn inspect --check` found other ones at the start of the blob than the table "
+        "promises.",
+        (
+            (
+                "In a guest: the table itself is authentic, so another copy does not help. Another program or version "
+                "made it; compare `format` of `keyturn --version --json` and seal the model again with `keyturn seal`."
+            ),
+            (
+                "From `keyturn inspect --check`: `file` counts from 0 in the table that `keyturn inspect SOURCE` "
+                "prints. The `sha256sum` of that blob must be its name in `blobs/sha256`; if it is not, copy the layout "
+                "again."
+            ),
+        ),
+        "The file's name and the bytes found are not told: names can be confidential and belong to the provider.",
+    ),
+    errors.TruncatedArtifactError: Explanation(
+        "The store has fewer bytes of a sealed file than the manifest promises; `keyturn inspect --check` says the same "
+        "of a file that is too long. The numbers are bytes of ciphertext.",
+        (
+            (
+                "`file` counts from 0 in the table that `keyturn inspect SOURCE` prints; compare the size of that blob "
+                "in `blobs/sha256` where the layout lies. An upload or copy that ended early is the usual reason: copy "
+                "it again."
+            ),
+            "Over HTTP: the Content-Length of the blob; some stores and proxies cut at 2 or 5 GiB.",
+            "`keyturn inspect SOURCE --check --key-file K` reads every byte after the copy, outside a guest.",
+        ),
+        "The file is told by its index and not by its name, since the host reads logs and names can be confidential.",
+    ),
+    errors.SegmentAuthenticationError: Explanation(
+        "One segment (1 MiB) of a sealed file does not authenticate under the right key. It was changed, swapped with "
+        "another one, or damaged on disk or on its way. No byte of it became visible, and what had been opened before "
+        "was wiped.",
+        (
+            (
+                "`file` counts from 0 in the table that `keyturn inspect SOURCE` prints. If the `sha256sum` of that "
+                "blob is not its name in `blobs/sha256`, the copy is damaged or altered: copy it again from the "
+                "provider."
+            ),
+            (
+                "If it is: `keyturn inspect SOURCE --check --key-file K` at the provider. If that fails too, the model "
+                "was sealed wrongly; seal it again and tell us."
+            ),
+            (
+                "It passes there and fails here again and again: somebody between store and guest alters bytes; look at "
+                "caches and proxies."
+            ),
+        ),
+        "One message for every cause: which byte or which check failed would be an oracle for whoever alters the ciphertext.",
+    ),
+    errors.SealError: Explanation(
+        "`keyturn seal` could not seal the model and took back what it had written: the output folder is as it was. "
+        "This is a command of the provider's own machine and never happens in a guest.",
+        (
+            (
+                "Not a file: only regular files and folders are sealed; a link must lead to a file inside the model "
+                "folder. Copy with `cp -rL` to get rid of links (a download cache is full of them)."
+            ),
+            (
+                "Inside one another: model folder, output folder and key file must lie beside each other, or the key "
+                "could be uploaded with the model."
+            ),
+            (
+                "Sealed before: this `--name` and `--version` exist in the layout; raise `--version`. Key file exists: "
+                "give it with `--key-file` or move it away."
+            ),
+            "Changed while it was read: stop the download or training that still writes there.",
+            (
+                "Busy: another seal has the output folder. Input or output failed: errno 28 is a full disk; the layout "
+                "needs as much room as the model."
+            ),
+        ),
+        "The path is told here, because this text stays with the provider. The key is never shown, and its file is "
+        "readable by its owner only.",
+    ),
+    # --- memory -------------------------------------------------------------------------------------------------------
+    errors.InsufficientMemoryError: Explanation(
+        "The model and `artifact.headroom_mib` beside it do not fit into guest memory, and the text says which limit "
+        "bites. It was asked before a weight was fetched, because a guest that runs out of memory halfway is killed "
+        "without a word.",
+        (
+            (
+                "MemAvailable: give the machine more memory (Kata: `default_memory`, or the pod's limits; QEMU: `-m`). "
+                "`keyturn inspect` shows the size of the model."
+            ),
+            (
+                "Cgroup limit: raise `resources.limits.memory` of the container. The plaintext in tmpfs or memfd counts "
+                "there, and so does the server."
+            ),
+            (
+                "Destination file system: raise `sizeLimit` of the memory volume, or its mount option `size=`, at "
+                "`artifact.directory`."
+            ),
+            "Reserve for the server as well: `artifact.headroom_mib` should cover what it allocates beside the weights.",
+        ),
+        "Nothing is held back: needed and available bytes are in the text; sizes of the model are visible to the host anyway.",
+    ),
+    errors.DestinationError: Explanation(
+        "The place for the weights cannot be had in this guest: the folder is no tmpfs or not empty, a memfd cannot "
+        "hold a model of several files, or the kernel refused with the errno told. Weights go to memory or nowhere, so "
+        "there is no other place to fall back to.",
+        (
+            (
+                "Kernel refused with errno 1 or 38: `artifact.destination` = tmpfs needs root with CAP_SYS_ADMIN, and a "
+                "mount namespace of its own."
+            ),
+            (
+                "Many files: give the container CAP_SYS_ADMIN, use `artifact.destination` = directory, or seal the "
+                "model as one file (GGUF)."
+            ),
+            (
+                "Not tmpfs or not empty: mount a fresh memory volume (`emptyDir` with `medium: Memory`) at "
+                "`artifact.directory` and share it with nobody."
+            ),
+            (
+                "Errno 28 or 12: memory or `size=` ran out while loading. `/run/keyturn` cannot be made: the image must "
+                "have a writable `/run`, and the agent must not run in a chroot."
+            ),
+        ),
+        "The path is not repeated; `keyturn config explain artifact.destination` says what each kind needs.",
+    ),
+    errors.SwapActiveError: Explanation(
+        "The guest has swap on a device, and weights or key would lie in memory that the kernel may write there. That "
+        "disk belongs to the host. A compressed zram without a backing device does not count, and a tmpfs with noswap "
+        "is exempt.",
+        (
+            (
+                "`swapoff -a` in the guest image and no swap line in its fstab or units; `/proc/swaps` must be empty "
+                "but for zram."
+            ),
+            (
+                "A kernel of 6.4 or newer with `artifact.destination` = tmpfs: its mounts get noswap. A memfd or a "
+                "given folder never has it."
+            ),
+            (
+                "If the weights are exempt and it is still said: the key could not be locked. Raise RLIMIT_MEMLOCK "
+                "(`LimitMEMLOCK=` of a unit) or give CAP_IPC_LOCK."
+            ),
+            "`artifact.unsafe_allow_swap` is for simulated attesters only and refused with a real one.",
+        ),
+        "Which device it is is not told; `/proc/swaps` in the guest says it.",
+    ),
+    # --- agent and server ---------------------------------------------------------------------------------------------
+    errors.BootInterruptedError: Explanation(
+        "A signal asked for the end before the model server was ready. The worker was allowed to finish a device call, "
+        "then everything was wiped; after the server has been ready the same signal ends with status 0.",
+        (
+            (
+                "Signal 15 without anybody's doing: a probe or timeout of the platform. Kubernetes: `kubectl describe "
+                "pod` and a `startupProbe` long enough for the whole load; systemd: `TimeoutStartSec=` of our unit "
+                "covers the local checks only."
+            ),
+            "Signal 2: Ctrl-C on the terminal. Signal 1: the terminal or session went away; start it as a unit or in a pod.",
+            "`keyturn status` shows the stage that was running and how long each one before it took.",
+        ),
+        "Who sent the signal is not told, and a second error that the worker met on its way out is left out: it is not "
+        "why the boot ended.",
+    ),
+    errors.WorkerLostError: Explanation(
+        "The process that boots (the worker) ended without saying how: something killed it, or it broke below Python. "
+        "The supervisor noticed, freed what it held and stopped. Nothing was published.",
+        (
+            (
+                "Signal 9: nearly always memory. Look for `Out of memory: Killed process` in the guest's kernel log, "
+                "and for OOMKilled in `kubectl describe pod`; give more memory or raise `artifact.headroom_mib` so that "
+                "it is refused early."
+            ),
+            "Signal 11 or 4: a crash in a library. Try another model of processor, then report it to us with the version.",
+            "Signal 31: a seccomp profile forbids a system call; try the container runtime's own default profile.",
+            "Status other than 0 and no signal: report it to us with the last event before it.",
+        ),
+        "There is no core file and no traceback: both would hold keys and weights. Core dumps are switched off on purpose.",
+    ),
+    errors.SupervisorLostError: Explanation(
+        "In a stand-alone guest PID 1 saw the supervisor end without a last word. The kernel killed worker and server "
+        "with it, and the machine powered off; this line in the kernel log is all that is left.",
+        (
+            (
+                "Signal 9: look for `Out of memory: Killed process` in the console lines before it. The supervisor "
+                "itself needs 20 MiB; server and model are what grows, so give the machine more memory."
+            ),
+            (
+                "Keep the console of the guest (QEMU `-serial file:…`), without `quiet` on the kernel command line: "
+                "after power-off there is nothing else to read."
+            ),
+            "Not signal 9: report it to us with the version and the lines before it.",
+        ),
+        "Memory of the dead process is not kept: after power-off nothing of the guest exists, as intended. "
+        "`init_on_free=1` on the kernel command line clears it even before.",
+    ),
+    errors.ServerStartError: Explanation(
+        "The kernel refused to start the model server or its readiness check, and `code` is the errno of the first step "
+        "that failed, from making a pipe to executing the program. The model was in place.",
+        (
+            (
+                "2: the first word of `server.command` is not in this image; write an absolute path, and remember the "
+                "loader it needs (a program built for another libc gives 2 as well). 13: not executable for "
+                "`server.uid`, or on a noexec mount."
+            ),
+            "8: built for another processor, or a script without `#!`. 7: arguments and `server.environment` are too long.",
+            (
+                "1: the agent may not change to `server.uid` and `server.gid`; it needs CAP_SETUID and CAP_SETGID, or "
+                "must not run as root."
+            ),
+            (
+                "11 or 12: limit of processes or memory of the pod. 110: the program could not be executed within ten "
+                "seconds; look at the image's disk."
+            ),
+        ),
+        "The command line is not repeated: arguments and environment can hold API keys.",
+    ),
+    errors.ServerExitedError: Explanation(
+        "The model server ended by itself. Before it was ever ready that ends the boot at once, for a wrong command "
+        "does not get better by repetition. Later it is started again, at most `server.max_restarts` times in ten "
+        "minutes, and this was once too often.",
+        (
+            (
+                "Run `server.command` with the unsealed model on a development machine, as the same uid; its output "
+                "says more than its status."
+            ),
+            (
+                "Or set `server.output` to inherit in a guest with test data only: then what it prints goes to the "
+                "agent's output."
+            ),
+            (
+                "Signal 9: memory; model, KV cache and `server.scratch_mib` share the guest. Signal 6 or 11: a crash in "
+                "the server; signal 4: built for another processor."
+            ),
+            (
+                "Status 127 or 126: a shell script in front of the server did not find it. The server has no "
+                "capabilities, no inherited environment, and `{scratch}` as the one folder made for it to write to."
+            ),
+        ),
+        "What the server printed stays in guest memory and is only counted: server logs quote prompts and paths, and "
+        "this output would go to the host.",
+    ),
+    errors.ServerNotReadyError: Explanation(
+        "The server ran, and did not answer in the way its preset demands within `server.ready_timeout_s`. The "
+        "questions are asked in order: does it listen, is it healthy, does it serve the model, does it answer one "
+        "request. The last one that failed is told.",
+        (
+            (
+                "No answer: does the command listen on `server.port`, on `server.host` or the loopback? Use the "
+                "placeholders `{host}` and `{port}`. A big model may simply need longer: raise "
+                "`server.ready_timeout_s`."
+            ),
+            "Another user listens: a program of another uid in this guest holds `server.port`; choose another port.",
+            "Health: `server.health_path` must answer 200. Many servers say 503 until the weights are read.",
+            "Model: `/v1/models` must list `server.model_id`; for llama.cpp it is what `--alias` says.",
+            (
+                "Probe: healthy and the first request fails, within two minutes. Does `server.probe` fit the model (an "
+                "embedding model does not complete)? Is there memory for one request?"
+            ),
+        ),
+        "Neither status nor body of the answers is told: a model server's answer can hold anything, prompts of others "
+        "included.",
+    ),
+    errors.ServerStuckError: Explanation(
+        "Processes of the model server are alive ten seconds after SIGKILL. Such a process waits inside the kernel, "
+        "usually in a GPU driver call, and holds weights in memory that cannot be wiped while it lives.",
+        (
+            "Power the machine off. That frees its memory; nothing inside the guest does.",
+            (
+                "Look for `blocked for more than 120 seconds` (CONFIG_DETECT_HUNG_TASK) and for NVRM Xid lines in the "
+                "guest's kernel log."
+            ),
+            (
+                "With an Xid: have the host reset the GPU before the next guest gets it. Without: try the server with "
+                "another driver version, and without network file systems."
+            ),
+        ),
+        "Process names and stacks are not printed, only their number: a server chooses its own name and arguments.",
+    ),
+    errors.InternalError: Explanation(
+        "Something happened that this program does not know as a possible failure: a bug of ours. The agent stopped and "
+        "wiped as for any other failure. `place` is file, line and the kind of exception.",
+        (
+            "Report the place and `keyturn --version --json`, with the kernel version and the last event before it.",
+            "Does it happen again with the same configuration, and on another machine? Say so in the report.",
+            (
+                "Until it is mended, go back to the last version that worked; the broker's policy row must allow its "
+                "measurement."
+            ),
+        ),
+        "The exception's own text is left out, because it can quote anything that was in memory: a key, a prompt, a "
+        "peer's words.",
+    ),
+}
+"""Every concrete class; a test compares them with `errors.all_errors()`."""

@@ -1,0 +1,102 @@
+import json
+import textwrap
+
+import pytest
+
+from agent.cli import main
+from agent.errors import EXIT_STATUS, KeyReleaseDeniedError, all_errors
+from agent.explanations import EXPLANATIONS
+
+ALL = all_errors()
+
+
+@pytest.mark.parametrize("word", ["KeyReleaseDeniedError", "keyreleasedenied", "KEYRELEASEDENIEDERROR", " KeyReleaseDenied "])
+def test_a_class_is_found_by_its_name_however_it_is_written(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", word]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("KeyReleaseDeniedError\nexit status 16, step verdict\n")
+    assert "authority: decides about keys" in shown
+    flat = " ".join(shown.split())
+    text = EXPLANATIONS[KeyReleaseDeniedError]
+    assert all(part in flat for part in (text.happened, *text.check, text.withheld))
+
+
+@pytest.mark.parametrize("status", sorted(EXIT_STATUS.values()))
+def test_an_exit_status_shows_every_class_that_ends_with_it(status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {name for name, cls in ALL.items() if EXIT_STATUS[cls.owner, cls.step] == status}
+    assert expected
+    assert main(["explain", "--json", str(status)]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {record["class"] for record in records} == expected
+    assert {record["exit_status"] for record in records} == {status}
+    assert main(["explain", str(status)]) == 0
+    assert expected <= set(capsys.readouterr().out.splitlines())
+
+
+def test_list_names_every_class_once_by_exit_status(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--list"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(row[1] for row in rows) == sorted(ALL)
+    assert [int(row[0]) for row in rows] == sorted(int(row[0]) for row in rows)
+    assert main(["explain", "--list", "--json"]) == 0
+    records = {record["class"]: record for record in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert records.keys() == ALL.keys()
+    for name, cls in ALL.items():
+        text = EXPLANATIONS[cls]
+        assert records[name] == {
+            "class": name,
+            "owner": cls.owner.value,
+            "step": cls.step.value,
+            "exit_status": EXIT_STATUS[cls.owner, cls.step],
+            "next_step": cls.next_step,
+            "happened": text.happened,
+            "check": list(text.check),
+            "withheld": text.withheld,
+        }
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_every_page_fits_a_terminal_and_breaks_no_command_that_fits_a_line(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", name]) == 0
+    shown = capsys.readouterr()
+    assert shown.err == ""
+    assert "\N{NO-BREAK SPACE}" not in shown.out
+    for line in shown.out.splitlines():
+        assert len(line) <= 80, textwrap.shorten(line, 100)
+        assert line == line.rstrip()
+        assert line.count("`") % 2 == 0, line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["keyrelesedenied"], "did you mean KeyReleaseDeniedError"),
+        (["Token_Error"], "did you mean TokenError"),
+        (["artifact"], "ArtifactUnavailableError"),
+        (["qqqqqqq"], "`keyturn explain --list`"),
+        (["ServerError"], "ServerExitedError"),
+        (["AgentError"], "`keyturn explain --list`"),
+        ([""], "`keyturn explain --list`"),
+        (["99"], "there are 10, 11"),
+        (["0"], "served, and stopped on request"),
+        (["2"], "usage"),
+        ([], "CODE"),
+        (["16", "--list"], "not allowed with"),
+    ],
+)
+def test_what_names_no_error_is_a_usage_error_that_helps(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", *words])
+    assert caught.value.code == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert said in " ".join(shown.err.split())
+
+
+def test_the_help_with_the_exit_table_leads_here(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    assert "`keyturn explain EXIT_STATUS`" in capsys.readouterr().out
