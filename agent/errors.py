@@ -208,7 +208,6 @@ class InitdataError(AgentError):
 class GuestPart(enum.Enum):
     MOUNT = "mount"
     MODULE = "kernel module"
-    MODULE_LIST = "module list"
     INTERFACE = "network interface"
     PARAMETER = "kernel parameter"
 
