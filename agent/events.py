@@ -140,9 +140,12 @@ class DestinationChosen(Event):
 
 @dataclasses.dataclass(frozen=True)
 class ServerStarted(Event):
+    """`landlock`: the ABI version of the domain that confines it, 0 where the kernel has no Landlock; egress needs 4."""
+
     pid: int
     start: int
     own_uid: bool
+    landlock: int
 
 
 @dataclasses.dataclass(frozen=True)

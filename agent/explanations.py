@@ -895,6 +895,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Status 127 or 126: a shell script in front of the server did not find it. The server has no "
                 "capabilities, no inherited environment, and `{scratch}` as the one folder made for it to write to."
             ),
+            (
+                "Permission denied although modes are right: where the kernel has Landlock the server writes only in "
+                "`{scratch}`, and connects only to the TCP ports in `server.egress`, on the loopback too."
+            ),
         ),
         "What the server printed stays in guest memory and is only counted: server logs quote prompts and paths, and "
         "this output would go to the host.",

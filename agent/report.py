@@ -110,7 +110,7 @@ class BootReport:
                 self.simulated, self.lease_s = simulated, lease_s
             case GatePassed(_, preset):
                 self.gate_preset = preset
-            case ServerStarted(pid, start, _):
+            case ServerStarted(pid, start):
                 self.server_pid, self.server_starts = pid, start
             case ServerReady() if self.phase in (Phase.BOOTING, Phase.RESTARTING):
                 self.phase = Phase.SERVING
@@ -215,7 +215,7 @@ def console_line(message: Message) -> str | None:
             return f"{stage.value}: done in {ms} ms" + (f", {count / 1e6:.1f} MB" if count else "")
         case StageFailed(stage, ms):
             return f"{stage.value}: failed after {ms} ms"
-        case ServerStarted(pid, start, _):
+        case ServerStarted(pid, start):
             return f"model server started (pid {pid}, start {start})"
         case ServerReady(ms, _):
             return f"model server ready after {ms} ms"

@@ -272,7 +272,7 @@ class Supervisor:
         except AgentError as error:
             self._fail(error)
             return
-        self._tell(ServerStarted(server.pid, self._policy.starts, own_uid=bool(plan.uid)))
+        self._tell(ServerStarted(server.pid, self._policy.starts, own_uid=bool(plan.uid), landlock=server.landlock))
         self._loop.watch(server.pidfd, self._on_server_end)
         if server.output_fd is not None:
             output = server.output_fd

@@ -193,6 +193,7 @@ def plan_server(server: ServerConfig) -> ServerPlan:
         max_restarts=server.max_restarts,
         output=Output(server.output),
         scratch_max_bytes=server.scratch_mib << 20,
+        egress=server.egress,
     )
 
 

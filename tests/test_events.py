@@ -24,7 +24,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "verdict_accepted": ["request_id", "key_uri", "policy_version", "simulated", "lease_s"],
         "gate_passed": ["gpus", "preset"],
         "destination_chosen": ["kind", "bytes", "noswap", "swap_active"],
-        "server_started": ["pid", "start", "own_uid"],
+        "server_started": ["pid", "start", "own_uid", "landlock"],
         "server_output_inherited": [],
         "server_ready": ["ms", "start"],
         "server_ended": ["status", "signal", "output_bytes"],

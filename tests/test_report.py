@@ -60,8 +60,8 @@ def test_a_termination_message_fits_whatever_failed(cls: type) -> None:
 @pytest.mark.parametrize(
     ("messages", "phase"),
     [
-        ((ServerStarted(1, 1, True),), Phase.BOOTING),
-        ((ServerStarted(1, 1, True), ServerReady(5, 1)), Phase.SERVING),
+        ((ServerStarted(1, 1, True, 4),), Phase.BOOTING),
+        ((ServerStarted(1, 1, True, 4), ServerReady(5, 1)), Phase.SERVING),
         ((ServerReady(5, 1), ServerEnded(0, 9, 0)), Phase.RESTARTING),
         ((ServerReady(5, 1), Stopping(15, Ident("server")), ServerEnded(0, 15, 0)), Phase.STOPPING),
         ((ServerReady(5, 1), Stopping(15, None), Stopped(0)), Phase.STOPPED),

@@ -29,6 +29,7 @@ PLAN = ServerPlan(
     restart_window_s=600,
     output=Output.COUNT,
     scratch_max_bytes=1 << 30,
+    egress=(443, 8443),
 )
 PLACE = Placement(model="/m/w.gguf", model_dir="/m", scratch="/s")
 
@@ -102,6 +103,11 @@ WRONG: list[tuple[str, object]] = [
     ("restart_window_s", 0),
     ("output", "log"),
     ("scratch_max_bytes", 0),
+    ("egress", [0]),
+    ("egress", [65536]),
+    ("egress", ["443"]),
+    ("egress", [True]),
+    ("egress", 443),
 ]
 
 

@@ -42,6 +42,7 @@ PLAN = ServerPlan(
     restart_window_s=600,
     output=Output.COUNT,
     scratch_max_bytes=1 << 20,
+    egress=(),
 )
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.guest import landlock
 from tests.world import World, free_port
 
 
@@ -44,6 +45,7 @@ def test_the_health_port_answers_through_the_whole_boot(world: World) -> None:
 
 def test_the_supervisor_is_not_dumpable_and_holds_no_library(world: World) -> None:
     agent = world.start()
+    assert agent.wait_for("server_started")["landlock"] == landlock.abi_version()
     agent.wait_for("server_ready")
     maps = Path(f"/proc/{agent.process.pid}/maps").read_text() if os.geteuid() == 0 else ""
     limits = Path(f"/proc/{agent.process.pid}/limits").read_text() if os.geteuid() == 0 else "Max core file size  1  1"

@@ -45,6 +45,15 @@ def test_the_server_runs_under_its_own_user_only_where_we_can_change_users() -> 
     assert plan.argv[0] == "/usr/bin/llama-server"
 
 
+def test_the_server_may_connect_nowhere_unless_the_configuration_names_the_port() -> None:
+    assert plan_server(parse(EXAMPLE.encode()).config.server).egress == ()
+    text = EXAMPLE.replace("port = 8080", "port = 8080\negress = [443, 8443]")
+    assert plan_server(parse(text.encode()).config.server).egress == (443, 8443)
+    for wrong in ("[0]", "[65536]", "443", '["443"]', "[true]"):
+        with pytest.raises(ConfigError):
+            parse(EXAMPLE.replace("port = 8080", f"port = 8080\negress = {wrong}").encode())
+
+
 def test_a_server_that_cannot_be_planned_is_a_config_error() -> None:
     text = EXAMPLE.replace('preset = "llama-cpp"', 'preset = "custom"')
     with pytest.raises(ConfigError) as caught:

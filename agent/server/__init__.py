@@ -84,6 +84,7 @@ class ServerPlan:
         stop_timeout_s: from SIGTERM to SIGKILL.
         max_restarts: within any `restart_window_s`.
         scratch_max_bytes: size of the scratch tmpfs.
+        egress: TCP ports it may connect to, on any address, the loopback included.
     """
 
     argv: tuple[str, ...]
@@ -104,6 +105,7 @@ class ServerPlan:
     restart_window_s: int
     output: Output
     scratch_max_bytes: int
+    egress: tuple[int, ...]
 
     def __post_init__(self) -> None:
         """Raises ValueError whose only argument is the name of the first bad field."""
@@ -130,6 +132,7 @@ class ServerPlan:
             "max_restarts": self.max_restarts >= 0,
             "restart_window_s": self.restart_window_s >= 1,
             "scratch_max_bytes": self.scratch_max_bytes >= 1,
+            "egress": all(1 <= port <= 65535 for port in self.egress),
         }
         for field, good in checks.items():
             if not good:
@@ -188,6 +191,7 @@ class ServerPlan:
         fields = _members(record, cls)
         fields["argv"] = tuple(_items(fields["argv"], str))
         fields["environment"] = tuple(_pair(item) for item in _items(fields["environment"], list, tuple))
+        fields["egress"] = tuple(_items(fields["egress"], int))
         fields["health_codes"] = frozenset(_items(fields["health_codes"], int))
         fields["output"] = Output(fields["output"])
         if fields["probe"] is not None:

@@ -107,6 +107,7 @@ def server_plan(
     restart_window_s: int = 600,
     output: Output = Output.COUNT,
     scratch_max_bytes: int = 1 << 30,
+    egress: tuple[int, ...] = (),
 ) -> ServerPlan:
     """The plan that the `[server]` section of a configuration stands for; names are its keys.
 
@@ -145,6 +146,7 @@ def server_plan(
             restart_window_s=restart_window_s,
             output=output,
             scratch_max_bytes=scratch_max_bytes,
+            egress=egress,
         )
     except ValueError as error:
         field = error.args[0]

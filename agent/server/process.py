@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 from agent.errors import ServerStartError, ServerStuckError
-from agent.guest import hardening
+from agent.guest import hardening, landlock
 from agent.server import Output, Placement, ServerPlan
 from agent.server.policy import Exited
 
@@ -62,14 +62,16 @@ class ServerProcess:
     Attributes:
         output_fd: the non-blocking pipe of stdout and stderr; None when they are inherited, and after their end.
         started_at: `time.monotonic()` before the fork.
+        landlock: the kernel's ABI version of the domain it is in; 0: the kernel has no Landlock, and it is in none.
     """
 
-    def __init__(self, pid: int, pidfd: int, output_fd: int | None, started_at: float) -> None:
+    def __init__(self, pid: int, pidfd: int, output_fd: int | None, started_at: float, abi: int) -> None:
         self.pid = pid
         self.pidfd = pidfd
         self.output_fd = output_fd
         self.output = OutputRing()
         self.started_at = started_at
+        self.landlock = abi
 
     def is_alive(self) -> bool:
         """Has the server itself not ended yet?"""
@@ -141,7 +143,8 @@ def spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
     """Start the server.
 
     It runs in a session of its own with everything `hardening.confine_child` takes away, in `/`, with default signals, the
-    plan's environment and nothing else, the named descriptors and nothing else. The kernel kills it when this process dies.
+    plan's environment and nothing else, the named descriptors and nothing else, in a domain of `landlock.confine` where the
+    kernel has Landlock. The kernel kills it when this process dies.
 
     Raises:
         ServerStartError: with the errno of the first step that failed, from pipe(2) to execve(2); nothing is left of it.
@@ -156,6 +159,7 @@ def spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
 
 def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
     argv, environment = plan.command(place), plan.variables(place)
+    abi = landlock.abi_version()
     started_at = time.monotonic()
     with ExitStack() as undo, ExitStack() as brief:
         with ExitStack() as ours_until_fork:
@@ -181,6 +185,8 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                     for descriptor in place.descriptors:
                         os.set_inheritable(descriptor, True)
                     hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report_end, *place.descriptors})
+                    if abi:
+                        landlock.confine(abi, place.scratch, place.model_dir, plan.egress)
                     signal.pthread_sigmask(signal.SIG_SETMASK, ())
                     os.execvpe(argv[0], argv, environment)
                 except OSError as error:
@@ -200,7 +206,7 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                 raise RuntimeError("a bug between fork and exec")
             raise OSError(code, "exec")
         undo.pop_all()
-    return ServerProcess(pid, pidfd, output, started_at)
+    return ServerProcess(pid, pidfd, output, started_at, abi)
 
 
 def fork(inside: Callable[[int], None]) -> int:
