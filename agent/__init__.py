@@ -9,6 +9,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     cli.py           finds the verb;  commands/  one lazily imported file per verb
     supervisor.py    standard library only: worker, server, signals, lease;  beside it loop.py (waiting), publish.py (mounts),
                      telling.py and health.py (the faces), channel.py (the wire to the worker)
+    unhandled.py     what nobody caught becomes an event, never a traceback
     worker.py        the process around boot.py: its outcome, its one error
     boot.py          the worker's story, one step after the other
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads

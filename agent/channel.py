@@ -29,7 +29,7 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer that raises in the middle of `send` is told from there
 
     @classmethod
     def pair(cls) -> tuple[Self, Self]:

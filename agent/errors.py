@@ -888,15 +888,20 @@ class InternalError(AgentError):
 
     @classmethod
     def of(cls, error: BaseException) -> "InternalError":
-        """For an exception outside this tree: file and line of our innermost frame and the type, never the text."""
+        """For an exception outside this tree."""
+        return cls(cls.place_of(type(error), error))
+
+    @staticmethod
+    def place_of(kind: type[BaseException] | None, error: BaseException | None) -> Ident:
+        """File and line of our innermost frame and the type, never the text; what is not known is `unknown`."""
         place = "unknown"
-        trace = error.__traceback__
+        trace = error.__traceback__ if error else None
         while trace is not None:
             path = trace.tb_frame.f_code.co_filename.removesuffix(".py").split("/")
             if "agent" in path:
                 place = f"{'/'.join(path[-2:])}:{trace.tb_lineno}"
             trace = trace.tb_next
-        return cls(Ident.of_peer(f"{place}:{type(error).__name__}"))
+        return Ident.of_peer(f"{place}:{kind.__name__ if kind else 'unknown'}")
 
     def what(self) -> str:
         return f"internal error at {self.place}"

@@ -202,6 +202,23 @@ class Stopped(Event):
     exit_status: int
 
 
+class Hook(enum.Enum):
+    """Where an exception came to light that nobody had caught."""
+
+    MAIN = "main"
+    THREAD = "thread"
+    UNRAISABLE = "unraisable"  # in a finalizer, mostly
+    LOOP = "loop"  # asyncio: a callback, or a task that nobody waits for
+
+
+@dataclasses.dataclass(frozen=True)
+class ExceptionUnhandled(Event):
+    """A bug that may not matter: it ends nothing by itself. `place` as in InternalError: file, line and class."""
+
+    hook: Hook
+    place: Ident
+
+
 _EVENTS = {re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower(): cls for cls in Event.__subclasses__()}
 _NAMES = {cls: name for name, cls in _EVENTS.items()}
 

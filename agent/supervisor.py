@@ -8,11 +8,12 @@ kernel kills worker and server with it (PDEATHSIG), and the model's mount goes w
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from agent import __version__
+from agent import __version__, unhandled
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.errors import (
@@ -28,6 +29,8 @@ from agent.errors import (
 )
 from agent.events import (
     BootStarted,
+    ExceptionUnhandled,
+    Hook,
     Message,
     ServerEnded,
     ServerOutputInherited,
@@ -59,6 +62,7 @@ DEFAULT_STATUS_FILE = f"{RUN_DIRECTORY}/status.json"
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 ASK_AGAIN_S = 0.5
 LEASE_LOOK_S = 1.0
+MAX_UNHANDLED = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +102,7 @@ class Supervisor:
         self._asked_to_stop = False
         self._serving_since = 0.0
         self._error: AgentError | None = None
+        self._unhandled: deque[ExceptionUnhandled] = deque(maxlen=MAX_UNHANDLED)
 
     @property
     def report(self) -> BootReport:
@@ -105,10 +110,11 @@ class Supervisor:
 
     def run(self) -> int:
         """Boot, serve, wipe. The value is the exit status."""
+        unhandled.install(self._on_unhandled)
         try:
             self._loop.watch_signals((signal.SIGTERM, signal.SIGINT, signal.SIGHUP), self._stop)
             self._prepare()
-            self._loop.run(self._reap)
+            self._loop.run(self._after_turn)
         except AgentError as error:
             self._fail(error)
         except Exception as error:  # noqa: BLE001  # a bug must not leave a server running unwatched
@@ -357,6 +363,20 @@ class Supervisor:
     def _end(self) -> None:
         self._loop.ended = True
 
+    def _on_unhandled(self, event: ExceptionUnhandled) -> None:
+        """Kept for the end of this turn: a finalizer may raise in the middle of telling something else."""
+        self._unhandled.append(event)
+        if event.hook is Hook.MAIN:  # there is no other turn
+            self._tell_unhandled()
+
+    def _tell_unhandled(self) -> None:
+        while self._unhandled:
+            self._tell(self._unhandled.popleft())
+
+    def _after_turn(self) -> None:
+        self._tell_unhandled()
+        self._reap()
+
     def _reap(self) -> None:
         reap_orphans((*self._children(), *([self._server.pid] if self._server else [])))
 
@@ -396,6 +416,7 @@ class Supervisor:
             self._tell(Wiped())
         if self._error and self._teller.report.error is None:
             self._tell(self._error)
+        self._tell_unhandled()
         status = self._error.exit_status if self._error else EXIT_SERVED
         self._tell(Stopped(status))
         self._teller.last_word()

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
+from agent import unhandled
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import Measured, MeasuredConfig, ServerConfig, parse
@@ -51,6 +52,8 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware)
     def notify(event: Event) -> None:
         channel.send(message_to_record(event))
 
+    unhandled.install(notify)
+    unhandled.silence_libraries()
     with ExitStack() as undo:
         try:
             record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify))
@@ -70,7 +73,9 @@ async def _boot(
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     task = asyncio.current_task()
     assert task is not None
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    unhandled.watch_loop(loop, notify)
 
     with stage(Stage.CONFIG, notify):
         found = await appears(find_config, CONFIG_WAIT_S, lambda: notify(WaitingFor(Ident("config"), CONFIG_WAIT_S)))

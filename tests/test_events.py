@@ -34,6 +34,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "lines_lost": ["lines"],
         "wiped": [],
         "stopped": ["exit_status"],
+        "exception_unhandled": ["hook", "place"],
     }
 
 
