@@ -281,7 +281,8 @@ EXPLAIN = {
     "inherit: it goes to the agent's output",
     "server.egress": "TCP ports the server may connect to, default none. Ports only: an entry holds for every address, and the "
     "loopback counts too, so a server whose own processes talk over TCP needs theirs here. Landlock keeps it, from ABI 4 on "
-    "(Linux 6.7); the event server_started says which ABI the kernel has, 0 for none. UDP and listening are not restricted",
+    "(Linux 6.7); the event server_started says which ABI the kernel has, 0 for none. Listening is not restricted, nor is what "
+    "is not connect(2) of plain TCP: UDP, MPTCP, TCP Fast Open. It stops what libraries do by themselves, not an attacker",
 }
 """One sentence for each key; a test compares the keys with the schema."""
 
