@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from tests.children import IS_ROOT, NOBODY, in_child, readable
 
 _PR_GET_DUMPABLE = 3
 _CAP_NET_RAW = 13
+CORE_PATTERN = Path("/proc/sys/kernel/core_pattern")
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -55,6 +57,53 @@ def test_core_limit_that_cannot_be_raised_to_one_is_an_error_only_where_cores_go
     assert in_child(scenario) is None
     pattern.write_text("|/usr/lib/systemd/systemd-coredump %P\n")
     assert in_child(scenario) == errno.EPERM
+
+
+def how_it_aborted(harden: Callable[[], None], folder: Path) -> int:
+    """The si_code of a child that aborts in a folder where its core could lie: CLD_KILLED, or CLD_DUMPED with a core."""
+
+    def scenario() -> int:
+        pid = os.fork()
+        if pid == 0:
+            os.chdir(folder)
+            harden()
+            signal.signal(signal.SIGABRT, signal.SIG_DFL)
+            os.abort()
+        ended = os.waitid(os.P_PID, pid, os.WEXITED)
+        assert ended is not None and ended.si_status == signal.SIGABRT
+        return ended.si_code
+
+    return in_child(scenario)
+
+
+def test_core_limit_of_one_leaves_no_core_whatever_this_machine_does_with_cores(tmp_path: Path) -> None:
+    """The kernel's own word: it says CLD_DUMPED also when a pipe took the core. Still dumpable, as the server is after exec."""
+
+    def as_dumpable() -> None:
+        hardening.forbid_core()
+        assert _LIBC.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0) == 1
+
+    assert how_it_aborted(as_dumpable, tmp_path) == os.CLD_KILLED
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_hardened_agent_leaves_no_core_although_its_limit_is_one(tmp_path: Path) -> None:
+    assert how_it_aborted(hardening.harden_agent, tmp_path) == os.CLD_KILLED
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_child_that_is_not_hardened_does_leave_a_core_here(tmp_path: Path) -> None:
+    """Or the two tests above would prove nothing."""
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != resource.RLIM_INFINITY or not CORE_PATTERN.read_text().strip():
+        pytest.skip("this machine lets nobody leave a core")
+    if CORE_PATTERN.read_text().startswith(("|", "/", "@")):
+        pytest.skip("cores of this machine go elsewhere: this test leaves none there")
+
+    def allow_core() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
+
+    assert how_it_aborted(allow_core, tmp_path) == os.CLD_DUMPED
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 def drop_everything() -> None:

@@ -1,9 +1,13 @@
 """Secret memory, and the unwrapping of the model key against Trustee's vectors and two JOSE libraries."""
 
 import copy
+import ctypes
 import json
+import mmap
 import os
 import pickle
+import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,9 +25,11 @@ from agent.closed import Ident
 from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence import Nonce
 from agent.evidence.gate import SecuredDevices, secure
+from agent.guest import hardening
 from agent.handshake import SealedKey, TeePublicKey, TokenClaims, Verdict
 from agent.jose import pack_b64url, pack_jwk, parse_b64url
 from agent.keys import EphemeralKey, ReleasedKey, SecretBuffer, open_jwe, unwrap
+from tests.children import in_child
 from tests.shared import shared_data
 
 MODEL_KEY = bytes(range(32))
@@ -251,11 +257,32 @@ def test_a_forked_child_sees_zeros() -> None:
     assert bytes(secret.view()) == MODEL_KEY
 
 
-def test_secret_memory_is_not_dumped_and_is_locked_where_allowed() -> None:
+def flags_of(secret: SecretBuffer) -> set[str]:
+    """VmFlags of exactly the mapping it lies in; proc_pid_smaps(5)."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(secret.view()))
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return set(line.split()[1:])
+    raise AssertionError("a secret without memory")
+
+
+def test_secret_memory_is_locked_and_in_no_core_and_in_no_child() -> None:
+    if os.geteuid() != 0 and resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] < 2 * mmap.PAGESIZE:
+        pytest.skip("RLIMIT_MEMLOCK lets this user lock nothing")
     secret = SecretBuffer(32)
     secret.view()[:] = MODEL_KEY
-    mappings = Path("/proc/self/smaps").read_text().split("VmFlags:")[1:]
-    flags = [mapping.splitlines()[0].split() for mapping in mappings]
-    ours = [names for names in flags if "dd" in names and "wf" in names]
-    assert ours
-    assert any("lo" in names for names in ours) is secret.locked
+    assert secret.locked
+    assert flags_of(secret) >= {"lo", "dd", "wf"}
+
+
+def test_secret_memory_that_cannot_be_locked_says_so_and_is_still_in_no_core() -> None:
+    def scenario() -> tuple[bool, set[str]]:
+        resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+        hardening.confine_child(None, None, os.getppid(), range(100))  # root may lock without limit: not without capabilities
+        secret = SecretBuffer(32)
+        return secret.locked, flags_of(secret) & {"lo", "dd", "wf"}
+
+    assert in_child(scenario) == (False, {"dd", "wf"})

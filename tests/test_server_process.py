@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import tempfile
 import time
 from collections.abc import Callable
 
@@ -166,6 +167,21 @@ def test_server_cannot_gain_privileges_or_leave_cores_and_has_clean_signals_umas
     assert (found["core"], found["umask"], found["cwd"], found["leads"]) == ([1, 1], 0o077, "/", True)
     python_ignores = (1 << signal.SIGPIPE - 1) | (1 << signal.SIGXFSZ - 1)  # the test program's own interpreter does
     assert (int(str(found["SigBlk"]), 16), int(str(found["SigIgn"]), 16) & ~python_ignores) == (0, 0)
+
+
+def test_server_that_aborts_leaves_no_core_in_its_scratch_folder() -> None:
+    """Its limit is 1: for a file that is below a page, and a piped handler is not started (core(5))."""
+
+    def scenario() -> tuple[int, int, list[str]]:
+        with tempfile.TemporaryDirectory(prefix="keyturn-core-") as scratch:
+            os.chmod(scratch, 0o777)
+            program = f"import os; os.chdir({scratch!r}); os.abort()"
+            server = spawn(running(program), dataclasses.replace(PLACE, scratch=scratch))
+            ended = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+            assert ended is not None
+            return server.destroy().signal, ended.si_code, os.listdir(scratch)
+
+    assert in_child(scenario) == (signal.SIGABRT, os.CLD_KILLED, [])
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------
