@@ -74,7 +74,10 @@ class Channel:
         if not data:
             return None
         try:
-            record = json.loads(data)
+            try:
+                record = json.loads(data)
+            except RecursionError:
+                raise ValueError("nested too deeply") from None
             if not isinstance(record, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("not a whole record")
         except ValueError:

@@ -242,9 +242,9 @@ def message_from_record(record: dict[str, object]) -> Message:
     name = record.get("event")
     if name == "failed":
         return error_from_record(fields)
-    if name not in _EVENTS:
+    if not isinstance(name, str) or name not in _EVENTS:
         raise ValueError("unknown event")
-    event = from_record(_EVENTS[str(name)], fields)
+    event = from_record(_EVENTS[name], fields)
     assert isinstance(event, Event)
     return event
 

@@ -53,7 +53,7 @@ class HandedModel:
 
     @classmethod
     def of(cls, record: object, descriptors: tuple[int, ...]) -> "HandedModel":
-        """The inverse of `record`. Raises ValueError, KeyError or TypeError: not what our worker sends."""
+        """The inverse of `record`. Raises ValueError, KeyError, TypeError or OverflowError: not what our worker sends."""
         if not isinstance(record, dict):
             raise ValueError("record")
         return cls(

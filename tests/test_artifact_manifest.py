@@ -385,6 +385,8 @@ def test_a_new_index_names_its_manifest() -> None:
         ("index", b'{"schemaVersion":2}'),
         ("index.schemaVersion", b'{"schemaVersion":1,"manifests":[]}'),
         ("index.bytes", b" " * ((4 << 20) + 1)),
+        ("index", b'{"schemaVersion":2,"manifests":[],"foreign":"\xff"}'),
+        ("index", b'{"schemaVersion":2,"manifests":[],"foreign":1e999}'),
         (
             "index.digest",
             b'{"schemaVersion":2,"manifests":[{"mediaType":"%b","digest":"../x","size":1}]}' % m.MANIFEST_TYPE.encode(),

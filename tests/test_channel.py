@@ -49,7 +49,7 @@ def test_the_largest_record_passes_and_a_larger_one_is_our_bug() -> None:
     theirs.close()
 
 
-@pytest.mark.parametrize("data", [b"not json", b"[1]", b'"text"', b"\xff", b"{" * 100])
+@pytest.mark.parametrize("data", [b"not json", b"[1]", b'"text"', b"\xff", b"{" * 100, b"[" * 5000])
 def test_what_is_no_record_is_refused_and_its_descriptors_are_closed(data: bytes) -> None:
     raw, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     theirs = Channel(end)

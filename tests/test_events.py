@@ -60,7 +60,9 @@ def test_an_error_is_the_event_failed() -> None:
     assert str(message_from_record(record)) == str(GpuCountError(2, 1))
 
 
-@pytest.mark.parametrize("record", [{}, {"event": "shouted"}, {"event": "wiped", "text": "free"}, {"event": "failed"}])
+@pytest.mark.parametrize(
+    "record", [{}, {"event": []}, {"event": "shouted"}, {"event": "wiped", "text": "free"}, {"event": "failed"}]
+)
 def test_what_is_no_message_is_refused(record: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         message_from_record(record)

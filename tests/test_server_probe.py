@@ -1,8 +1,10 @@
 """The probe against real servers: each speaks raw HTTP in its own bad way, as a child process of its own."""
 
+import contextlib
 import dataclasses
 import os
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 
 from agent.errors import Unready
 from agent.server import Placement, ProbeRequest, RunningServer, ServerPlan
-from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, _listeners, start_probe
+from agent.server.probe import MAX_BODY_BYTES, QUESTION_TIMEOUT_S, Probe, _ask, _listeners, start_probe
 from agent.server.process import ServerProcess, spawn
 from tests.children import DEADLINE_S, IS_ROOT, NOBODY, gone, in_child, python, readable
 from tests.test_server_process import PLAN, drain_until
@@ -358,3 +360,29 @@ def test_somebody_else_on_the_port_is_asked_nothing() -> None:
             server.destroy()
 
     assert in_child(scenario) == [Unready.FOREIGN_PORT]
+
+
+def test_a_chunk_of_negative_size_is_no_answer_and_is_not_read_to_its_end() -> None:
+    taken: list[int] = []
+
+    def serve(listening: socket.socket) -> None:
+        for size in (b"-1", b"-5", b"-99999999999999999999"):
+            with listening.accept()[0] as connection:
+                connection.recv(64 << 10)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + size + b"\r\n")
+                sent = 0
+                with contextlib.suppress(OSError):  # the probe has hung up
+                    while sent < 64:
+                        connection.sendall(bytes(1 << 20))
+                        sent += 1
+                taken.append(sent)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=serve, args=(listening,))
+        server.start()
+        plan = dataclasses.replace(PLAN, port=listening.getsockname()[1])
+        answers = [_ask(plan, "/health", None, QUESTION_TIMEOUT_S) for _ in range(3)]
+        server.join(DEADLINE_S)
+    assert answers == [None] * 3
+    assert len(taken) == 3
+    assert max(taken) < 64

@@ -321,6 +321,7 @@ def parse_index(index_bytes: bytes) -> tuple[IndexEntry, ...]:
         MalformedManifestError: not an OCI image index, or above 4 MiB.
     """
     _require(len(index_bytes) <= MAX_INDEX_BYTES, "index.bytes")
+    _decode(index_bytes, dict[str, Any], "index")  # `add_to_index` keeps what the next line skips without a look
     index = _decode(index_bytes, _OciIndex, "index")
     _require(index.schema_version == 2, "index.schemaVersion")
     entries = []

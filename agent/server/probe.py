@@ -6,6 +6,7 @@ means (`policy.py`).
 Standard library only; `http.client` is imported in the child, whose memory goes when the server is ready.
 """
 
+import errno
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from agent.server import LOOPBACK_OF, RunningServer, ServerPlan
 from agent.server.process import ServerProcess, fork
 
 MAX_BODY_BYTES = 64 << 10
+MAX_ANSWER_BYTES = 1 << 20  # with its headers and the sizes of its chunks
 QUESTION_TIMEOUT_S = 5.0  # health and model list
 REQUEST_TIMEOUT_S = 120.0  # the one request: a first request compiles kernels on some servers
 FIRST_PAUSE_S = 0.02
@@ -165,7 +167,8 @@ def _ask(plan: ServerPlan, path: str, body: str | None, timeout_s: float) -> tup
             client.request("GET" if body is None else "POST", path, None if body is None else body.encode(), headers)
             response = client.getresponse()
             content = response.read(MAX_BODY_BYTES + 1)
-        except (OSError, http.client.HTTPException):
+        except (OSError, http.client.HTTPException, ValueError, OverflowError):
+            # The last two: http.client of CPython 3.11 hands the negative size of a chunk to read().
             return None
     if len(content) > MAX_BODY_BYTES or response.length:  # too long, or it broke off
         return None
@@ -173,13 +176,21 @@ def _ask(plan: ServerPlan, path: str, body: str | None, timeout_s: float) -> tup
 
 
 class _DeadlineSocket(socket.socket):
-    """A socket whose timeout is for all reads together: a peer that sends a byte now and then gains nothing by it."""
+    """A socket whose timeout is for all reads together: a peer that sends a byte now and then gains nothing by it.
+
+    So is its bound: for a chunk of size -1 `http.client` reads to the end of the stream, however far that is.
+    """
 
     deadline = 0.0
+    left_bytes = MAX_ANSWER_BYTES
 
     def recv_into(self, *arguments: Any) -> int:
         left_s = self.deadline - time.monotonic()
         if left_s <= 0:
             raise TimeoutError
         self.settimeout(left_s)
-        return super().recv_into(*arguments)
+        got = super().recv_into(*arguments)
+        self.left_bytes -= got
+        if self.left_bytes < 0:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        return got
