@@ -93,7 +93,7 @@ async def _boot(
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
 
     cfg, at = measured.config, measured.config.broker
-    trust = Trust(_token_keys(at.token_keys), at.allow_simulated)
+    trust = Trust(token_keys(at.token_keys), at.allow_simulated)
     async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry) as broker:
         local = all(is_loopback(endpoint) for endpoint in at.endpoints)
         with suppress(OSError):  # told below, where the route is needed
@@ -166,7 +166,8 @@ def is_loopback(endpoint: str) -> bool:
     return host in ("localhost", "[::1]") or host.startswith("127.")
 
 
-def _token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
+def token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
+    """The authority's keys. Raises ConfigError."""
     from agent.handshake.token import parse_token_key
 
     keys = []

@@ -18,6 +18,7 @@ from agent.artifact.memory import (
     DetachedTmpfs,
     GivenDirectory,
     SealedMemfd,
+    check_destination,
     check_memory,
     choose_destination,
     in_pages,
@@ -255,6 +256,24 @@ def test_a_given_directory_must_be_empty(given: Path) -> None:
     assert os.listdir(given) == ["model"]
 
 
+def test_a_given_directory_is_checked_without_wiping_what_an_agent_may_still_be_writing(given: Path, guest: MemoryInfo) -> None:
+    def check(size: int) -> None:
+        check_destination("directory", str(given), [size], None, allow_swap=False, memory=guest)
+
+    before = descriptors()
+    (given / PARTIAL_NAME).mkdir()
+    (given / PARTIAL_NAME / "weights").write_bytes(b"plaintext")
+    check(PAGE)
+    with pytest.raises(InsufficientMemoryError):
+        check(1 << 60)
+    (given / "model").mkdir()
+    with pytest.raises(DestinationError) as caught:
+        check(PAGE)
+    assert caught.value.problem is DestinationProblem.NOT_EMPTY
+    assert (given / PARTIAL_NAME / "weights").read_bytes() == b"plaintext"
+    assert descriptors() == before
+
+
 def test_a_given_directory_must_be_memory() -> None:
     before = descriptors()
     with pytest.raises(DestinationError) as caught:
@@ -346,6 +365,16 @@ def test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing(swapping: 
 
 def test_swap_goes_on_only_when_allowed_by_name(swapping: MemoryInfo) -> None:
     choose_destination("memfd", None, [1], None, allow_swap=True, memory=swapping).close()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "directory"])
+def test_what_only_checks_a_destination_refuses_swap_as_well(swapping: MemoryInfo, given: Path, kind: str) -> None:
+    before = descriptors()
+    directory = str(given) if kind == "directory" else None
+    with pytest.raises(SwapActiveError):
+        check_destination(kind, directory, [PAGE], None, allow_swap=False, memory=swapping)
+    check_destination(kind, directory, [PAGE], None, allow_swap=True, memory=swapping)
+    assert descriptors() == before
 
 
 @needs_root

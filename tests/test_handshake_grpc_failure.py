@@ -21,7 +21,7 @@ from agent.errors import (
     RemoteProtocolError,
     Unreachable,
 )
-from agent.handshake.grpc_failure import Peer, translate
+from agent.handshake.grpc_failure import Peer, check_peer, translate
 from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
 from tests.tls import Signer, certificate, key_pem, pem
 
@@ -121,3 +121,11 @@ def test_the_measured_broker_that_answers_again_is_worth_another_attempt(tmp_pat
     got = asyncio.run(run())
     assert isinstance(got, BrokerUnreachableError)
     assert got.reason is Unreachable.RESET
+
+
+def test_the_measured_broker_proves_its_identity_and_is_asked_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path, certificate("broker.test", signer=CA)) as endpoint:
+            await check_peer(Peer(endpoint, pem(CA).decode(), "broker.test"), 5.0)
+
+    asyncio.run(run())

@@ -265,6 +265,28 @@ async def load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progr
     return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
 
 
+def read_model(read_blob: Callable[[str, int], bytes], config: ArtifactConfig, key_uri: str) -> ModelConfig:
+    """What the store holds under the promised digest, authenticated. Needs no key.
+
+    Args:
+        read_blob: of a source, patient or not.
+        config: the measured configuration of the artifact.
+        key_uri: the key the broker is asked for.
+
+    Raises:
+        ArtifactUnavailableError: the store does not deliver.
+        ManifestDigestError, MalformedManifestError, MalformedHeaderError: not the promised artifact.
+        ConfigError: the configuration names another key than the manifest.
+        RollbackError: older than the configured minimum.
+    """
+    manifest = parse_manifest(read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
+    model = parse_config(read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+    if model.key_uri != key_uri:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
+    _check_floor(model, config.min_version)  # the verdict's floor comes with the key
+    return model
+
+
 def _prepare(
     source: BlobSource,
     config: ArtifactConfig,
@@ -277,14 +299,8 @@ def _prepare(
     memory: MemoryInfo,
 ) -> Prepared:
     # 1. The promised manifest, and the file table it promises.
-    patient = PatientSource(source, config.timeout_s, stop)
-    manifest = parse_manifest(patient.read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
-    model = parse_config(patient.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
-    # 2. The key we ask for is the one it needs, and it is not too old. The verdict's floor comes with the key.
-    if model.key_uri != key_uri:
-        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
-    _check_floor(model, config.min_version)
-    # 3. It fits, into memory that stays memory.
+    model = read_model(PatientSource(source, config.timeout_s, stop).read_blob, config, key_uri)
+    # 2. It fits, into memory that stays memory.
     sizes = [file.size for file in model.files]
     check_memory(sizes, config.headroom_mib << 20, memory)
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
@@ -292,7 +308,7 @@ def _prepare(
     undo.callback(prepared.close)
     for file in model.files:
         destination.create(file.path, file.size)
-    # 4. From here the store works while attestation waits.
+    # 3. From here the store works while attestation waits.
     prepared.start()
     return prepared
 

@@ -183,14 +183,9 @@ class GivenDirectory:
         self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
         self._gid = gid
         self._closed = False
-        with translated():
-            self._parent = os.open(path, _FOLDER)
+        self._parent = _open_given(path)
         try:
             with translated():
-                if not mounts.is_tmpfs(self._parent):
-                    raise DestinationError(DestinationProblem.NOT_MEMORY)
-                if set(os.listdir(self._parent)) - {PARTIAL_NAME}:
-                    raise DestinationError(DestinationProblem.NOT_EMPTY)
                 self._remove(PARTIAL_NAME)
                 _check_space(self._parent, size_bytes)
                 os.mkdir(PARTIAL_NAME, 0o700, dir_fd=self._parent)
@@ -301,10 +296,29 @@ def choose_destination(
             if kind == "tmpfs" or error.code not in (errno.EPERM, errno.ENOSYS):
                 raise
             destination = _memfd(sizes, gid)
-    if not allow_swap and not destination.noswap and swap_is_active(memory):
+    try:
+        _check_swap(destination.noswap, allow_swap, memory)
+    except BaseException:
         destination.close()
-        raise SwapActiveError()
+        raise
     return destination
+
+
+def check_destination(
+    kind: str, directory: str | None, sizes: Sequence[int], gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+) -> None:
+    """Raise what `choose_destination` would, and leave everything as it is: a given folder may hold somebody's model."""
+    if kind != "directory":
+        choose_destination(kind, directory, sizes, gid, allow_swap=allow_swap, memory=memory).close()
+        return
+    assert directory is not None  # the schema asks for it
+    folder = _open_given(directory)
+    try:
+        with translated():
+            _check_space(folder, in_pages(sizes))
+    finally:
+        os.close(folder)
+    _check_swap(GivenDirectory.noswap, allow_swap, memory)
 
 
 def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) -> None:
@@ -342,6 +356,26 @@ def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
     if len(sizes) != 1:
         raise DestinationError(DestinationProblem.MANY_FILES)
     return SealedMemfd(gid)
+
+
+def _open_given(path: str) -> int:
+    """The folder, once it is known to be one that a model may go to."""
+    with translated():
+        folder = os.open(path, _FOLDER)
+        try:
+            if not mounts.is_tmpfs(folder):
+                raise DestinationError(DestinationProblem.NOT_MEMORY)
+            if set(os.listdir(folder)) - {PARTIAL_NAME}:
+                raise DestinationError(DestinationProblem.NOT_EMPTY)
+        except BaseException:
+            os.close(folder)
+            raise
+    return folder
+
+
+def _check_swap(noswap: bool, allow_swap: bool, memory: MemoryInfo) -> None:
+    if not allow_swap and not noswap and swap_is_active(memory):
+        raise SwapActiveError()
 
 
 def _check_space(fd: int, needed: int) -> None:

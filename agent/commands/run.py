@@ -12,6 +12,7 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
+    from agent.sim.machine import SimulatedMachine
 
 
 def add_parser(verbs: Any, summary: str) -> None:
@@ -84,18 +85,36 @@ def health_address(text: str) -> tuple[str, int] | None:
 
 def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
+    return open_tee(cfg), open_gpus(cfg)
+
+
+def open_tee(cfg: "MeasuredConfig") -> "Attester":
+    """The CPU TEE."""
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).attester()
+    from agent.evidence.tsm import TsmSnp
+
+    return TsmSnp()
+
+
+def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
+    """The GPUs; None when there shall be none."""
+    if not cfg.gpu.count:
+        return None
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).gpu_system()
+    from agent.evidence.gpu import NvmlGpuSystem
+
+    return NvmlGpuSystem()
+
+
+def _simulated_machine(directory: str) -> "SimulatedMachine":
     from pathlib import Path
 
     from agent.errors import SimulationRefusal, SimulationRefusedError
 
-    if cfg.simulation is None:
-        from agent.evidence.gpu import NvmlGpuSystem
-        from agent.evidence.tsm import TsmSnp
-
-        return TsmSnp(), NvmlGpuSystem() if cfg.gpu.count else None
     try:
         from agent.sim.machine import SimulatedMachine
     except ModuleNotFoundError:
         raise SimulationRefusedError(SimulationRefusal.NOT_INSTALLED) from None
-    machine = SimulatedMachine.load(Path(cfg.simulation.machine))
-    return machine.attester(), machine.gpu_system() if cfg.gpu.count else None
+    return SimulatedMachine.load(Path(directory))

@@ -89,34 +89,47 @@ def open_devices(
 ) -> Devices:
     """Check that this configuration may decide, then what must hold of the GPUs before attestation.
 
-    One report is asked for here, for its HOST_DATA: before it is compared, nothing the configuration says is acted upon but
-    the opening of a connection.
+    Before `check_measured` has returned, nothing the configuration says is acted upon but the opening of a connection.
 
     Args:
         attester: the CPU TEE.
         gpus: None exactly when `gpu_count` is 0.
         gpu_count: configured number of GPUs.
         ready_preset: the image's init sets the ready state.
-        config_digest: over the measured configuration, or over the initdata document that came with it, 32, 48 or 64 bytes;
-            HOST_DATA must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
-            is no initdata: HOST_DATA must be zero.
+        config_digest: as `check_measured`.
         manifest_digest: what the evidence says will be loaded.
         server_command_digest: what the evidence says will be run.
 
     Raises:
-        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
+        ConfigNotMeasuredError: as `check_measured`.
         DeviceError, MalformedEvidenceError, EvidenceBindingError: a device misbehaved.
         GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
     """
-    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
-    if host_data != fit(config_digest, len(host_data)):
-        raise ConfigNotMeasuredError
+    check_measured(attester, config_digest)
     inventory = None
     if gpus:
         inventory = gpus.inspect()
         check_inventory(inventory, gpu_count, ready_preset)
         gpus.check_faults()
     return Devices(attester, gpus, inventory, ready_preset, manifest_digest, server_command_digest)
+
+
+def check_measured(attester: Attester, config_digest: bytes) -> None:
+    """Ask for one report, and compare its HOST_DATA.
+
+    Args:
+        attester: the CPU TEE.
+        config_digest: over the measured configuration, or over the initdata document that came with it, 32, 48 or 64 bytes;
+            HOST_DATA must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
+            is no initdata: HOST_DATA must be zero.
+
+    Raises:
+        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
+        DeviceError, MalformedEvidenceError, EvidenceBindingError: the device misbehaved.
+    """
+    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
+    if host_data != fit(config_digest, len(host_data)):
+        raise ConfigNotMeasuredError
 
 
 def check_distinct(evidence: Sequence[GpuEvidence]) -> None:

@@ -34,7 +34,7 @@ _MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK, _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM
 _REFER = 1 << 13  # ABI 2: link and rename between directories
 _TRUNCATE = 1 << 14  # ABI 3
 _CONNECT_TCP = 1 << 1  # ABI 4
-_ABI_REFER, _ABI_TRUNCATE, _ABI_NETWORK = 2, 3, 4
+_ABI_REFER, _ABI_TRUNCATE, ABI_NETWORK = 2, 3, 4
 # Not handled: IOCTL_DEV (ABI 5), because a GPU is driven by ioctl on /dev/nvidia*.
 _CHANGE_FOLDER = (
     _REMOVE_DIR | _REMOVE_FILE | _MAKE_CHAR | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM | _REFER
@@ -73,7 +73,7 @@ def confine(abi: int, scratch: str, model_dir: str | None, egress: Collection[in
         files &= ~_TRUNCATE
     if abi < _ABI_REFER:
         files &= ~_REFER
-    network = _CONNECT_TCP if abi >= _ABI_NETWORK else 0
+    network = _CONNECT_TCP if abi >= ABI_NETWORK else 0
     # An older kernel takes the longer struct too, as long as what it does not know is zero.
     attributes = struct.pack("=QQ", files, network)
     ruleset = _call(_SYS_CREATE_RULESET, attributes, len(attributes), 0)

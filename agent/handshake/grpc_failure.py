@@ -3,7 +3,7 @@
 gRPC tells a refused connection, a foreign CA, a wrong name and an expired certificate apart in prose only (grpcio 1.85:
 all are UNAVAILABLE, measured). So an unavailable endpoint is asked once more with a plain TLS handshake under the same
 CA and name: deterministic answers where the cause is still there, and a retryable one where it is gone.
-Imported only when a call failed.
+`doctor` asks the same way. Imported only when a call failed.
 """
 
 import asyncio
@@ -78,29 +78,41 @@ async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout
 
 
 async def _look_again(peer: Peer, timeout_s: float) -> AgentError:
+    try:
+        await check_peer(peer, timeout_s)
+    except AgentError as error:
+        return error
+    return BrokerUnreachableError(Unreachable.RESET)  # it answers now: the cause is gone
+
+
+async def check_peer(peer: Peer, timeout_s: float) -> None:
+    """Connect, and let whoever answers prove the measured identity; nothing else is said.
+
+    Raises:
+        BrokerUnreachableError: nobody answers within `timeout_s`.
+        BrokerIdentityError: somebody else does.
+    """
     host, _, port = peer.endpoint.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the measured CA need not be self-signed
     context.set_alpn_protocols(["h2"])
-    error: AgentError = BrokerUnreachableError(Unreachable.RESET)  # it answers now: the cause is gone
     try:
         context.load_verify_locations(cadata=peer.ca_pem)
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host.strip("[]"), port, ssl=context, server_hostname=peer.server_name)
         writer.transport.abort()
     except ssl.SSLCertVerificationError as exc:
-        error = BrokerIdentityError(_problem(exc.verify_code))
+        raise BrokerIdentityError(_problem(exc.verify_code)) from None
     except (ssl.SSLEOFError, ConnectionResetError):
-        error = BrokerUnreachableError(Unreachable.RESET)
+        raise BrokerUnreachableError(Unreachable.RESET) from None
     except ssl.SSLError:
-        error = BrokerIdentityError(IdentityProblem.TLS)
+        raise BrokerIdentityError(IdentityProblem.TLS) from None
     except ConnectionRefusedError:
-        error = BrokerUnreachableError(Unreachable.REFUSED)
+        raise BrokerUnreachableError(Unreachable.REFUSED) from None
     except socket.gaierror:
-        error = BrokerUnreachableError(Unreachable.NAME)
+        raise BrokerUnreachableError(Unreachable.NAME) from None
     except OSError:  # TimeoutError, no route
-        error = BrokerUnreachableError(Unreachable.TIMEOUT)
-    return error
+        raise BrokerUnreachableError(Unreachable.TIMEOUT) from None
 
 
 def _problem(verify_code: int) -> IdentityProblem:
