@@ -61,8 +61,28 @@ _MAX_KERNEL_RECORD_BYTES = 8 << 10
 # The first can turn the ready check off and devtools on, the second the encrypted session.
 _WEAKENING_KEYS = re.compile(rb"RmConfidentialCompute|RmConfComputeSpdmPolicy", re.IGNORECASE)
 
+_GPU_NODE = re.compile(r"/dev/nvidia[0-9]+")
+
 # pynvml keeps its library, and the function pointers of it, in module globals.
 _pynvml_lock = threading.Lock()
+
+
+def is_held(proc: Path = Path("/proc")) -> bool:
+    """Does another process hold a GPU open, as nvidia-persistenced does?
+
+    A GPU in confidential-computing mode initialises once per reset, so whoever opens it and is the last to close it makes it
+    unusable. What cannot be seen (another PID namespace, another user) counts as not held.
+    """
+    for folder in proc.glob("[0-9]*/fd"):
+        if folder.parent.name == str(os.getpid()):
+            continue
+        try:
+            links = [os.readlink(link) for link in folder.iterdir()]
+        except OSError:  # it ended, or is not ours to look at
+            continue
+        if any(_GPU_NODE.fullmatch(link) for link in links):
+            return True
+    return False
 
 
 def open_nvml(candidates: tuple[Path, ...] = NVML_LIBRARIES) -> ctypes.CDLL:
