@@ -363,6 +363,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "If the image's own init sets the state (stock Kata does), configure `gpu.ready_state` = preset; the "
                 "authority's policy row must then say `ready = true`."
             ),
+            (
+                "`keyturn doctor` says this beside an agent that serves: that agent passed the gate. Nothing is wrong "
+                "before the next boot, which needs a new machine."
+            ),
             "In an image with a shell `nvidia-smi conf-compute -grs` shows the state.",
         ),
         "Who set the state is not told because the driver does not say: it keeps one bit.",
@@ -430,7 +434,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Certificate expired: the one that `keyturn broker init` makes ends after a year; sign a new one with "
                 "its `ca.key`. The CA stays, and so does the configuration."
             ),
-            "Not valid by this guest's clock: the clock is the host's; compare it with a time server.",
+            (
+                "Not valid by this guest's clock: the clock is the host's; compare it with a time server. `keyturn doctor` "
+                "says so, without asking anybody, when it is outside the life of `broker.ca_pem`."
+            ),
             (
                 "A name in the CN alone does not count; it must be a subject alternative name. A proxy that ends TLS is "
                 "somebody else."
