@@ -1,8 +1,8 @@
 """What a boot would meet in this guest, asked check by check, without a boot.
 
 Owns the checks, their order, and what each of them needs of the ones before. A check is one function here and one line in
-`CHECKS`: it returns, or raises the AgentError that the boot would end with. It asks through the boot's own code, so that the
-two cannot come to different results.
+`CHECKS`: it returns, or raises the AgentError that names what is wrong. It asks through the boot's own code where there is
+some, so that the two cannot come to different results.
 
 Changes nothing outside this process: asks for no key, sets no ready state, takes no memory, wipes no folder. The CPU TEE is
 asked for one report, and a GPU is opened only where that costs nothing. Prints nothing.
@@ -15,7 +15,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,7 +78,7 @@ class _SkippedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """What one check found: nothing amiss, a reason not to look, or the error that a boot would end with."""
+    """What one check found: nothing amiss, a reason not to look, or what is wrong."""
 
     check: str
     skipped: Skip | None = None
@@ -121,6 +121,23 @@ class Guest:
         return _needed(self.measured, Skip.NO_CONFIGURATION).config
 
 
+def _needed(value: _T | None, otherwise: Skip) -> _T:
+    """What an earlier check has found, or the reason why this one is not made."""
+    if value is None:
+        raise _SkippedError(otherwise)
+    return value
+
+
+@contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def examine(guest: Guest) -> Iterator[Finding]:
     """Every check in boot order, whatever the ones before it found."""
     for name, check in CHECKS.items():
@@ -138,7 +155,7 @@ def examine(guest: Guest) -> Iterator[Finding]:
 
 
 def exit_status(findings: list[Finding]) -> int:
-    """Of the first failure in boot order: what a boot would end with."""
+    """Of the first failure in boot order, which is where a boot would end."""
     return next((finding.error.exit_status for finding in findings if finding.error is not None), EXIT_SERVED)
 
 
@@ -166,27 +183,7 @@ def _configuration(guest: Guest) -> None:
     token_keys(guest.config.broker.token_keys)
 
 
-def _clock(guest: Guest) -> None:
-    """A clock outside the life of the measured CA would fail every handshake, and say so only there."""
-    from cryptography import x509
-
-    from agent.verify.roots import UNREADABLE
-
-    try:
-        authorities = x509.load_pem_x509_certificates(guest.config.broker.ca_pem.encode())
-    except UNREADABLE:
-        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
-    now = datetime.now(UTC)
-    if not any(authority.not_valid_before_utc <= now <= authority.not_valid_after_utc for authority in authorities):
-        raise BrokerIdentityError(IdentityProblem.VALIDITY)
-
-
 # --- devices ----------------------------------------------------------------------------------------------------------
-
-
-def _simulation(guest: Guest) -> None:
-    if guest.config.simulation is not None and not guest.config.broker.allow_simulated:
-        raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)  # the verdict would be
 
 
 def _tee(guest: Guest) -> None:
@@ -237,6 +234,21 @@ def _opened_gpus(guest: Guest) -> GpuSystem:
 # --- broker and store -------------------------------------------------------------------------------------------------
 
 
+def _clock(guest: Guest) -> None:
+    """Outside the life of the measured CA no handshake succeeds; found before anybody is asked, and without a network."""
+    from cryptography import x509
+
+    from agent.verify.roots import UNREADABLE
+
+    try:
+        authorities = x509.load_pem_x509_certificates(guest.config.broker.ca_pem.encode())
+    except UNREADABLE:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
+    now = datetime.now(UTC)
+    if not any(authority.not_valid_before_utc <= now <= authority.not_valid_after_utc for authority in authorities):
+        raise BrokerIdentityError(IdentityProblem.VALIDITY)
+
+
 def _route(guest: Guest) -> None:
     endpoints = guest.config.broker.endpoints
     _stay_offline(guest)
@@ -259,6 +271,11 @@ def _broker(guest: Guest) -> None:
                 raise
         else:
             return
+
+
+def _simulation(guest: Guest) -> None:
+    if guest.config.simulation is not None and not guest.config.broker.allow_simulated:
+        raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)  # as the boot says of the verdict
 
 
 def _store(guest: Guest) -> None:
@@ -326,40 +343,23 @@ def _server_address(guest: Guest) -> None:
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-CHECKS: dict[str, Callable[[Guest], None]] = {
+CHECKS: Mapping[str, Callable[[Guest], None]] = {
     "hardening": _hardening,
     "landlock": _landlock,
     "configuration": _configuration,
-    "clock": _clock,
-    "simulation": _simulation,
     "tee": _tee,
     "host-data": _host_data,
     "gpu": _gpu,
     "gpu-inventory": _gpu_inventory,
     "gpu-faults": _gpu_faults,
+    "clock": _clock,
     "route": _route,
     "broker": _broker,
+    "simulation": _simulation,
     "store": _store,
     "memory": _memory,
     "destination": _destination,
     "server-program": _server_program,
     "server-address": _server_address,
 }
-"""In boot order: the first failure is the one that a boot would end with."""
-
-
-def _needed(value: _T | None, otherwise: Skip) -> _T:
-    """What an earlier check has found, or the reason why this one is not made."""
-    if value is None:
-        raise _SkippedError(otherwise)
-    return value
-
-
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+"""In boot order."""

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS
+from agent.doctor import CHECKS, Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
+from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
@@ -120,8 +121,14 @@ def test_offline_nothing_is_sent_and_a_store_on_a_volume_is_read(world: World) -
     world.artifact["source"] = "https://store.test/model"
     found = diagnosed("--offline", *guest(world))
     assert (found.status, found.skipped()) == (0, {"route", "broker", "store", "memory"})
-    assert found.reason("memory") == "the size of the model is not known without its manifest"
+    assert found.reason("memory") == Skip.NO_MANIFEST.value
     assert found.outcome("destination") == "ok"
+
+
+def test_a_store_by_url_is_asked_for_the_manifest(world: World) -> None:
+    world.artifact["source"] = world.undo.enter_context(RangeServer(world.layout)).url
+    found = diagnosed(*guest(world, broker=True))
+    assert (found.status, found.skipped()) == (0, set())
 
 
 def test_the_configuration_may_stand_in_initdata(world: World) -> None:
@@ -134,7 +141,7 @@ def test_a_guest_without_gpus_has_none_to_look_at(tmp_path: Path, silicon: Path)
     with ExitStack() as undo:
         found = diagnosed("--offline", *guest(World(tmp_path, silicon, undo, gpus=0)))
     assert (found.status, found.skipped()) == (0, {"gpu", "gpu-inventory", "gpu-faults", "route", "broker"})
-    assert found.reason("gpu-faults") == "the configuration asks for no GPU"
+    assert found.reason("gpu-faults") == Skip.NO_GPU.value
 
 
 # --- what it finds ----------------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ def test_a_machine_that_is_not_there_is_no_device(world: World) -> None:
     (world.machine.directory / MACHINE_FILE).unlink()
     found = diagnosed("--offline", *flags)
     assert found.failures() == {"tee": "NoAttesterError", "gpu": "NoAttesterError"}
-    assert (found.status, found.reason("host-data")) == (11, "the CPU TEE did not open")
+    assert (found.status, found.reason("host-data")) == (11, Skip.NO_TEE.value)
 
 
 def test_without_a_route_the_broker_is_asked_all_the_same(world: World) -> None:
@@ -316,7 +323,9 @@ def test_every_fault_is_found_at_once_and_the_first_in_boot_order_gives_the_stat
 def test_real_devices_are_meant_where_no_simulator_is_named(world: World) -> None:
     world.tee["attester"] = "snp"
     found = diagnosed("--offline", *guest(world))
-    assert found.failures() == {"tee": "NoAttesterError", "gpu": "NoAttesterError"}
+    assert (found.failures()["tee"], found.status) == ("NoAttesterError", 11)
+    assert found.outcome("gpu") == "failed" or found.reason("gpu") == Skip.GPU_NOT_HELD.value  # by whether there is a driver
+    assert found.reason("gpu-inventory") == Skip.GPU_NOT_OPEN.value
 
 
 @pytest.mark.parametrize("broken", [None, 'schema = "other"\n'])
@@ -329,7 +338,7 @@ def test_without_a_configuration_it_says_so_and_looks_at_what_needs_none(tmp_pat
     assert found.status == 10
     assert found.failures() == {"configuration": "ConfigError", "tee": "NoAttesterError"}
     assert (found.outcome("hardening"), found.outcome("destination")) == ("ok", "ok")
-    assert found.reason("broker") == "there is no usable configuration"
+    assert found.reason("broker") == Skip.NO_CONFIGURATION.value
 
 
 def test_beside_an_agent_that_serves_what_it_holds_is_found_taken_and_left_alone(world: World) -> None:

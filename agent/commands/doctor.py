@@ -16,8 +16,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         "doctor",
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}. Every check is made, whatever the others find: `ok`, `skipped` with "
-        "the reason, or `FAILED` with the error that a boot would end with, who must act, and the next step. Nothing is "
-        "changed: no key is asked for, no GPU ready state is set, and no driver or route is waited for.",
+        "the reason, or `FAILED` with the error, who must act, and the next step. Nothing is changed: no key is asked for, no "
+        "GPU ready state is set, and no driver or route is waited for.",
         epilog=f"Checks, in the order of a boot: {', '.join(CHECKS)}. Exit status: 0 when none failed, else that of the first "
         "failure, at length with `keyturn explain EXIT_STATUS`. In a guest whose agent serves, what that agent holds is found "
         "taken: the GPU ready state, a given folder, the server's address.",
