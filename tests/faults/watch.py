@@ -153,7 +153,9 @@ def _changed_since(root: Path, since: float) -> Iterator[Path]:
 
 
 def _own_mounts(folder: Path) -> set[str]:
-    return {line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/run/keyturn" in line or str(folder) in line}
+    return {
+        line for line in Path("/proc/self/mountinfo").read_text().splitlines() if "/run/keyturn" in line or str(folder) in line
+    }
 
 
 def _descriptors() -> int:
