@@ -132,6 +132,7 @@ async def _boot(
 
 async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, notify: Notify) -> "Devices":
     from agent.evidence.collect import open_devices
+    from agent.evidence.gate import ExpectedReady
 
     cfg = measured.config
     absent: list[NoAttesterError] = []
@@ -152,7 +153,7 @@ async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardwar
             attester,
             gpus,
             gpu_count=cfg.gpu.count,
-            ready_preset=cfg.gpu.ready_state == "preset",
+            expected_ready=ExpectedReady.PRESET if cfg.gpu.ready_state == "preset" else ExpectedReady.UNSET,
             config_digest=measured.digest,
             manifest_digest=cfg.artifact.manifest_digest,
             server_command_digest=command_digest(plan.argv),

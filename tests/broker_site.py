@@ -24,6 +24,7 @@ from agent.closed import Ident
 from agent.errors import AgentError
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
 from agent.evidence.collect import open_devices
+from agent.evidence.gate import ExpectedReady
 from agent.handshake import SealedKey, Verdict
 from agent.handshake.grpc_client import Collect, GrpcBroker
 from agent.handshake.machine import Trust
@@ -136,7 +137,7 @@ class Site:
             machine.attester(),
             machine.gpu_system() if machine.gpu.count else None,
             gpu_count=machine.gpu.count,
-            ready_preset=False,
+            expected_ready=ExpectedReady.UNSET,
             config_digest=machine.host_data,
             manifest_digest=MANIFEST,
             server_command_digest=COMMAND,

@@ -9,21 +9,28 @@ from agent.errors import ConfigNotMeasuredError, GpuCountError, MalformedEvidenc
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
 from agent.evidence.collect import Devices, check_distinct, open_devices
+from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.sim.machine import SimulatedMachine
+from agent.sim.nvml import nvml_calls
 from tests.gpus import NONCE, gpu_machine, recorded
 
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
 
-def devices_of(machine: SimulatedMachine, gpus: GpuSystem | None = None, digest: bytes = DIGEST) -> Devices:
+def devices_of(
+    machine: SimulatedMachine,
+    gpus: GpuSystem | None = None,
+    digest: bytes = DIGEST,
+    expected_ready: ExpectedReady = ExpectedReady.UNSET,
+) -> Devices:
     return open_devices(
         machine.attester(),
         gpus or machine.gpu_system(),
         gpu_count=machine.gpu.count,
-        ready_preset=False,
+        expected_ready=expected_ready,
         config_digest=digest,
         manifest_digest="sha256:" + "0" * 64,
         server_command_digest="sha256:" + "1" * 64,
@@ -37,7 +44,7 @@ def test_one_cpu_report_covers_nonce_key_and_every_gpu(machine: SimulatedMachine
     assert parse_report(evidence.primary.report).report_data == report_data(DATA, evidence.additional_evidence)
     assert claims is not None
     assert claims.manifest_digest == "sha256:" + "0" * 64
-    assert claims.ready is False
+    assert (claims.ready, claims.renewal) == (False, False)
 
 
 def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine: SimulatedMachine) -> None:
@@ -70,6 +77,23 @@ def test_ready_before_the_boot_is_found_when_devices_are_opened(machine: Simulat
     machine.save()
     with pytest.raises(VmRestartRequiredError):
         devices_of(machine)
+
+
+def test_who_renews_says_so_and_sets_no_ready_state(machine: SimulatedMachine) -> None:
+    machine.gpu.ready = 1
+    devices = devices_of(machine, expected_ready=ExpectedReady.OURS)
+    _, claims = parse_additional_evidence(devices.collect(DATA).additional_evidence)
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, True)
+    assert "nvmlSystemSetConfComputeGpusReadyState" not in nvml_calls(machine)
+
+
+def test_a_preset_ready_state_is_no_renewal(machine: SimulatedMachine) -> None:
+    machine.gpu.ready = 1
+    evidence = devices_of(machine, expected_ready=ExpectedReady.PRESET).collect(DATA)
+    _, claims = parse_additional_evidence(evidence.additional_evidence)
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, False)
 
 
 class Forgetful(GpuSystem):

@@ -124,7 +124,7 @@ class SnpRow(_Section, frozen=True):
 
 
 class GpuRow(_Section, frozen=True):
-    """Reference values of the GPUs. `ready` is the ready state at attestation: true where the image's init sets it."""
+    """Reference values of the GPUs. `ready`: the ready state when a boot attests first, true where its init sets it."""
 
     count: Annotated[int, msgspec.Meta(ge=0, le=16)] | None = None
     driver_versions: tuple[_Version, ...] = ()
@@ -282,7 +282,9 @@ def appraise(
         # The one mode that the GPU itself signs; drivers before 580 leave it out.
         flags = {gpu.feature_flag for gpu in gpus} - {None}
         require(Claim.MODES, all((flag == _FLAG_PROTECTED_PCIE) == (mode is GpuMode.PROTECTED_PCIE) for flag in flags))
-        equal(Claim.READY, row.gpu.ready, keyturn.ready)
+        # Whoever renews a lease has passed the gate, and the state is never set back.
+        ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
+        equal(Claim.READY, ready, keyturn.ready)
         one_of(Claim.MANIFEST, row.manifest_digests, keyturn.manifest_digest)
         one_of(Claim.COMMAND, row.server_command_digests, keyturn.server_command_digest)
     return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(matched)))

@@ -19,7 +19,7 @@ from agent.evidence import (
     RuntimeData,
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
-from agent.evidence.gate import SecuredDevices, check_inventory, secure
+from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
 from agent.evidence.snp_abi import parse_report
 from agent.guest.initdata import fit
 from agent.handshake import Verdict
@@ -32,12 +32,13 @@ class Devices:
 
     Attributes:
         inventory: the GPUs as they were before attestation; None without GPUs.
+        expected_ready: their ready state, and whose work it is.
     """
 
     attester: Attester
     gpus: GpuSystem | None
     inventory: GpuInventory | None
-    ready_preset: bool
+    expected_ready: ExpectedReady
     manifest_digest: str
     server_command_digest: str
 
@@ -62,6 +63,7 @@ class Devices:
                 devtools=modes.devtools,
                 multi_gpu_mode=modes.multi_gpu_mode,
                 ready=self.inventory.ready,
+                renewal=self.expected_ready is ExpectedReady.OURS,
                 driver_version=self.inventory.driver_version,
                 manifest_digest=self.manifest_digest,
                 server_command_digest=self.server_command_digest,
@@ -74,7 +76,7 @@ class Devices:
 
     def secure(self, verdict: Verdict) -> SecuredDevices:
         """The GPU gate, once, after the Verdict: see `gate.secure`."""
-        return secure(verdict, self.gpus, self.inventory, self.ready_preset)
+        return secure(verdict, self.gpus, self.inventory, self.expected_ready)
 
 
 def open_devices(
@@ -82,7 +84,7 @@ def open_devices(
     gpus: GpuSystem | None,
     *,
     gpu_count: int,
-    ready_preset: bool,
+    expected_ready: ExpectedReady,
     config_digest: bytes,
     manifest_digest: str,
     server_command_digest: str,
@@ -95,7 +97,7 @@ def open_devices(
         attester: the CPU TEE.
         gpus: None exactly when `gpu_count` is 0.
         gpu_count: configured number of GPUs.
-        ready_preset: the image's init sets the ready state.
+        expected_ready: the ready state of the GPUs, and whose work it is.
         config_digest: as `check_measured`.
         manifest_digest: what the evidence says will be loaded.
         server_command_digest: what the evidence says will be run.
@@ -109,9 +111,9 @@ def open_devices(
     inventory = None
     if gpus:
         inventory = gpus.inspect()
-        check_inventory(inventory, gpu_count, ready_preset)
+        check_inventory(inventory, gpu_count, expected_ready)
         gpus.check_faults()
-    return Devices(attester, gpus, inventory, ready_preset, manifest_digest, server_command_digest)
+    return Devices(attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
 def check_measured(attester: Attester, config_digest: bytes) -> None:

@@ -187,7 +187,7 @@ def gpu_certificate(data: bytes) -> None:
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
 
 
-CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, "580.65.06", DIGEST, DIGEST)
+CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 
 
 def additional_evidence(data: bytes) -> None:
