@@ -580,15 +580,22 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
-        "wiped from guest memory, or the boot did not finish in time. The lease is counted from before the request, on "
-        "a clock that goes on while the guest sleeps.",
+        "wiped from guest memory, or the boot did not finish in time. It is counted from before the request, on a clock "
+        "that goes on while the guest sleeps. From half of it on the guest attests again for a new one: an unreachable "
+        "broker is asked until the lease ends, a denial stops the guest at once.",
         (
-            "Start a new guest; it attests again and asks for a new key. Nothing is renewed in a running guest yet.",
+            (
+                "If it was served: the events `lease_renewal_failed` and `retrying` say what kept the guest from the broker; "
+                "check `broker.endpoints`, routes and firewalls, then start a new guest."
+            ),
             (
                 "If the boot itself did not finish: compare the lease with the time `load` takes (`keyturn status`), "
                 "and ask for a longer `lease_s` in the policy row or use a faster store."
             ),
-            "For service without a gap start the next guest before the lease ends, and move traffic once it is ready.",
+            (
+                "A lease must outlast what keeps a broker away: half of it is there for renewals. `keyturn status` shows the "
+                "lease, its end and how often it was renewed."
+            ),
         ),
         "Nothing is held back: the length of the lease stands in the text and in the verdict's event.",
     ),

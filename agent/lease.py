@@ -16,6 +16,7 @@ Lease(seconds=3600, since=130.0)
 """
 
 import enum
+import math
 from dataclasses import dataclass
 
 from agent.errors import AgentError, LeaseEndedError, WorkerLostError
@@ -32,6 +33,10 @@ class Lease:
 
     seconds: int
     since: float
+
+    def __post_init__(self) -> None:
+        if self.seconds < 1 or not math.isfinite(self.since):
+            raise ValueError("lease")  # no moment would be at or after its end
 
     @property
     def ends_at(self) -> float:

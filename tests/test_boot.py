@@ -243,15 +243,6 @@ def test_a_given_directory_serves_and_is_empty_afterwards(world: World) -> None:
     assert list(given.iterdir()) == []
 
 
-def test_a_lease_ends_the_server_and_says_so(world: World) -> None:
-    world.row["lease_s"] = 3
-    agent = world.start()
-    agent.wait_for("server_ready")
-    outcome = agent.wait()
-    assert (outcome.failure["class"], outcome.status) == ("LeaseEndedError", 22)
-    assert "server_ended" in outcome.names()
-
-
 def test_a_server_that_is_starting_is_asked_to_stop_once_and_is_never_ready_again(world: World) -> None:
     world.set_behaviour("deaf-to-one-signal")
     world.server |= {"probe": "none", "stop_timeout_s": 3, "ready_timeout_s": 60}

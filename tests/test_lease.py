@@ -163,5 +163,11 @@ def test_an_outcome_without_an_attempt_is_a_bug(event: Event) -> None:
         RenewalPolicy(Lease(100, 1000.0)).decide(event, 1010)
 
 
+@pytest.mark.parametrize(("seconds", "since"), [(0, 0.0), (-1, 0.0), (1, float("nan")), (1, float("inf"))])
+def test_what_never_ends_is_no_lease(seconds: int, since: float) -> None:
+    with pytest.raises(ValueError):
+        Lease(seconds, since)
+
+
 def test_the_docstring_example_runs() -> None:
     assert doctest.testmod(lease).failed == 0

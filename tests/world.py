@@ -146,7 +146,6 @@ class World:
                 "ready": False,
             }
         self.broker_flags = ["--unsafe-simulation-roots", str(silicon)]
-        self.broker_process: subprocess.Popen[bytes] | None = None
         self.cwd: Path | None = None
         """Where the agent is started; None: where we are."""
         self.host_data: bytes | None = None
@@ -190,15 +189,23 @@ class World:
         command += ["--policy", str(self.write_policy()), "--keys", str(made / "keys"), "--token-key", str(made / "token.key")]
         command += ["--tls-cert", str(made / "tls.pem"), "--tls-key", str(made / "tls.key")]
         command += ["--audit", str(self.folder / "audit.jsonl"), *self.broker_flags]
-        self.broker_process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout
+        self.broker_process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        self.undo.callback(process.stderr.close)
         self.undo.callback(process.stdout.close)
         self.undo.callback(process.wait, DEADLINE_S)
         self.undo.callback(process.terminate)
         assert json.loads(process.stdout.readline())["event"] == "listening"
+        assert json.loads(process.stderr.readline())["event"] == "policy_loaded"
 
-    def stop_broker(self) -> None:
-        assert self.broker_process
+    def reload_policy(self) -> None:
+        """What the row says now is what the running broker goes by."""
+        self.write_policy()
+        self.broker_process.send_signal(signal.SIGHUP)
+        assert self.broker_process.stderr
+        assert json.loads(self.broker_process.stderr.readline())["event"] == "policy_loaded"
+
+    def kill_broker(self) -> None:
         self.broker_process.kill()
         self.broker_process.wait(DEADLINE_S)
 

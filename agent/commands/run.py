@@ -27,7 +27,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.set_defaults(parser=parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", metavar="FILE", help="configuration, - for standard input; HOST_DATA is its SHA-256")
+    source.add_argument(
+        "--config",
+        metavar="FILE",
+        help="configuration, - for standard input; HOST_DATA is its SHA-256. Keep the file: a lease is renewed with it",
+    )
     source.add_argument(
         "--initdata", metavar="FILE", help="initdata document with an entry keyturn.toml; HOST_DATA is the document's digest"
     )
@@ -55,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     find = _config_finder(args)
 
-    def worker(channel: Channel) -> int:
+    def worker(channel: Channel, served_version: int | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware)
+        return work(channel, find, open_hardware, served_version)
 
     hints = HostHints(status_file or None, termination_log, address)
     return Supervisor("run", hints, worker).run()

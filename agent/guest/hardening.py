@@ -91,7 +91,7 @@ def confine_child(uid: int | None, gid: int | None, parent: int, kept: Collectio
         OSError: the kernel refused a step.
     """
     os.umask(0o077)
-    _close_descriptors_except(kept)
+    close_descriptors_except(kept)
     forbid_core()
     _drop_privileges(uid, gid)
     die_with_parent(parent)
@@ -122,7 +122,8 @@ def _forbid_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _close_descriptors_except(kept: Collection[int]) -> None:
+def close_descriptors_except(kept: Collection[int]) -> None:
+    """Close every descriptor of this process but these."""
     first = 0
     for descriptor in sorted(kept):
         _close_range(first, descriptor - 1)

@@ -90,7 +90,7 @@ def lease_of_three_seconds(world: FaultWorld) -> None:
 
 def broker_gone_while_serving(world: FaultWorld, agent: Agent) -> Outcome:
     agent.wait_for("server_ready")
-    world.stop_broker()
+    world.kill_broker()
     return agent.wait()
 
 

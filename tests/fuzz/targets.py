@@ -43,7 +43,6 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
-    LeaseEndedError,
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
@@ -64,6 +63,7 @@ from agent.handshake import (
     grpc_wire,
 )
 from agent.handshake.token import read_token
+from agent.lease import Lease
 from agent.publish import HandedModel
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
@@ -548,14 +548,13 @@ PLAN = ServerPlan(
 
 def handed_model(data: bytes) -> None:
     model = HandedModel.of(json.loads(data), (7,))
-    assert HandedModel.of(model.record(), (7,)).plan == model.plan
+    assert HandedModel.of(model.record(), (7,)) == model
 
 
 def handed_model_seeds() -> list[bytes]:
-    lease = LeaseEndedError(60)
     models = (
-        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), lease, 12.5),
-        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), None, 0.0),
+        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5)),
+        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None),
     )
     return [json.dumps(each.record()).encode() for each in models]
 
