@@ -48,13 +48,13 @@ class WorkerProcess:
         def become_worker(parent: int) -> None:
             status = 1
             try:
+                # A terminal sends these to the whole group: only the supervisor decides, or a device request would be cut off.
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
                 ours.close()
                 # The model's memory is freed when the supervisor lets go of it, whoever else is still there.
                 hardening.close_descriptors_except({0, 1, 2, theirs.fileno()})
                 hardening.die_with_parent(parent)
-                # A terminal sends these to the whole group: only the supervisor decides, or a device request would be cut off.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
                 status = inside(theirs)
             finally:
                 os._exit(status)
@@ -76,10 +76,10 @@ class WorkerProcess:
         """It ends everything but a device request at once."""
         os.kill(self.pid, signal.SIGTERM)
 
-    def destroy(self) -> None:
-        """Outside the loop: wait for the end of a worker, whatever it takes. What it says meanwhile is not heard."""
+    def destroy(self, timeout_s: float = END_TIMEOUT_S) -> None:
+        """Outside the loop: ask it to stop, wait so long for its end, then kill it. What it says meanwhile is not heard."""
         self.ask_to_stop()
-        if not self._ends_within(END_TIMEOUT_S):
+        if not self._ends_within(timeout_s):
             os.kill(self.pid, signal.SIGKILL)
         self._reap()
 

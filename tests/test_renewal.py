@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,21 +134,21 @@ def world(tmp_path: Path, silicon: Path) -> Iterator[World]:
         yield World(tmp_path, silicon, undo)
 
 
-def status_of(agent: Agent) -> dict[str, object]:
-    status: dict[str, object] = json.loads(agent.status_file.read_text())
+def status_of(agent: Agent) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads(agent.status_file.read_text())
     return status
 
 
 def worker_of(agent: Agent) -> int:
-    """The child that is not the server."""
-    server = json.loads(agent.status_file.read_text())["server"]["pid"]
+    """The child that is not the server, while there is no probe."""
+    server = status_of(agent)["server"]["pid"]
     children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text().split()
     (worker,) = {int(child) for child in children} - {server}
     return worker
 
 
 def test_a_lease_is_renewed_while_the_server_serves_without_another_key(world: World) -> None:
-    world.row["lease_s"] = 6
+    world.row["lease_s"] = 10
     agent = world.start()
     agent.wait_for("server_ready")
     before = status_of(agent)
@@ -161,9 +162,9 @@ def test_a_lease_is_renewed_while_the_server_serves_without_another_key(world: W
     audit = world.audit()
     assert audit.count(RELEASED) == 1
     assert audit[:2] == [ATTESTED, RELEASED] and set(audit[2:]) == {ATTESTED} and len(audit) >= 4
-    assert (after["phase"], after["stages"], after["memory"]) == ("serving", before["stages"], after["memory"])
-    assert isinstance(before["lease"], dict) and isinstance(after["lease"], dict)
-    assert (before["lease"]["s"], after["lease"]["s"], after["lease"]["renewals"] - before["lease"]["renewals"]) == (6, 6, 2)
+    assert (after["phase"], after["stages"]) == ("serving", before["stages"])
+    assert after["memory"]["worker_peak_kib"] == before["memory"]["worker_peak_kib"]
+    assert (before["lease"]["s"], after["lease"]["s"], after["lease"]["renewals"] - before["lease"]["renewals"]) == (10, 10, 2)
     assert after["lease"]["ends_at"] > before["lease"]["ends_at"]
     assert after["request_id"] != before["request_id"]
     assert outcome.names().count("server_started") == 1
@@ -173,7 +174,7 @@ def test_a_lease_is_renewed_while_the_server_serves_without_another_key(world: W
 
 
 def test_a_verdict_without_a_lease_lifts_it(world: World) -> None:
-    world.row["lease_s"] = 6
+    world.row["lease_s"] = 10
     agent = world.start()
     agent.wait_for("lease_started")
     del world.row["lease_s"]
@@ -184,22 +185,21 @@ def test_a_verdict_without_a_lease_lifts_it(world: World) -> None:
     assert agent.stop().status == 0
 
 
-def test_a_denial_stops_everything_long_before_the_lease_ends(world: World) -> None:
+def test_a_denial_stops_everything_though_half_of_the_lease_is_left(world: World) -> None:
     world.row["lease_s"] = 16
     agent = world.start()
+    lease = agent.wait_for("lease_started")
     agent.wait_for("server_ready")
     world.row["revoked"] = True
     world.reload_policy()
-    began = agent.wait_for("lease_renewal_started")["t_ms"]
     outcome = agent.wait()
 
     assert (outcome.failure["class"], outcome.status) == ("KeyReleaseDeniedError", 16)
-    assert outcome.failure["t_ms"] - began < 6000, "half of the lease is left"
+    assert outcome.failure["at"] < lease["ends_at"]
     assert outcome.names()[-3:] == ["server_ended", "wiped", "stopped"]
-    assert world.audit() == [ATTESTED, RELEASED, REVOKED]
-    requests = [event["request_id"] for event in outcome.events if event["event"] == "requested"]
-    assert len(requests) == 2
-    for part in ("KeyReleaseDeniedError", "step: verdict", "authority", f"request id: {requests[1]}", "policy.revoked"):
+    assert (world.audit()[-1], world.audit().count(REVOKED)) == (REVOKED, 1), "a denial is not asked again"
+    request_id = [event["request_id"] for event in outcome.events if event["event"] == "requested"][-1]
+    for part in ("KeyReleaseDeniedError", "step: verdict", "authority", f"request id: {request_id}", "policy.revoked"):
         assert part in outcome.termination
 
 
@@ -223,11 +223,10 @@ def test_a_gpu_that_is_not_ready_any_more_stops_it(world: World) -> None:
     machine.save()
     outcome = agent.wait()
     assert (outcome.failure["class"], outcome.status) == ("GpuFaultError", 13)
-    assert world.audit() == [ATTESTED, RELEASED]
 
 
 def test_a_broker_that_cannot_be_reached_is_asked_until_the_lease_ends(world: World) -> None:
-    world.row["lease_s"] = 8
+    world.row["lease_s"] = 10
     agent = world.start()
     started = agent.wait_for("lease_started")
     world.kill_broker()
@@ -243,8 +242,10 @@ def test_a_renewal_whose_worker_is_killed_is_tried_again(world: World) -> None:
     world.row["lease_s"] = 12
     agent = world.start()
     agent.wait_for("server_ready")
+    world.broker_process.send_signal(signal.SIGSTOP)  # so that the worker waits for it
     agent.wait_for("lease_renewal_started")
     os.kill(worker_of(agent), signal.SIGKILL)
+    world.broker_process.send_signal(signal.SIGCONT)
     failed = agent.wait_for("lease_renewal_failed")
     assert (failed["error"], failed["retry_in_ms"]) == ("WorkerLostError", 1000)
     agent.wait_for("lease_renewed")
@@ -255,7 +256,7 @@ def test_stopping_during_a_renewal_is_no_failure_and_leaves_nobody(world: World)
     world.row["lease_s"] = 16
     agent = world.start()
     agent.wait_for("server_ready")
-    server = json.loads(agent.status_file.read_text())["server"]["pid"]
+    server = status_of(agent)["server"]["pid"]
     world.kill_broker()
     agent.wait_for("retrying")
     worker = worker_of(agent)
@@ -266,7 +267,7 @@ def test_stopping_during_a_renewal_is_no_failure_and_leaves_nobody(world: World)
 
 
 def test_a_lease_is_renewed_while_the_server_is_starting(world: World) -> None:
-    world.row["lease_s"] = 6
+    world.row["lease_s"] = 10
     world.set_behaviour("never-ready")
     agent = world.start()
     agent.wait_for("server_started")
@@ -276,10 +277,11 @@ def test_a_lease_is_renewed_while_the_server_is_starting(world: World) -> None:
 
 
 def test_the_end_of_a_lease_waits_for_no_worker_but_the_end_of_the_agent_does(world: World) -> None:
-    world.row["lease_s"] = 8
+    world.row["lease_s"] = 10
     agent = world.start()
     agent.wait_for("server_ready")
-    agent.wait_for("lease_renewal_started")
+    world.kill_broker()
+    agent.wait_for("retrying")
     worker = worker_of(agent)
     os.kill(worker, signal.SIGSTOP)  # as if it were inside a device request
     assert agent.wait_for("failed")["class"] == "LeaseEndedError"

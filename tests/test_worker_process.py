@@ -7,26 +7,32 @@ from collections.abc import Callable
 
 import pytest
 
-from agent.channel import Channel
+from agent.channel import Channel, Packet
 from agent.errors import WorkerLostError
 from agent.loop import Loop
 from agent.worker_process import WorkerProcess
 from tests.children import gone, in_child
 
 
-def story_of(inside: Callable[[Channel], int], with_worker: Callable[[WorkerProcess], object] = lambda _: None) -> list[object]:
+def story_of(
+    inside: Callable[[Channel], int], at_first_word: Callable[[WorkerProcess], object] = lambda _: None
+) -> list[object]:
     """What a worker said, and at last how it ended."""
 
     def scenario() -> list[object]:
         loop, heard = Loop(), list[object]()
+
+        def on_packet(packet: Packet) -> None:
+            if not heard:
+                at_first_word(worker)
+            heard.append(packet.record)
 
         def on_end(lost: WorkerLostError, peak_kib: int) -> None:
             assert peak_kib > 1000
             heard.append((lost.signal, lost.status))
             loop.ended = True
 
-        worker = WorkerProcess(loop, inside, lambda packet: heard.append(packet.record), on_end)
-        with_worker(worker)
+        worker = WorkerProcess(loop, inside, on_packet, on_end)
         loop.run(lambda: None)
         assert gone([worker.pid])
         return heard
@@ -81,34 +87,32 @@ def test_only_sigterm_asks_it_to_stop() -> None:
     assert story_of(wait, ask)[-1] == (signal.SIGTERM, 0)
 
 
-@pytest.mark.parametrize("late_s", [0.0, 0.5])
-def test_it_is_destroyed_by_waiting_for_it(late_s: float) -> None:
-    """As a worker does whose device request is under way."""
+@pytest.mark.parametrize(("late_s", "timeout_s", "takes_s"), [(0.0, 90, 0.0), (0.5, 90, 0.5), (60, 0.5, 0.5)])
+def test_who_destroys_it_waits_for_it_as_long_as_a_device_request_may_take(
+    late_s: float, timeout_s: float, takes_s: float
+) -> None:
+    def inside(channel: Channel) -> int:
+        def finish(*_: object) -> None:
+            time.sleep(late_s)
+            os._exit(0)
 
-    def scenario() -> bool:
-        def inside(channel: Channel) -> int:
-            def on_signal(*_: object) -> None:
-                time.sleep(late_s)
-                channel.send({"request": "over"})
-                os._exit(0)
+        signal.signal(signal.SIGTERM, finish)
+        channel.send({})
+        time.sleep(60)
+        return 0
 
-            signal.signal(signal.SIGTERM, on_signal)
-            channel.send({})
-            time.sleep(60)
-            return 0
-
-        heard: list[object] = []
+    def scenario() -> tuple[float, bool]:
         loop = Loop()
 
         def on_packet(_: object) -> None:
-            heard.append(None)
             loop.ended = True
 
         worker = WorkerProcess(loop, inside, on_packet, lambda *_: None)
         loop.run(lambda: None)
         began = time.monotonic()
-        worker.destroy()
-        assert late_s <= time.monotonic() - began < late_s + 30
-        return gone([worker.pid]) and len(heard) == 1
+        worker.destroy(timeout_s)
+        return time.monotonic() - began, gone([worker.pid])
 
-    assert in_child(scenario)
+    took_s, is_gone = in_child(scenario)
+    assert is_gone
+    assert takes_s <= took_s < takes_s + 30
