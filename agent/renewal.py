@@ -26,8 +26,10 @@ from agent.worker_process import WorkerProcess
 
 
 class Renewal:
-    """Attributes:
-    worker: the attempt under way, if there is one.
+    """One lease and what comes after it.
+
+    Attributes:
+        worker: the attempt under way, if there is one.
     """
 
     def __init__(

@@ -21,6 +21,7 @@ from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
 from agent.events import ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
+from agent.evidence.gate import ExpectedReady
 from agent.guest.network import has_route, wait_for_route
 from agent.guest.uevents import appears
 from agent.lease import Lease
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
-    from agent.evidence.gate import ExpectedReady
     from agent.handshake.grpc_client import GrpcBroker
 
 STORE_TIMEOUT_S = 60
@@ -103,8 +103,6 @@ async def _boot(
                 broker.connect()
 
         with stage(Stage.DEVICES, notify):
-            from agent.evidence.gate import ExpectedReady
-
             expected = ExpectedReady.PRESET if cfg.gpu.ready_state == "preset" else ExpectedReady.UNSET
             devices = await _open(measured, plan, open_hardware, expected, notify)
         notify(LocalChecksPassed())
@@ -146,7 +144,6 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
     plan = plan_server(measured.config.server)
 
     from agent.boot import renew
-    from agent.evidence.gate import ExpectedReady
 
     async with _broker(measured.config.broker, notify) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
@@ -185,7 +182,7 @@ def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
 
 
 async def _open(
-    measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: "ExpectedReady", notify: Notify
+    measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
 ) -> "Devices":
     from agent.evidence.collect import open_devices
 

@@ -173,6 +173,24 @@ def test_a_lease_is_renewed_while_the_server_serves_without_another_key(world: W
     assert SimulatedMachine.load(world.machine.directory).gpu.ready == 1
 
 
+def test_a_guest_whose_image_sets_the_ready_state_renews_all_the_same(world: World) -> None:
+    world.row["lease_s"] = 10
+    world.machine.gpu.ready, world.gpu["ready_state"], world.row_gpu["ready"] = 1, "preset", True
+    agent = world.start()
+    agent.wait_for("lease_renewed")
+    assert agent.stop().status in (0, 21)  # 21: it was renewed before the server was ready
+
+
+def test_a_guest_without_gpus_renews_on_cpu_evidence_alone(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=0)
+        del world.row["manifest_digests"]
+        world.row["lease_s"] = 10
+        agent = world.start()
+        agent.wait_for("lease_renewed")
+        assert agent.stop().status in (0, 21)
+
+
 def test_a_verdict_without_a_lease_lifts_it(world: World) -> None:
     world.row["lease_s"] = 10
     agent = world.start()

@@ -45,7 +45,7 @@ from agent.errors import (
     EvidenceFormat,
     MalformedEvidenceError,
 )
-from agent.events import BootStarted, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
+from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, GpuNonce, Nonce, ReportData, Tee, binding, gpu_abi, snp_abi
 from agent.evidence.tsm import certificate_chain
 from agent.guest.initdata import pack_device, parse_initdata, read_device
@@ -517,6 +517,7 @@ def worker_record_seeds() -> list[bytes]:
         BootStarted(Ident("0.1.0"), Ident("guest")),
         StageEnded(Stage.LOAD, 12, 34),
         VerdictAccepted(ID, KEY_URI, Ident("p1"), True, None),
+        LeaseRenewed(60, Ident("2026-11-26T12:01:00Z")),
         ConfigError(ConfigProblem.NOT_TOML, None, 3),
         MalformedEvidenceError(EvidenceFormat.SNP_REPORT, Ident("length"), 1, 1184),
     )
