@@ -216,11 +216,12 @@ def _gpu(guest: Guest) -> None:
 
 
 def _gpu_inventory(guest: Guest) -> None:
-    from agent.evidence.gate import check_inventory
+    from agent.evidence.gate import ExpectedReady, check_inventory
 
     gpus, config = _opened_gpus(guest), guest.config.gpu
+    expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with _signals_wait():
-        check_inventory(gpus.inspect(), config.count, config.ready_state == "preset")
+        check_inventory(gpus.inspect(), config.count, expected)
 
 
 def _gpu_faults(guest: Guest) -> None:

@@ -2,7 +2,7 @@
 
 A lease comes with the Verdict and is counted from before the request for it. At its end everything stops, whatever is under
 way. From half of it on it is renewed: a new attestation, which ends in a new lease, in none (the key may be used without
-end), or in an error. An authority that cannot be reached, and a worker that was lost, may answer another attempt; any other
+end), or in an error. An authority that was not reached, and a worker that was lost, may answer another attempt; any other
 error is an answer, and stops everything at once. A denial is never asked again.
 
 Owns these rules. Starts nothing, reads no clock: `now` is CLOCK_BOOTTIME in seconds, which goes on while the guest sleeps.
@@ -19,7 +19,7 @@ import enum
 import math
 from dataclasses import dataclass
 
-from agent.errors import AgentError, LeaseEndedError, WorkerLostError
+from agent.errors import AgentError, LeaseEndedError, Step, WorkerLostError
 
 LOOK_S = 1.0
 """No wait is longer: a timer stands still while the guest sleeps, and the lease does not."""
@@ -166,5 +166,9 @@ class RenewalPolicy:
 
 
 def may_be_tried_again(error: AgentError) -> bool:
-    """Did this attempt end without an answer?"""
-    return error.retryable or isinstance(error, WorkerLostError)
+    """Did this attempt end without an answer of the authority?
+
+    So does one that met somebody else: whoever can stand between guest and authority can cut them off as well, and a broker's
+    certificate that has expired is no decision about this guest.
+    """
+    return error.step is Step.BROKER or isinstance(error, WorkerLostError)

@@ -8,6 +8,7 @@ from agent import lease
 from agent.closed import Ident
 from agent.errors import (
     AgentError,
+    BrokerFailureError,
     BrokerIdentityError,
     BrokerUnreachableError,
     ConfigNotMeasuredError,
@@ -18,6 +19,9 @@ from agent.errors import (
     InternalError,
     KeyReleaseDeniedError,
     LeaseEndedError,
+    NoRouteError,
+    ProtocolProblem,
+    RemoteProtocolError,
     RollbackError,
     TokenCheck,
     TokenError,
@@ -122,7 +126,6 @@ def test_story(name: str) -> None:
         TokenError(TokenCheck.NONCE),
         RollbackError(3, 4),
         ConfigNotMeasuredError(),
-        BrokerIdentityError(IdentityProblem.CHAIN),
         GpuFaultError(GpuFault.FATAL_XID, 79),
         LeaseEndedError(5),
         InternalError(Ident("place")),
@@ -133,6 +136,25 @@ def test_any_answer_but_silence_is_final(error: AgentError) -> None:
     policy = RenewalPolicy(Lease(100, 1000.0))
     policy.decide(Look(), 1050)
     assert policy.decide(RenewalFailed(error), 1051) == End(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        BrokerUnreachableError(Unreachable.REFUSED),
+        NoRouteError(0, 0),
+        BrokerIdentityError(IdentityProblem.CHAIN),
+        RemoteProtocolError(ProtocolProblem.CLOSED, Ident("AWAIT_VERDICT")),
+        BrokerFailureError(13, Ident("INTERNAL")),
+        WorkerLostError(signal=9, status=0),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_an_authority_that_was_not_reached_is_asked_again(error: AgentError) -> None:
+    policy = RenewalPolicy(Lease(100, 1000.0))
+    policy.decide(Look(), 1050)
+    assert isinstance(policy.decide(RenewalFailed(error), 1051), Wait)
+    assert policy.next_attempt == 1052
 
 
 def test_the_wait_between_attempts_is_bounded_and_told() -> None:
