@@ -749,6 +749,7 @@ class InsufficientMemoryError(AgentError):
 class DestinationProblem(enum.Enum):
     NOT_MEMORY = "file system is not tmpfs"
     NOT_EMPTY = "directory is not empty"
+    IN_USE = "directory is in use by another agent"
     MANY_FILES = "a memfd holds one file, the model has more"
     KERNEL = "kernel refused"
     MOUNT_POINT = "/run/keyturn cannot be made, or nothing can be mounted there in private"

@@ -775,7 +775,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing is held back: needed and available bytes are in the text; sizes of the model are visible to the host anyway.",
     ),
     errors.DestinationError: Explanation(
-        "The place for the weights cannot be had in this guest: the folder is no tmpfs or not empty, a memfd cannot "
+        "The place for the weights cannot be had in this guest: the folder is no tmpfs, not empty or in use, a memfd cannot "
         "hold a model of several files, or the kernel refused with the errno told. Weights go to memory or nowhere, so "
         "there is no other place to fall back to.",
         (
@@ -790,6 +790,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Not tmpfs or not empty: mount a fresh memory volume (`emptyDir` with `medium: Memory`) at "
                 "`artifact.directory` and share it with nobody."
+            ),
+            (
+                "In use by another agent: it lives, and wipes its model when it ends. What a killed one left is wiped by the "
+                "next start."
             ),
             (
                 "Errno 28 or 12: memory or `size=` ran out while loading. `/run/keyturn` cannot be made: the image must "

@@ -10,7 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from agent.artifact import DestinationKind
+from agent.artifact import MARK_NAME, DestinationKind
 from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
 from agent.lease import Lease
@@ -85,7 +85,9 @@ def take_over(model: HandedModel, undo: ExitStack) -> None:
     """From now on it is ours to free: its descriptors, or its folder. To be called as soon as it arrives."""
     for descriptor in model.descriptors:
         undo.callback(os.close, descriptor)
-    if model.directory is not None:
+    if model.directory is not None:  # the model first: without the mark nobody would know whose it is
+        mark = os.path.join(os.path.dirname(model.directory), MARK_NAME)
+        undo.callback(shutil.rmtree, mark, ignore_errors=True)
         undo.callback(shutil.rmtree, model.directory, ignore_errors=True)
 
 

@@ -184,7 +184,8 @@ def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
 async def _open(
     measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
 ) -> "Devices":
-    from agent.evidence.collect import open_devices
+    from agent.artifact.memory import wipe_predecessor
+    from agent.evidence.collect import check_measured, open_devices
 
     cfg = measured.config
     absent: list[NoAttesterError] = []
@@ -200,17 +201,21 @@ async def _open(
     if hardware is None:
         raise absent[-1]
     attester, gpus = hardware
-    return await in_thread(
-        lambda: open_devices(
-            attester,
+
+    def look_at_them() -> "Devices":
+        guest = check_measured(attester, measured.digest)
+        if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
+            wipe_predecessor(cfg.artifact.directory)  # now, because a boot after a dead agent's ends at the gate
+        return open_devices(
+            guest,
             gpus,
             gpu_count=cfg.gpu.count,
             expected_ready=expected_ready,
-            config_digest=measured.digest,
             manifest_digest=cfg.artifact.manifest_digest,
             server_command_digest=command_digest(plan.argv),
         )
-    )
+
+    return await in_thread(look_at_them)
 
 
 def is_loopback(endpoint: str) -> bool:

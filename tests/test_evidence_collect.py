@@ -8,7 +8,7 @@ import pytest
 from agent.errors import ConfigNotMeasuredError, GpuCountError, MalformedEvidenceError, VmRestartRequiredError
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
-from agent.evidence.collect import Devices, check_distinct, open_devices
+from agent.evidence.collect import Devices, check_distinct, check_measured, open_devices
 from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
@@ -27,11 +27,10 @@ def devices_of(
     expected_ready: ExpectedReady = ExpectedReady.UNSET,
 ) -> Devices:
     return open_devices(
-        machine.attester(),
+        check_measured(machine.attester(), digest),
         gpus or machine.gpu_system(),
         gpu_count=machine.gpu.count,
         expected_ready=expected_ready,
-        config_digest=digest,
         manifest_digest="sha256:" + "0" * 64,
         server_command_digest="sha256:" + "1" * 64,
     )

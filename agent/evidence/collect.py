@@ -5,7 +5,7 @@ with. Device calls run in the calling thread; the caller never abandons them (`w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError
 from agent.evidence import (
@@ -24,6 +24,8 @@ from agent.evidence.snp_abi import parse_report
 from agent.guest.initdata import fit
 from agent.handshake import Verdict
 from agent.verify.nvidia import parse_chain
+
+_ONLY_CHECK_MEASURED = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,45 +81,22 @@ class Devices:
         return secure(verdict, self.gpus, self.inventory, self.expected_ready)
 
 
-def open_devices(
-    attester: Attester,
-    gpus: GpuSystem | None,
-    *,
-    gpu_count: int,
-    expected_ready: ExpectedReady,
-    config_digest: bytes,
-    manifest_digest: str,
-    server_command_digest: str,
-) -> Devices:
-    """Check that this configuration may decide, then what must hold of the GPUs before attestation.
+@dataclass(frozen=True, slots=True)
+class MeasuredGuest:
+    """Proof that the configuration is the one this guest was launched with; only `check_measured` makes one."""
 
-    Before `check_measured` has returned, nothing the configuration says is acted upon but the opening of a connection.
+    attester: Attester
+    made_by: InitVar[object]
 
-    Args:
-        attester: the CPU TEE.
-        gpus: None exactly when `gpu_count` is 0.
-        gpu_count: configured number of GPUs.
-        expected_ready: the ready state of the GPUs, and whose work it is.
-        config_digest: as `check_measured`.
-        manifest_digest: what the evidence says will be loaded.
-        server_command_digest: what the evidence says will be run.
-
-    Raises:
-        ConfigNotMeasuredError: as `check_measured`.
-        DeviceError, MalformedEvidenceError, EvidenceBindingError: a device misbehaved.
-        GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
-    """
-    check_measured(attester, config_digest)
-    inventory = None
-    if gpus:
-        inventory = gpus.inspect()
-        check_inventory(inventory, gpu_count, expected_ready)
-        gpus.check_faults()
-    return Devices(attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
+    def __post_init__(self, made_by: object) -> None:
+        if made_by is not _ONLY_CHECK_MEASURED:
+            raise RuntimeError("only check_measured() makes a MeasuredGuest")
 
 
-def check_measured(attester: Attester, config_digest: bytes) -> None:
+def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
     """Ask for one report, and compare its HOST_DATA.
+
+    Before, nothing the configuration says is acted upon but the opening of a connection.
 
     Args:
         attester: the CPU TEE.
@@ -132,6 +111,38 @@ def check_measured(attester: Attester, config_digest: bytes) -> None:
     host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
     if host_data != fit(config_digest, len(host_data)):
         raise ConfigNotMeasuredError
+    return MeasuredGuest(attester, made_by=_ONLY_CHECK_MEASURED)
+
+
+def open_devices(
+    guest: MeasuredGuest,
+    gpus: GpuSystem | None,
+    *,
+    gpu_count: int,
+    expected_ready: ExpectedReady,
+    manifest_digest: str,
+    server_command_digest: str,
+) -> Devices:
+    """Check what must hold of the GPUs before attestation.
+
+    Args:
+        guest: whose configuration may decide.
+        gpus: None exactly when `gpu_count` is 0.
+        gpu_count: configured number of GPUs.
+        expected_ready: the ready state of the GPUs, and whose work it is.
+        manifest_digest: what the evidence says will be loaded.
+        server_command_digest: what the evidence says will be run.
+
+    Raises:
+        DeviceError: a device misbehaved.
+        GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
+    """
+    inventory = None
+    if gpus:
+        inventory = gpus.inspect()
+        check_inventory(inventory, gpu_count, expected_ready)
+        gpus.check_faults()
+    return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
 def check_distinct(evidence: Sequence[GpuEvidence]) -> None:

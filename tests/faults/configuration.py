@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-from agent.config_source import find_in_guest
+from agent.channel import Channel
+from agent.commands.run import open_hardware
+from agent.config_source import FoundConfig, find_in_guest
 from agent.errors import (
     ConfigConflictError,
     ConfigError,
@@ -128,14 +130,17 @@ def supervisor_killed(_: FaultWorld) -> str:
 def bug_in_the_worker(world: FaultWorld) -> str:
     """An exception outside the tree, with a secret in its text."""
 
-    def find_config() -> None:
+    def find_config() -> FoundConfig | None:
         raise ZeroDivisionError(world.canaries.config_secret)
+
+    def worker(channel: Channel, _: int | None) -> int:
+        return work(channel, find_config, open_hardware)
 
     def boot() -> str:
         hints = HostHints(str(world.folder / "status" / "status.json"), str(world.folder / "termination"), None)
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)
-        supervisor = Supervisor("run", hints, lambda channel: work(channel, find_config, lambda _: None))  # type: ignore[arg-type,return-value]
+        supervisor = Supervisor("run", hints, worker)
         supervisor.run()
         return supervisor.report.last_line()
 

@@ -26,8 +26,6 @@ SERVED = [ATTESTED, RELEASED]
 
 WRITTEN = frozenset({"status/status.json", "termination", "audit.jsonl"})
 """What a boot is meant to leave in the world's folder."""
-_MACHINE = "machine/"
-"""The simulated silicon keeps its state here; the real one keeps it in the chip."""
 
 
 class Attempts(enum.Enum):
@@ -142,7 +140,7 @@ def _drive(fault: Fault, world: FaultWorld) -> tuple[list[str], set[str]]:
             assert part in text, text
     leaks = {f"{kind} in the error's text" for kind in world.canaries.found_in(text.encode())}
     residue = before.residue(fault.may_stay, in_process=True)
-    return _real(residue), leaks | before.leaks(world.canaries)
+    return residue, leaks | before.leaks(world.canaries)
 
 
 def _boot(fault: Fault, world: FaultWorld) -> tuple[list[str], set[str]]:
@@ -170,7 +168,7 @@ def _boot(fault: Fault, world: FaultWorld) -> tuple[list[str], set[str]]:
     leaks = watcher.leaks | before.leaks(world.canaries)
     for where, text in (("stderr", json.dumps(outcome.events)), ("termination message", outcome.termination)):
         leaks |= {f"{kind} in {where}" for kind in world.canaries.found_in(text.encode())}
-    return _real(residue), leaks
+    return residue, leaks
 
 
 def _check_record(fault: Fault, record: Mapping[str, object]) -> None:
@@ -218,7 +216,3 @@ def _check_audit(fault: Fault, world: FaultWorld, outcome: Outcome) -> None:
         assert audit == fault.audit
     else:
         assert RELEASED not in audit or "server_started" not in outcome.names()
-
-
-def _real(residue: list[str]) -> list[str]:
-    return [found for found in residue if not found.startswith(f"file {_MACHINE}")]
