@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from agent.closed import to_record
-from agent.errors import EXIT_STATUS, AgentError
+from agent.errors import EXIT_STATUS, AgentError, Step
 from agent.guest.hardening import become_subreaper
 from tests.faults.canaries import CONFIG_SECRET, Canaries
 from tests.faults.watch import Before, Watcher
@@ -185,6 +185,8 @@ def _check_end(fault: Fault, outcome: Outcome) -> None:
     assert names.count("failed") == 1
     assert names[-1] == "stopped", names
     assert "wiped" in names[-3:], names  # a boot that is asked to stop while its server starts fails when that has ended
+    if fault.error.step not in (Step.SERVER, Step.LEASE, Step.AGENT):
+        assert "server_started" not in names, "a model that no one may open was served"
     failure = outcome.failure
     assert (failure["owner"], failure["step"]) == (fault.error.owner.value, fault.error.step.value)
     request_id = next((event["request_id"] for event in reversed(outcome.events) if event["event"] == "requested"), "none")
