@@ -92,7 +92,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
     scratch_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     output: Literal["count", "inherit"] = "count"
-    egress: Annotated[tuple[_Port, ...], msgspec.Meta(max_length=64)] = ()
+    egress: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=65535)], ...], msgspec.Meta(max_length=64)] = ()
 
 
 class MeasuredConfig(_Section, frozen=True, kw_only=True):
@@ -280,9 +280,10 @@ EXPLAIN = {
     "server.output": "count: what the server prints stays in the guest, only byte counts leave. "
     "inherit: it goes to the agent's output",
     "server.egress": "TCP ports the server may connect to, default none. Ports only: an entry holds for every address, and the "
-    "loopback counts too, so a server whose own processes talk over TCP needs theirs here. Landlock keeps it, from ABI 4 on "
-    "(Linux 6.7); the event server_started says which ABI the kernel has, 0 for none. Listening is not restricted, nor is what "
-    "is not connect(2) of plain TCP: UDP, MPTCP, TCP Fast Open. It stops what libraries do by themselves, not an attacker",
+    "loopback counts too, so a server whose own processes talk over TCP needs theirs here; 0 stands for all ports that the "
+    "kernel gives out, which is where the processes of tensor parallelism meet. Landlock keeps it, from ABI 4 on (Linux 6.7); "
+    "the event server_started says which ABI the kernel has, 0 for none. Listening is not restricted, nor is what is not "
+    "connect(2) of plain TCP: UDP, MPTCP, TCP Fast Open. It stops what libraries do by themselves, not an attacker",
 }
 """One sentence for each key; a test compares the keys with the schema."""
 

@@ -915,7 +915,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Permission denied although modes are right: where the kernel has Landlock the server writes only in "
-                "`{scratch}`, and connects only to the TCP ports in `server.egress`, on the loopback too."
+                "`{scratch}`, and connects only to the TCP ports in `server.egress`, on the loopback too: tensor "
+                "parallelism needs `0` there. A missing file: where the agent may mount, the server's /tmp is "
+                "`{scratch}` and its /dev/shm starts empty, unless command or environment name a path in them."
             ),
         ),
         "What the server printed stays in guest memory and is only counted: server logs quote prompts and paths, and "

@@ -106,7 +106,7 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         scratch = _make_scratch(model.plan, private_mounts, undo)
         if model.destination is DestinationKind.MEMFD:
             (memfd,) = model.descriptors
-            return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,))
+            return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,), private_mounts)
         if model.destination is DestinationKind.TMPFS:
             if not private_mounts:
                 raise PermissionError(errno.EPERM, "mount namespace")
@@ -116,7 +116,8 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
             root = model.directory
     except OSError as error:
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
-    return Placement(f"{root}/{model.single_file}" if model.single_file else root, root, scratch)
+    file = f"{root}/{model.single_file}" if model.single_file else root
+    return Placement(file, root, scratch, private_mounts=private_mounts)
 
 
 def _make_scratch(plan: ServerPlan, private_mounts: bool, undo: ExitStack) -> str:

@@ -84,6 +84,33 @@ def test_environment_is_exactly_the_plans_with_placeholders_filled_in() -> None:
     assert seen == b'HOME=/scratch\0MODEL=/model\0JSON={"port": "8080"}\0'
 
 
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_each_start_has_a_shared_memory_of_its_own_and_its_scratch_folder_as_tmp() -> None:
+    program = """
+import os
+for folder in ('/tmp', '/dev/shm'):
+    print(sorted(os.listdir(folder)), end=' ')
+    open(folder + '/prompt', 'w').close()
+"""
+    with tempfile.TemporaryDirectory(dir="/run") as scratch, tempfile.NamedTemporaryFile(dir="/dev/shm"):
+        os.chmod(os.path.dirname(scratch), 0o755)
+        os.chown(scratch, NOBODY, NOBODY)
+        place = Placement("/model/file", "/model", scratch, private_mounts=True)
+        outside = set(os.listdir("/tmp")), set(os.listdir("/dev/shm"))
+        assert in_child(lambda: output_of(program, place) + output_of(program, place)) == b"[] [] ['prompt'] [] "
+        assert os.listdir(scratch) == ["prompt"]
+        assert outside == (set(os.listdir("/tmp")), set(os.listdir("/dev/shm")))
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+@pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+def test_a_place_that_the_server_is_told_a_path_in_stays_as_it_is(folder: str) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder) as file, tempfile.TemporaryDirectory(dir="/run") as scratch:
+        program = f"import os; print(os.path.exists({file.name!r}))"
+        place = Placement("/model/file", "/model", scratch, private_mounts=True)
+        assert in_child(lambda: output_of(program, place)) == b"True\n"
+
+
 def test_descriptors_are_stdio_and_exactly_the_named_ones() -> None:
     program = """
 import json, os
