@@ -76,7 +76,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
 
 
 class ServerConfig(_Section, frozen=True, kw_only=True):
-    preset: Literal["llama-cpp", "custom"]
+    preset: Literal["llama-cpp", "vllm", "triton", "custom"]
     command: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1024)] = ()
     environment: dict[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z", max_length=256)], _Text] = {}
     host: Literal["127.0.0.1", "0.0.0.0", "::1", "::"] = "127.0.0.1"  # noqa: S104  # a server is there to be reached
@@ -261,13 +261,13 @@ EXPLAIN = {
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
-    "server.preset": "readiness contract and environment of a known server: llama-cpp, custom",
+    "server.preset": "readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",
     "server.host": "address the server listens on: 127.0.0.1 (default), 0.0.0.0, ::1 or ::; readiness is asked on the loopback",
     "server.port": "the port the server listens on",
-    "server.model_id": "an id that /v1/models must list before the server is ready",
+    "server.model_id": "an id that /v1/models must list before the server is ready; for triton a model of its repository",
     "server.health_path": "path of the health check; the preset has a default",
     "server.probe": "one request that must succeed before ready: completion, embedding, none; the preset has a default",
     "server.uid": "user id of the server when the agent is root, default 65532",

@@ -935,10 +935,14 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             "Another user listens: a program of another uid in this guest holds `server.port`; choose another port.",
             "Health: `server.health_path` must answer 200. Many servers say 503 until the weights are read.",
-            "Model: `/v1/models` must list `server.model_id`; for llama.cpp it is what `--alias` says.",
+            (
+                "Model: `/v1/models` must list `server.model_id`; for llama.cpp it is what `--alias` says, for vLLM what "
+                "`--served-model-name` says. For Triton it is a model of the repository, and that model must have loaded."
+            ),
             (
                 "Probe: healthy and the first request fails, within two minutes. Does `server.probe` fit the model (an "
-                "embedding model does not complete)? Is there memory for one request?"
+                "embedding model does not complete, nor does a Triton model without an input `text_input`)? Is there "
+                "memory for one request?"
             ),
         ),
         "Neither status nor body of the answers is told: a model server's answer can hold anything, prompts of others "

@@ -205,6 +205,9 @@ def test_request_that_is_answered_with_another_status_is_not_ready(status: bytes
         '{"models": [{"id": "tiny"}]}',
         '["tiny"]',
         '"tiny"',
+        '{"name": "other"}',
+        '{"name": ["tiny"]}',
+        '{"data": [], "name": "tiny"}',
         '{"data": [["tiny"], "tiny", null]}',
         "tiny",
         "[" * 20000,
@@ -216,6 +219,12 @@ def test_model_list_without_the_expected_id_is_not_ready(listing: str) -> None:
     seen = asked(answer, until=Unready.MODEL)
     assert (seen.reasons, seen.running) == ([Unready.MODEL], False)
     assert "POST" not in seen.asked
+
+
+def test_a_v2_model_is_known_by_its_own_name() -> None:
+    model = b'{"name": "tiny"}'
+    answer = f"def answer(line, send): send(reply(b'200 OK', {model!r}) if b' /v2/models/tiny ' in line else good(line))\n"
+    assert asked(answer, models_path="/v2/models/tiny").running
 
 
 def test_model_list_that_is_missing_is_not_ready_even_without_an_expected_id() -> None:

@@ -73,7 +73,7 @@ class World:
         gpus: int = 1,
         files: int = 1,
         model_bytes: int = MODEL_BYTES,
-        given: bytes | None = None,
+        given: bytes | dict[str, bytes] | None = None,
         key: bytes = KEY,
         stem: str = "model",
     ) -> None:
@@ -83,12 +83,11 @@ class World:
         self.silicon = silicon
         self.port, self.broker_port = free_port(), free_port()
         self.behaviour = "serve"
-        self.model = {
-            f"{stem}-{i}.gguf" if files > 1 else f"{stem}.gguf": given or os.urandom(model_bytes) for i in range(files)
-        }
+        names = [f"{stem}-{i}.gguf" if files > 1 else f"{stem}.gguf" for i in range(files)]
+        self.model = given if isinstance(given, dict) else {name: given or os.urandom(model_bytes) for name in names}
         source = folder / "source"
-        source.mkdir()
         for name, data in self.model.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(data)
         self.layout = folder / "layout"
         self.manifest_digest = seal_model(source, self.layout, key, KEY_URI, "tiny", 3, lambda *_: None)

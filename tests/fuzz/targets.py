@@ -570,12 +570,12 @@ def server_plan_seeds() -> list[bytes]:
 
 
 def model_list(data: bytes) -> None:
-    for listed in probe._listed_models(data):
+    for listed in probe._named_models(data):
         assert PLAN.model_id != listed or listed == "tiny"
 
 
 def model_list_seeds() -> list[bytes]:
-    return [b'{"data": [{"id": "other"}, {"id": "tiny"}]}']
+    return [b'{"data": [{"id": "other"}, {"id": "tiny"}]}', b'{"name": "tiny", "versions": ["1"]}']
 
 
 def server_answer(data: bytes) -> None:
