@@ -104,7 +104,7 @@ class RealServer:
             "",
             *(f"{package}=={versions[package]}" for package in packages),
             f"Linux {'.'.join(os.uname().release.split('.')[:2])}, {os.cpu_count()} CPUs, no accelerator",
-            f"peak memory of all processes of the server: {self.peak_mib} MiB",
+            f"peak resident memory, summed over the processes of the server: {self.peak_mib} MiB",
             "",
             "[server]",
             *(f"{key} = {json.dumps(value)}" for key, value in self.world.server.items()),
@@ -125,12 +125,15 @@ def vllm(folder: Path, silicon: Path, undo: ExitStack, *arguments: str) -> RealS
     server = RealServer("vllm", successor_llama(), folder, silicon, undo)
     server.configure(
         SERVERS / "vllm" / "bin" / "vllm",
-        *("--enforce-eager", "--dtype", "float32", "--max-model-len", "256", *arguments),
+        *("--max-model-len", "256", *arguments),
         VLLM_API_KEY="key-of-this-test",
         VLLM_CPU_KVCACHE_SPACE="1",
         OMP_NUM_THREADS="2",
     )
     return server
+
+
+QUICK = "--enforce-eager"  # nothing is compiled
 
 
 def test_vllm_serves_exactly_the_sealed_model_and_leaves_nothing(tmp_path: Path, silicon: Path) -> None:
@@ -146,7 +149,7 @@ def test_vllm_serves_exactly_the_sealed_model_and_leaves_nothing(tmp_path: Path,
 
 def test_vllm_embeds(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
-        server = vllm(tmp_path, silicon, undo, *PRESETS["vllm"].embedding_arguments)
+        server = vllm(tmp_path, silicon, undo, QUICK, *PRESETS["vllm"].embedding_arguments)
         server.world.server["probe"] = "embedding"
         with server.serving():
             answer = server.ask("/v1/embeddings", {"model": "tiny", "input": "abc"}, key="key-of-this-test")
@@ -155,7 +158,7 @@ def test_vllm_embeds(tmp_path: Path, silicon: Path) -> None:
 
 def test_vllm_with_tensor_parallelism_needs_the_ports_of_egress_0(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
-        server = vllm(tmp_path, silicon, undo, "--tensor-parallel-size", "2")
+        server = vllm(tmp_path, silicon, undo, QUICK, "--tensor-parallel-size", "2")
         server.world.server["environment"] |= {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
         server.world.server["egress"] = [0]
         with server.serving():
