@@ -93,7 +93,11 @@ class RealServer:
         answer = connection.getresponse()
         text = answer.read().decode()
         connection.close()
-        self.asked += ["", f"{method} {path} {sent or ''}".rstrip(), f"{answer.status} {text}".rstrip()]
+        self.asked += [
+            "",
+            f"{method} {path}{' with the API key' if key else ''} {sent or ''}".rstrip(),
+            f"{answer.status} {text}".rstrip(),
+        ]
         assert answer.status == status, text
         return json.loads(text) if text else None
 
