@@ -105,7 +105,7 @@ PRESETS: Mapping[str, Preset] = {
         probe=ProbeKind.COMPLETION,
     ),
     "triton": Preset(
-        # One port: gRPC and metrics would listen on every address.
+        # One port: gRPC would listen on every address, whatever the host.
         command=(
             *("tritonserver", "--model-repository", "{model_dir}", "--http-address", "{host}", "--http-port", "{port}"),
             *("--allow-grpc", "false", "--allow-metrics", "false"),
