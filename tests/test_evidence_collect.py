@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError, MalformedEvidenceError, VmRestartRequiredError
+from agent.errors import ConfigNotMeasuredError, GpuCountError, GpuFaultError, MalformedEvidenceError, VmRestartRequiredError
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
 from agent.evidence.collect import Devices, check_distinct, check_measured, open_devices
@@ -95,6 +95,14 @@ def test_a_preset_ready_state_is_no_renewal(machine: SimulatedMachine) -> None:
     assert (claims.ready, claims.renewal) == (True, False)
 
 
+def test_a_fault_before_the_boot_is_found_when_devices_are_opened(machine: SimulatedMachine) -> None:
+    gpus = machine.gpu_system()
+    with (machine.directory / "kmsg").open("a") as file:
+        file.write("4,1,1,-;NVRM: Xid (PCI:0000:06:00): 79, GPU has fallen off the bus.\n")
+    with pytest.raises(GpuFaultError):
+        devices_of(machine, gpus)
+
+
 class Forgetful(GpuSystem):
     """A GPU system that gives evidence of one GPU less than it lists."""
 
@@ -137,6 +145,14 @@ def test_one_gpu_answering_for_two_is_refused(tmp_path: Path) -> None:
     assert evidence[0].uuid != evidence[1].uuid
     with pytest.raises(GpuCountError) as caught:
         check_distinct(evidence)
+    assert (caught.value.expected, caught.value.got) == (2, 1)
+
+
+def test_no_evidence_is_made_of_one_gpu_that_answers_for_two(silicon: Path, tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=2, silicon=silicon)
+    machine.gpu.repeat_first_gpu = True
+    with pytest.raises(GpuCountError) as caught:
+        devices_of(machine).collect(DATA)
     assert (caught.value.expected, caught.value.got) == (2, 1)
 
 

@@ -149,6 +149,7 @@ def test_what_joserfc_seals_opens() -> None:
         (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(enc="A128GCM"))),
         (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(alg=None))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk="x"))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk=list(h["epk"])))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(y=pack_b64url(b"y" * 32)))),  # not on the curve
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(bytes(32)), y=pack_b64url(bytes(32))))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(b"\xff" * 32)))),
