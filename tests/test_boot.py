@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
 from tests.world import Agent, World, ask, ask_until
 
@@ -158,6 +159,13 @@ def test_a_crashed_server_is_started_again_without_a_new_key(world: World) -> No
     assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
     assert agent.stop().status == 0
     assert world.audit() == [ATTESTED, RELEASED]
+
+
+def test_what_the_store_lacks_ends_the_boot_before_the_gate(world: World) -> None:
+    weights(world).unlink()
+    outcome = world.boot()
+    assert (outcome.failure["class"], outcome.status) == ("ArtifactUnavailableError", 18)
+    assert "gate_passed" not in outcome.names()
 
 
 # --- the end of processes ---------------------------------------------------------------------------------------------

@@ -161,6 +161,11 @@ WRONG_CLAIMS = [
         Claim.TCB_FMC,
         "tcb-2",
     ),
+    (
+        {"data": policy(snp__minimum_tcb=ROW["snp.minimum_tcb"].replace(" }", ", fmc = 2 }"))},
+        Claim.TCB_FMC,
+        "tcb-1",
+    ),  # it has none
     ({"gpus": (GPU,)}, Claim.GPU_COUNT, None),
     ({"gpus": (GPU, OTHER_GPU, replace(GPU, leaf_key_sha256="03" * 32))}, Claim.GPU_COUNT, None),
     ({"gpus": ()}, Claim.GPU_COUNT, None),

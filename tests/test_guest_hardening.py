@@ -158,7 +158,7 @@ def test_confined_child_dies_with_its_parent_although_it_changed_its_user() -> N
         assert not readable(child, 0)
         os.kill(middle, signal.SIGKILL)
         try:
-            return readable(child, 10)
+            return readable(child, 5)
         finally:
             signal.pidfd_send_signal(child, signal.SIGKILL)
 

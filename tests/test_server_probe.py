@@ -357,18 +357,21 @@ def test_who_listens_on_a_port_is_read_from_the_kernels_table(tmp_path: Path) ->
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can listen as somebody else")
 def test_somebody_else_on_the_port_is_asked_nothing() -> None:
-    def scenario() -> list[Unready]:
+    def scenario() -> Unready:
         os.seteuid(NOBODY + 1)
         impostor = socket.create_server(("127.0.0.1", 0))
         os.seteuid(0)
         plan = plan_for(impostor.getsockname()[1], "import time; time.sleep(60)")
         server = spawn(plan, Placement("/model", None, "/"))
+        probe = start_probe(plan)
         try:
-            return watch(start_probe(plan), server, Unready.FOREIGN_PORT)[0]
+            assert readable(probe.fd) and probe.read()
+            return probe.last_reason
         finally:
+            probe.stop()
             server.destroy()
 
-    assert in_child(scenario) == [Unready.FOREIGN_PORT]
+    assert in_child(scenario) is Unready.FOREIGN_PORT
 
 
 def test_a_chunk_of_negative_size_is_no_answer_and_is_not_read_to_its_end() -> None:

@@ -27,12 +27,12 @@ from agent.errors import (
 from tests.faults.table import SERVED, Attempts, Fault, FaultWorld
 from tests.range_server import Fault as Store
 from tests.range_server import RangeServer, make_certificate
-from tests.world import KEY_URI, free_port
+from tests.world import KEY_URI, World, free_port
 
 ONCE = Attempts.ONCE
 
 
-def blob(world: FaultWorld, digest: str) -> Path:
+def blob(world: World, digest: str) -> Path:
     return world.layout / "blobs" / digest.replace(":", "/")
 
 
@@ -42,7 +42,7 @@ def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(data)
 
 
-def weights(world: FaultWorld, index: int = 0) -> Path:
+def weights(world: World, index: int = 0) -> Path:
     manifest = json.loads(blob(world, world.manifest_digest).read_bytes())
     return blob(world, manifest["layers"][index]["digest"])
 
