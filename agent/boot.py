@@ -70,6 +70,7 @@ async def boot(
             with stage(Stage.RELEASE_KEY, notify):
                 sealed = await broker.release_key(verdict)
 
+            # refusal: test_what_the_store_lacks_ends_the_boot_before_the_gate
             (await prepared).check()  # what can fail without costing the VM fails before the gate
             with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
                 secured = await in_thread(lambda: devices.secure(verdict))

@@ -181,8 +181,10 @@ def _check_together(config: MeasuredConfig) -> None:
         return ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(key))
 
     simulated = config.tee.attester.startswith("simulated-")
+    # refusal: test_every_mistake_names_its_key
     if simulated != (config.simulation is not None):
         raise wrong("simulation.machine")
+    # refusal: test_every_mistake_names_its_key
     if config.artifact.unsafe_allow_swap and not simulated:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):

@@ -128,6 +128,7 @@ class Supervisor:
 
     def _prepare(self) -> None:
         """What can fail without a key being asked for fails here. Then the worker is on its way."""
+        # refusal: test_the_supervisor_is_not_dumpable_and_holds_no_library
         hardening.harden_agent()
         hardening.become_subreaper()
         try:

@@ -96,6 +96,7 @@ class DetachedTmpfs:
     def seal_read_only(self) -> None:
         self._tree.seal()
         with translated():
+            # refusal: test_a_tmpfs_is_not_sealed_under_an_open_window
             mounts.set_read_only(self._mount.fd)
 
     def hand_over(self) -> tuple[int, ...]:
@@ -129,6 +130,7 @@ class SealedMemfd:
         self._closed = False
 
     def create(self, path: str, size: int) -> None:
+        # refusal: test_a_memfd_holds_one_file
         if self._created:
             raise DestinationError(DestinationProblem.MANY_FILES)
         self._created = True
@@ -146,6 +148,7 @@ class SealedMemfd:
                 os.fchown(self._fd, -1, self._gid)
             os.fchmod(self._fd, _FILE_MODE)
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            # refusal: test_a_memfd_is_not_sealed_under_an_open_window
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
 
     def hand_over(self) -> tuple[int, ...]:
@@ -337,6 +340,7 @@ def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) 
     with _figures():
         limits = {MemoryLimit.AVAILABLE: memory.available_bytes(), MemoryLimit.CGROUP: memory.cgroup_available_bytes()}
     for limit, available in limits.items():
+        # refusal: test_the_tighter_limit_bites_and_headroom_counts
         if available is not None and available < needed:
             raise InsufficientMemoryError(limit, needed, available)
 
@@ -377,12 +381,15 @@ def _open_given(path: str) -> int:
     with translated():
         folder = os.open(path, _FOLDER)
         try:
+            # refusal: test_a_given_directory_must_be_memory
             if not mounts.is_tmpfs(folder):
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
             names = set(os.listdir(folder))
             if MARK_NAME in names:
+                # refusal: test_a_living_agents_directory_is_left_alone
                 _check_dead(folder)
                 names -= {MARK_NAME, PUBLISHED_NAME}
+            # refusal: test_a_given_directory_must_be_empty
             if names:
                 raise DestinationError(DestinationProblem.NOT_EMPTY)
         except BaseException:
@@ -415,6 +422,7 @@ def _remove_all(folder: int) -> None:
 
 
 def _check_swap(noswap: bool, allow_swap: bool, memory: MemoryInfo) -> None:
+    # refusal: test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing
     if not allow_swap and not noswap and swap_is_active(memory):
         raise SwapActiveError()
 
@@ -423,6 +431,7 @@ def _check_space(fd: int, needed: int) -> None:
     figures = os.fstatvfs(fd)
     available = figures.f_bavail * figures.f_frsize
     # A tmpfs mounted with size=0 has no limit, and says so with no blocks at all.
+    # refusal: test_a_given_directory_must_have_room
     if figures.f_blocks and available < needed:
         raise InsufficientMemoryError(MemoryLimit.DESTINATION, needed, available)
 

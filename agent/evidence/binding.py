@@ -163,6 +163,7 @@ def _parse_claims(value: object) -> KeyturnClaims:
 
 
 def _object(value: object, required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict[str, object]:
+    # refusal: test_text_that_is_not_exactly_ours_is_malformed
     if not isinstance(value, dict) or not required <= value.keys() <= required | optional:
         raise ValueError
     return value

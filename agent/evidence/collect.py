@@ -55,8 +55,10 @@ class Devices:
         text = ""
         if self.gpus and self.inventory:
             evidence = self.gpus.collect(device_nonce(data))
+            # refusal: test_a_missing_gpu_is_never_a_shorter_list
             if len(evidence) != len(self.inventory.gpus):
                 raise GpuCountError(len(self.inventory.gpus), len(evidence))
+            # refusal: test_no_evidence_is_made_of_one_gpu_that_answers_for_two
             check_distinct(evidence)
             modes = self.inventory.modes
             claims = KeyturnClaims(
@@ -109,6 +111,7 @@ def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
         DeviceError, MalformedEvidenceError, EvidenceBindingError: the device misbehaved.
     """
     host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
+    # refusal: test_a_longer_digest_is_compared_as_host_data_holds_it
     if host_data != fit(config_digest, len(host_data)):
         raise ConfigNotMeasuredError
     return MeasuredGuest(attester, made_by=_ONLY_CHECK_MEASURED)
@@ -140,7 +143,9 @@ def open_devices(
     inventory = None
     if gpus:
         inventory = gpus.inspect()
+        # refusal: test_ready_before_the_boot_is_found_when_devices_are_opened
         check_inventory(inventory, gpu_count, expected_ready)
+        # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
     return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
@@ -153,5 +158,6 @@ def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
         MalformedEvidenceError: a chain does not parse.
     """
     keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    # refusal: test_one_gpu_answering_for_two_is_refused
     if len(keys) != len(evidence):
         raise GpuCountError(len(evidence), len(keys))

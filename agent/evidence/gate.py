@@ -49,6 +49,7 @@ class SecuredDevices:
     made_by: InitVar[object]
 
     def __post_init__(self, made_by: object) -> None:
+        # refusal: test_nobody_else_makes_secured_devices
         if made_by is not _ONLY_SECURE:
             raise RuntimeError("only secure() makes SecuredDevices")
 
@@ -69,24 +70,32 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
     """
     # Devtools first: it also changes the environment and sets ready by itself.
     modes = inventory.modes
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.devtools != 0:
         raise GpuModeError(GpuMode.DEVTOOLS, modes.devtools, 0)
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.environment != _PRODUCTION:
         raise GpuModeError(GpuMode.ENVIRONMENT, modes.environment, _PRODUCTION)
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.multi_gpu_mode not in (_SINGLE_GPU, *_MULTI_GPU_MODES):
         raise GpuModeError(GpuMode.MULTI_GPU, modes.multi_gpu_mode, _SINGLE_GPU)
     # The driver shows the feature as off in protected PCIe mode.
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.cc_feature != _CC_ON and modes.multi_gpu_mode not in _MULTI_GPU_MODES:
         raise GpuModeError(GpuMode.CC_FEATURE, modes.cc_feature, _CC_ON)
 
     distinct = len({gpu.uuid for gpu in inventory.gpus})
+    # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if len(inventory.gpus) != count:
         raise GpuCountError(count, len(inventory.gpus))
+    # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if distinct != count:
         raise GpuCountError(count, distinct)
 
+    # refusal: test_a_ready_state_somebody_else_set_needs_a_new_vm
     if inventory.ready and expected is ExpectedReady.UNSET:
         raise VmRestartRequiredError
+    # refusal: test_a_preset_ready_state_must_be_set
     if not inventory.ready and expected is not ExpectedReady.UNSET:
         raise GpuFaultError(GpuFault.READY_NOT_SET)
 
@@ -97,6 +106,7 @@ def check_unchanged(before: GpuInventory, after: GpuInventory) -> None:
     Raises:
         GpuFaultError: something did.
     """
+    # refusal: test_any_change_since_attestation_is_a_fault
     if before != after:
         raise GpuFaultError(GpuFault.INVENTORY_CHANGED)
 
@@ -123,10 +133,13 @@ def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | No
 
     # 1. The same GPUs, in the same modes, in the same ready state as attested, and these are still acceptable.
     now = system.inspect()
+    # refusal: test_a_machine_that_changed_since_attestation_does_not_pass
     check_unchanged(before, now)
+    # refusal: test_an_agent_that_starts_again_after_the_gate_needs_a_new_vm
     check_inventory(now, len(before.gpus), expected)
 
     # 2. No fault so far.
+    # refusal: test_a_fault_since_attestation_does_not_pass
     system.check_faults()
 
     # 3. The one step, last: what fails after it costs the VM.

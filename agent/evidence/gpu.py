@@ -136,6 +136,7 @@ class NvmlGpuSystem:
             GpuModeError: registry keys are set that weaken confidential computing.
             NoAttesterError: a GPU is of an architecture that has no attestation.
         """
+        # refusal: test_parameters_that_cannot_be_read_are_a_device_error
         self._check_registry_keys()
         with self._nvml():
             return GpuInventory(
@@ -166,9 +167,11 @@ class NvmlGpuSystem:
         tail = b""
         for chunk in _read_kernel_log(self._kernel_log):
             window = tail + chunk
+            # refusal: test_a_confidential_computing_fault_is_a_fault
             if _CC_FATAL in window:
                 raise GpuFaultError(GpuFault.CC_FATAL)
             for match in _XID.finditer(window):
+                # refusal: test_a_log_that_only_blocks_has_ended
                 if int(match[1]) in FATAL_XIDS:
                     raise GpuFaultError(GpuFault.FATAL_XID, int(match[1]))
             tail = window[-_LONGEST_MATCH_BYTES:]
@@ -182,6 +185,7 @@ class NvmlGpuSystem:
         """
         with self._nvml():
             _call("nvmlSystemSetConfComputeGpusReadyState", pynvml.NVML_CC_ACCEPTING_CLIENT_REQUESTS_TRUE)
+            # refusal: test_ready_is_set_once_and_read_back
             if not _ready():
                 raise GpuFaultError(GpuFault.READY_NOT_SET)
 
@@ -193,6 +197,7 @@ class NvmlGpuSystem:
             except OSError as exc:
                 raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
             found = len(_WEAKENING_KEYS.findall(text))
+            # refusal: test_registry_keys_that_weaken_confidential_computing_are_refused
             if found:
                 raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
 
@@ -225,6 +230,7 @@ def _handles() -> Iterator[Any]:
 
 def _architecture(handle: Any) -> str:
     number = _call("nvmlDeviceGetArchitecture", handle)
+    # refusal: test_an_architecture_without_attestation_is_no_attester
     if number not in _ARCHITECTURES:
         raise NoAttesterError(Ident(f"nvml-architecture-{number}"))
     return _ARCHITECTURES[number]
@@ -264,8 +270,10 @@ def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
     report = bytes(answer.attestationReport[: answer.attestationReportSize])
 
     parsed = parse_report(report)
+    # refusal: test_a_gpu_that_signs_another_nonce_is_not_believed
     if parsed.requester_nonce != nonce:
         raise EvidenceBindingError(EvidenceFormat.NVIDIA_REPORT)
+    # refusal: test_a_size_outside_the_buffer_is_malformed
     verify_report_signature(parsed, parse_chain(chain))
     return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
 

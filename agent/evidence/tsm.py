@@ -99,10 +99,12 @@ class TsmSnp:
             table = _read(entry, "auxblob", MAX_BLOB_BYTES)
 
             # 5. Both belong to our writes and to nobody else's. The code is the kernel's own for an answer that is stale.
+            # refusal: test_a_report_after_somebody_elses_write_is_not_taken
             if _read_number(entry, "generation") != generation + (2 if floor else 1):
                 raise DeviceError(_CONFIGFS_TSM, Ident("generation"), errno.EWOULDBLOCK)
 
         # 6. It is a report, and it carries our data. Drivers have answered a failure with an empty one.
+        # refusal: test_a_blob_of_any_size_is_read_to_a_bound
         if parse_report(report).report_data != report_data:
             raise EvidenceBindingError(EvidenceFormat.SNP_REPORT)
         return Evidence(Tee.SNP, report, certificate_chain(table))
@@ -155,6 +157,7 @@ def _entry(root: Path) -> Iterator[Path]:
             raise NoAttesterError(Ident(Tee.SNP.value)) from exc
         raise _refused("mkdir", exc) from exc
     try:
+        # refusal: test_starting_over_ends
         if _read(entry, "provider", MAX_TEXT_BYTES) != _PROVIDER:
             raise NoAttesterError(Ident(Tee.SNP.value))
         yield entry

@@ -86,6 +86,7 @@ def confine(abi: int, scratch: str, model_dir: str | None, egress: Collection[in
                 _allow_below(ruleset, path, rights & files)
         for port in _numbers(egress) if network else ():
             _call(_SYS_ADD_RULE, ruleset, _RULE_NET_PORT, struct.pack("=QQ", network, port), 0)
+        # refusal: test_an_older_abi_keeps_what_it_knows
         _call(_SYS_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)
@@ -121,6 +122,7 @@ def _allow_below(ruleset: int, path: str, rights: int) -> None:
         place = os.open(path, os.O_PATH | os.O_CLOEXEC)
         try:
             if not stat.S_ISDIR(os.fstat(place).st_mode):
+                # refusal: test_a_model_below_shared_memory_is_read_only_and_devices_stay_writable
                 rights &= _WRITE  # EINVAL for anything that only a folder can have
             _call(_SYS_ADD_RULE, ruleset, _RULE_PATH_BENEATH, struct.pack("=Qi", rights, place), 0)
         finally:

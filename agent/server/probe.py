@@ -77,6 +77,7 @@ def start_probe(plan: ServerPlan) -> Probe:
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
+        # refusal: test_probe_has_no_more_rights_than_the_server_and_no_descriptor_of_the_agent
         hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report})
         told, pause_s = None, FIRST_PAUSE_S
         while (reason := _why_not_ready(plan)) is not None:
@@ -101,6 +102,7 @@ def _why_not_ready(plan: ServerPlan) -> Unready | None:
     owners = _listeners(plan.port)
     if not owners:
         return Unready.NO_ANSWER
+    # refusal: test_somebody_else_on_the_port_is_asked_nothing
     if not owners <= {os.geteuid(), 0}:
         return Unready.FOREIGN_PORT
     # 2. It speaks HTTP, and says that it is healthy.

@@ -151,6 +151,7 @@ def spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
     Raises:
         ServerStartError: with the errno of the first step that failed, from pipe(2) to execve(2); nothing is left of it.
     """
+    # refusal: test_server_that_would_be_root_by_omission_is_a_bug
     if os.geteuid() == 0 and plan.uid is None:
         raise RuntimeError("a server must not be root by omission")
     try:
@@ -188,8 +189,10 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                         os.set_inheritable(descriptor, True)
                     if place.private_mounts:
                         _own_places(place, (*argv, *environment.values(), place.model_dir or ""))
+                    # refusal: test_descriptors_are_stdio_and_exactly_the_named_ones
                     hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report_end, *place.descriptors})
                     if abi:
+                        # refusal: test_guest_landlock.py::test_a_server_writes_in_its_scratch_folder_and_nowhere_else
                         landlock.confine(abi, place.scratch, place.model_dir, plan.egress)
                     signal.pthread_sigmask(signal.SIG_SETMASK, ())
                     os.execvpe(argv[0], argv, environment)
