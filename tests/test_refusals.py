@@ -79,6 +79,10 @@ def test_a_marker_that_marks_nothing_is_an_error(source: str, line: int) -> None
     [
         ("def x(y: int) -> None:\n    if y:\n        raise ValueError\n", 3),
         ("def x(y: int) -> None:\n    _require(y > 0)\n", 2),
+        (
+            "def x(y: int) -> None:\n    # refusal: t\n    if y:\n        raise OSError\n    else:\n        raise KeyError\n",
+            6,
+        ),
         ("def x(y: int) -> None:\n    # refusal: test_x\n    _require(y > 0)\n    print()\n    _require(y > 1)\n", 5),
     ],
 )

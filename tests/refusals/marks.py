@@ -10,8 +10,10 @@ A bare name is a test in the module's own file (`tests/test_layout.py` says whic
 
 A marker above a call of `REFUSING_CALLS` is for all such calls that follow directly.
 
-What is removed: an `if` is never entered, a condition that is returned or handed to a call holds, any other simple statement
-is not there. A condition of several parts is as many checks: each is removed alone. Runs nothing (`__main__.py`).
+What is removed: an `if` is never entered, a condition that is returned holds, as does an `and` handed to a call; any other
+simple statement is not there. A condition of several parts is as many checks: each is removed alone.
+
+Runs nothing: that is `__main__.py`.
 """
 
 import ast
@@ -58,7 +60,7 @@ class Removal:
         path: relative to the root of the project.
         line: of the statement.
         removed: the text that goes.
-        tests: pytest's names of the tests, any of which must fail.
+        tests: pytest's names of the tests, one of which must fail.
         source: of the whole file, without it.
     """
 
@@ -114,7 +116,7 @@ def removals_in(path: str, source: bytes) -> list[Removal]:
         for statement in _run(tree, statements[at]):
             marked.setdefault(statement.lineno, tests)
     if path in COMPLETE:
-        covered = {line for at in marked for line in range(at, (statements[at].end_lineno or at) + 1)}
+        covered = {line for at in marked for line in range(at, _last_line(statements[at]) + 1)}
         if bare := [node.lineno for node in _refusals(tree) if node.lineno not in covered]:
             raise MarkerError("\n".join(f"{path}:{line}: a refusal without a marker" for line in bare))
     starts = [0]
@@ -154,6 +156,12 @@ def _next_statement(source: bytes, line: int) -> int:
     while line < len(lines) and lines[line].lstrip().startswith("#"):
         line += 1
     return line + 1
+
+
+def _last_line(statement: ast.stmt) -> int:
+    """Of what a marker is for: an `elif` or `else` is another check."""
+    last = statement.body[-1] if isinstance(statement, ast.If) else statement
+    return last.end_lineno or last.lineno
 
 
 def _refusals(tree: ast.AST) -> Iterator[ast.stmt]:
