@@ -304,8 +304,11 @@ def appraise(
         require(Claim.MODES, all((flag == _FLAG_PROTECTED_PCIE) == (mode is GpuMode.PROTECTED_PCIE) for flag in flags))
         # Whoever renews a lease has passed the gate, and the state is never set back.
         ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         equal(Claim.READY, ready, keyturn.ready)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.MANIFEST, row.manifest_digests, keyturn.manifest_digest)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.COMMAND, row.server_command_digests, keyturn.server_command_digest)
     return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(matched)))
 

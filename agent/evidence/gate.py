@@ -95,7 +95,7 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
     # refusal: test_a_ready_state_somebody_else_set_needs_a_new_vm
     if inventory.ready and expected is ExpectedReady.UNSET:
         raise VmRestartRequiredError
-    # refusal: test_a_preset_ready_state_must_be_set
+    # refusal: test_a_ready_state_that_was_set_must_be_set
     if not inventory.ready and expected is not ExpectedReady.UNSET:
         raise GpuFaultError(GpuFault.READY_NOT_SET)
 
@@ -125,6 +125,7 @@ def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | No
         GpuModeError, GpuCountError, VmRestartRequiredError: as `check_inventory`.
         GpuFaultError: a fault since boot, a change since attestation, or ready does not read back as 1.
     """
+    # refusal: test_a_boot_that_has_passed_the_gate_does_not_pass_it_again
     if expected is ExpectedReady.OURS:
         raise RuntimeError("the gate is passed once")
     if system is None or before is None:
