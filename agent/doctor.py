@@ -247,7 +247,8 @@ def _clock(guest: Guest) -> None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
     now = datetime.now(UTC)
     if not any(authority.not_valid_before_utc <= now <= authority.not_valid_after_utc for authority in authorities):
-        raise BrokerIdentityError(IdentityProblem.VALIDITY)
+        ahead = any(now < authority.not_valid_before_utc for authority in authorities)
+        raise BrokerIdentityError(IdentityProblem.NOT_YET_VALID if ahead else IdentityProblem.EXPIRED)
 
 
 def _route(guest: Guest) -> None:

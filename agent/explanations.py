@@ -415,28 +415,29 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "the broker unopened."
             ),
             (
-                "Broker asked to come back later: it is overloaded, or its key store or audit log cannot be used. Its "
-                "audit log, or its stderr, says KEY_STORE_IO, AUDIT_LOG or OVERLOADED."
+                "Broker asked to come back later: more guests ask at one time than it serves (OVERLOADED in its audit "
+                "log). Add replicas, or start fewer guests at once."
             ),
         ),
         "Which address failed is not told, and no text of a peer: everything between guest and broker can write such a text.",
     ),
     errors.BrokerIdentityError: Explanation(
         "Something answered at the broker's address, and it is not the broker that was measured: its certificate leads "
-        "to another CA, carries another name, is not valid now, or the TLS handshake failed. No evidence was sent to "
-        "it, and another try would not help.",
+        "to another CA, carries another name, is expired or not yet valid, or the TLS handshake failed. No evidence was "
+        "sent to it, and another try would not help.",
         (
             (
                 "`openssl s_client -connect HOST:PORT -servername NAME -showcerts` and compare the issuer with "
                 "`broker.ca_pem` and the DNS names with `broker.server_name`."
             ),
             (
-                "Certificate expired: the one that `keyturn broker init` makes ends after a year; sign a new one with "
-                "its `ca.key`. The CA stays, and so does the configuration."
+                "Expired: the certificate that `keyturn broker init` makes ends after a year; sign a new one with its "
+                "`ca.key`. The CA stays, and so does the configuration."
             ),
             (
-                "Not valid by this guest's clock: the clock is the host's; compare it with a time server. `keyturn doctor` "
-                "says so, without asking anybody, when it is outside the life of `broker.ca_pem`."
+                "Not yet valid, or expired although its dates are good: this guest's clock is wrong, and its host sets "
+                "it; compare the host with a time server. `keyturn doctor` says so, without asking anybody, when it is "
+                "outside the life of `broker.ca_pem`."
             ),
             (
                 "A name in the CN alone does not count; it must be a subject alternative name. A proxy that ends TLS is "
@@ -467,13 +468,14 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
     ),
     errors.BrokerFailureError: Explanation(
-        "The broker was reached and ended the request with a failure: it could not do its part, or the key was refused "
-        "after the verdict had allowed it. The reason is one word of the broker's, and `status` the gRPC code. It is "
-        "not tried again.",
+        "The broker was reached and ended the request with a failure: it could not do its part. Nothing was denied. The "
+        "reason is one word of the broker's, and `status` the gRPC code. Status 14 was tried again until "
+        "`broker.timeout_s` was over; anything else needs somebody to mend it and was not.",
         (
             (
-                "`keyturn status` shows the request id; its line in the broker's audit log has the same reason. "
-                "INTERNAL is a bug of the broker, and its stderr has the place."
+                "`keyturn status` shows the request id; its line in the broker's audit log has the same reason. INTERNAL "
+                "is a bug of the broker, and its stderr has the place. Status 3 (PROTOCOL_): it refused a message of "
+                "ours; compare versions."
             ),
             (
                 "KEY_NOT_FOUND: there is no file for `broker.key_uri` below the folder of `--keys`; install it with the "
@@ -485,22 +487,23 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`.TAG.version` beside it must hold one decimal number from 1."
             ),
             (
-                "Status 7: the row was revoked or the policy changed between verdict and release (POLICY_REVOKED, "
-                "TOKEN_POLICY_VERSION). A new boot attests under the new policy."
+                "AUDIT_LOG: the file of `--audit` cannot be written, most often a full disk, and nothing is decided that "
+                "cannot be recorded. KEY_STORE_IO: the folder of `--keys` cannot be read; mend the volume below it, and "
+                "guests that still wait get their key."
             ),
             (
-                "Status 16: the broker does not accept its own verdict (TOKEN_ and the check); all replicas need the "
-                "same `--token-key` and one clock. Status 3: it refused a message of ours (PROTOCOL_); compare "
-                "versions."
+                "Status 16: the broker does not accept a verdict that this guest has verified (TOKEN_ and the check). "
+                "All replicas need the same `--token-key` and one clock; TOKEN_EXPIRED without either: the key was "
+                "asked for later than 300 seconds after the verdict."
             ),
         ),
         "The broker's text is dropped and only its reason word is kept. The guest learns no more of the key store than "
         "that, so neither does the guest's host.",
     ),
     errors.KeyReleaseDeniedError: Explanation(
-        "The broker checked the evidence and its policy says no. The text names the first claim that did not hold, the "
-        "id of the reference value it was compared with, and the version of the policy. A denial is final for this "
-        "boot.",
+        "The broker's policy says no: to the evidence, or later to the key when the policy changed in between. The text "
+        "names the first claim that did not hold, the id of the reference value it was compared with, and the version "
+        "of the policy. A denial is final for this boot.",
         (
             "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version.",
             (
@@ -515,7 +518,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
                 "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
-                "`not_after`."
+                "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),
         "Neither the measured nor the expected value is told. Whoever is denied must not learn from the guest what "

@@ -155,6 +155,10 @@ def clock_behind(world: World) -> None:
     world.broker_config["ca_pem"] = pem(certificate("from tomorrow", (1, 2))).decode()
 
 
+def clock_ahead(world: World) -> None:
+    world.broker_config["ca_pem"] = pem(certificate("from yesterday", (-2, -1))).decode()
+
+
 def ca_that_is_none(world: World) -> None:
     world.broker_config["ca_pem"] = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
 
@@ -257,6 +261,7 @@ class Row:
 ROWS = (
     Row("token key that is none", unknown_token_key, {"configuration": "ConfigError"}, 10),
     Row("clock before the CA", clock_behind, {"clock": "BrokerIdentityError"}, 14),
+    Row("clock after the CA", clock_ahead, {"clock": "BrokerIdentityError"}, 14),
     Row("CA that is none", ca_that_is_none, {"clock": "ConfigError"}, 10),
     Row("simulation not allowed", simulation_not_allowed, {"simulation": "SimulationRefusedError"}, 11),
     Row("launched with another configuration", launched_with_other_configuration, {"host-data": "ConfigNotMeasuredError"}, 10),

@@ -235,8 +235,8 @@ def test_the_address_is_only_a_hint_and_dead_ones_are_passed_over_at_once() -> N
     [
         (IdentityProblem.CHAIN, {"ca": OTHER_CA}),
         (IdentityProblem.NAME, {"name": "other.test"}),
-        (IdentityProblem.VALIDITY, {"leaf": certificate(NAME, (-3, -2), CA)}),
-        (IdentityProblem.VALIDITY, {"leaf": certificate(NAME, (2, 3), CA)}),
+        (IdentityProblem.EXPIRED, {"leaf": certificate(NAME, (-3, -2), CA)}),
+        (IdentityProblem.NOT_YET_VALID, {"leaf": certificate(NAME, (2, 3), CA)}),
         (IdentityProblem.CHAIN, {"leaf": certificate(NAME)}),
     ],
 )
@@ -345,7 +345,7 @@ def test_a_service_that_is_no_key_broker_is_a_version_problem() -> None:
 
 
 def test_an_overloaded_broker_is_asked_again_when_it_said_with_a_whole_new_handshake() -> None:
-    busy = status.Failure(14, Ident("BUSY"), None, 0.2)
+    busy = status.Failure(14, Ident("OVERLOADED"), None, 0.2)
     broker = Broker(
         [fails(grpc.StatusCode.UNAVAILABLE, busy), says(challenge)], [refuses_key(grpc.StatusCode.UNAVAILABLE, busy)]
     )
@@ -363,7 +363,7 @@ def test_an_overloaded_broker_is_asked_again_when_it_said_with_a_whole_new_hands
 
 
 def test_an_overloaded_broker_whose_delay_ends_after_the_deadline_is_given_up_at_once() -> None:
-    broker = Broker([fails(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("BUSY"), None, 3600.0))])
+    broker = Broker([fails(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("OVERLOADED"), None, 3600.0))])
     error = failure_of(broker)
     assert isinstance(error, BrokerUnreachableError)
     assert (error.reason, error.attempts) == (Unreachable.OVERLOADED, 1)
@@ -512,8 +512,34 @@ def test_a_verdict_without_the_authoritys_signature_is_a_token_error() -> None:
 # --- the key ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_denied_key_is_the_denial_that_a_verdict_would_have_been() -> None:
+    denial = status.Denial(DenialReason.POLICY, Ident("policy.revoked"), None, Ident("p2"))
+    failure = status.Failure(7, Ident("POLICY_REVOKED"), None, 0.0, denial)
+    broker = Broker(releases=[refuses_key(grpc.StatusCode.PERMISSION_DENIED, failure)])
+    error = failure_of(broker)
+    assert isinstance(error, KeyReleaseDeniedError)
+    assert (error.reason, error.claim, error.policy_version) == (DenialReason.POLICY, "policy.revoked", "p2")
+    assert broker.keys_asked == 1
+
+
+def test_a_key_store_that_is_down_is_asked_again_until_it_is_there_or_the_deadline_tells_its_name() -> None:
+    down = refuses_key(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("KEY_STORE_IO"), None, 0.1))
+    broker = Broker(releases=[down, down])
+
+    async def run() -> None:
+        async with served(broker) as endpoint:
+            await boot(endpoint)
+
+    asyncio.run(run())
+    assert (broker.keys_asked, len(broker.seen)) == (3, 2)  # one attestation
+
+    error = failure_of(Broker(releases=[down] * 99), timeout_s=1.0)
+    assert isinstance(error, BrokerFailureError)
+    assert (error.status, error.reason) == (14, "KEY_STORE_IO")
+
+
 @pytest.mark.parametrize(
-    "code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND]
+    "code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION]
 )
 def test_a_refused_key_is_final(code: grpc.StatusCode) -> None:
     number: int = code.value[0]

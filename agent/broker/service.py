@@ -41,7 +41,7 @@ from agent.errors import (
 )
 from agent.evidence import NONCE_BYTES, Nonce
 from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, grpc_wire
-from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
+from agent.handshake.grpc_status import DETAILS_KEY, OVERLOADED, Denial, Failure, pack_failure
 
 SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
 _RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
@@ -299,10 +299,12 @@ def peer_host(peer: str) -> str:
 
 
 def _failure(error: AgentError, request_id: Ident | None) -> Failure:
-    """How a failure looks on the wire. A denial of the key keeps its claim: `policy.revoked` is POLICY_REVOKED."""
+    """How a failure looks on the wire. A denial says what a denied Verdict would; its word is the claim in capitals."""
     match error:
         case KeyReleaseDeniedError():
-            return Failure(_code(grpc.StatusCode.PERMISSION_DENIED), Ident(error.claim.upper().replace(".", "_")), request_id)
+            word = Ident(error.claim.upper().replace(".", "_"))
+            denial = Denial(error.reason, error.claim, error.reference_value_id, error.policy_version)
+            return Failure(_code(grpc.StatusCode.PERMISSION_DENIED), word, request_id, denial=denial)
         case TokenError():
             return Failure(_code(grpc.StatusCode.UNAUTHENTICATED), failure_reason(error), request_id)
         case RemoteProtocolError():
@@ -330,7 +332,7 @@ def _broker_failure(status: grpc.StatusCode, reason: str) -> BrokerFailureError:
 
 
 def _overloaded() -> BrokerFailureError:
-    return _broker_failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+    return _broker_failure(grpc.StatusCode.UNAVAILABLE, OVERLOADED)
 
 
 def _internal(error: Exception) -> InternalError:

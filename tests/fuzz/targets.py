@@ -263,7 +263,11 @@ def grpc_failure(data: bytes) -> None:
 
 
 def grpc_failure_seeds() -> list[bytes]:
-    return [grpc_status.pack_failure(grpc_status.Failure(14, Ident("KEY_STORE_UNAVAILABLE"), ID, 1.5))]
+    denial = grpc_status.Denial(DenialReason.CLAIM, Ident("snp.tcb"), Ident("tcb-1"), Ident("7"))
+    return [
+        grpc_status.pack_failure(grpc_status.Failure(14, Ident("KEY_STORE_IO"), ID, 1.5)),
+        grpc_status.pack_failure(grpc_status.Failure(14, Ident("SNP_TCB"), ID, None, denial)),
+    ]
 
 
 def _sign(payload: bytes) -> str:
