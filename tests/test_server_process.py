@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -194,6 +195,17 @@ def test_server_cannot_gain_privileges_or_leave_cores_and_has_clean_signals_umas
     assert (found["core"], found["umask"], found["cwd"], found["leads"]) == ([1, 1], 0o077, "/", True)
     python_ignores = (1 << signal.SIGPIPE - 1) | (1 << signal.SIGXFSZ - 1)  # the test program's own interpreter does
     assert (int(str(found["SigBlk"]), 16), int(str(found["SigIgn"]), 16) & ~python_ignores) == (0, 0)
+
+
+def test_server_that_is_no_python_has_the_default_action_of_every_signal() -> None:
+    def scenario() -> bytes:
+        server = spawn(dataclasses.replace(PLAN, argv=("/bin/cat", "/proc/self/status")), PLACE)
+        assert readable(server.pidfd)
+        server.destroy()
+        return server.output.tail()
+
+    ignored = next(line for line in in_child(scenario).splitlines() if line.startswith(b"SigIgn"))
+    assert int(ignored.split()[1], 16) == 0
 
 
 def test_server_that_aborts_leaves_no_core_in_its_scratch_folder() -> None:
@@ -528,6 +540,22 @@ def test_forked_child_runs_no_handler_of_ours_and_has_our_signal_mask() -> None:
         return os.waitstatus_to_exitcode(status), os.read(ours, 1000), mask == {signal.SIGUSR2}
 
     assert in_child(scenario) == (-signal.SIGTERM, repr([signal.SIGUSR2]).encode(), True)
+
+
+def test_forked_child_outlives_a_peer_that_hangs_up() -> None:
+    def scenario() -> int:
+        def child(parent: int) -> None:
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            try:
+                ours.send(b"hello")
+            except BrokenPipeError:
+                os._exit(0)
+
+        _, status = os.waitpid(fork(child), 0)
+        return os.waitstatus_to_exitcode(status)
+
+    assert in_child(scenario) == 0
 
 
 def test_forked_child_tells_nobody_of_its_failure() -> None:

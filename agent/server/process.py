@@ -27,6 +27,7 @@ _RESCAN_S = 0.1
 _FAILED_IN_CHILD = 127
 _TEMPORARY = "/tmp"  # noqa: S108  # where the server's own folder is shown
 _SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where the server's own is mounted
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class OutputRing:
@@ -195,6 +196,8 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                         # refusal: test_guest_landlock.py::test_a_server_writes_in_its_scratch_folder_and_nowhere_else
                         landlock.confine(abi, place.scratch, place.model_dir, plan.egress)
                     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                    for number in _IGNORED_BY_PYTHON:  # other programs expect the default, and an ignored signal stays so
+                        signal.signal(number, signal.SIG_DFL)
                     os.execvpe(argv[0], argv, environment)
                 except OSError as error:
                     code = error.errno or 0
@@ -239,8 +242,8 @@ def _may_cover(target: str, texts: Collection[str]) -> bool:
 def fork(inside: Callable[[int], None]) -> int:
     """Fork a child that runs `inside(our process id)` and then ends, whatever happens, with status 127.
 
-    In the child all signals have their default action from the first moment: no handler of ours runs there. Its signal mask
-    is ours.
+    In the child all signals have their default action from the first moment, but for the two that Python ignores: no handler
+    of ours runs there, and a peer that hangs up is an OSError and not the end of the child. Its signal mask is ours.
 
     Returns:
         The child's process id.
@@ -251,7 +254,7 @@ def fork(inside: Callable[[int], None]) -> int:
         pid = os.fork()
         if pid == 0:
             try:
-                for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, *_IGNORED_BY_PYTHON}:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 inside(parent)
