@@ -9,7 +9,7 @@ import concurrent.futures
 import json
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, TypeVar
@@ -31,9 +31,9 @@ from agent.handshake import grpc_wire as wire
 from agent.handshake.pb import kbs_pb2 as pb
 from agent.handshake.token import read_token
 from agent.jose import pack_b64, pack_b64url, pack_jwk, parse_b64url
+from tests.faults.canaries import PEER_TEXT
 from tests.tls import Signer, certificate, key_pem, pem
 
-PEER_TEXT = "canary-peer-text"
 NAME = "broker.test"
 URI = Ident("kbs:///models/demo/key")
 AUTHORITY = ec.derive_private_key(0xA0, ec.SECP256R1())
@@ -118,7 +118,8 @@ class Broker:
         jwe = seal(self.key, claims.tee_pubkey)
         return wire.pack_key_response(KeyResponse(request.request_id, jwe, Ident("id-1"), 7))
 
-    def token(self, nonce: Nonce, key: TeePublicKey, **changes: object) -> str:
+    def token(self, nonce: Nonce, key: TeePublicKey, changes: Mapping[str, object] | None = None) -> str:
+        """A Verdict token; `changes` are other claims."""
         now = int(time.time())
         claims = {
             "iss": "keyturn-broker",
@@ -131,7 +132,7 @@ class Broker:
             "min_model_version": 0,
             "simulated": self.simulated,
         }
-        return signed(claims | changes, self.authority)
+        return signed(claims | dict(changes or {}), self.authority)
 
 
 # --- behaviours ---------------------------------------------------------------------------------------------------------

@@ -10,10 +10,10 @@ import enum
 import socket
 import ssl
 import struct
+import tempfile
 from asyncio import StreamReader, StreamWriter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from pathlib import Path
 
 DRIP_S = 0.05
 _CHUNK = 1 << 14
@@ -93,14 +93,13 @@ def proxy(upstream: str, wire: Wire, after: int) -> contextlib.AbstractAsyncCont
     return _listening(answer)
 
 
-def tls_server(
-    pair: tuple[bytes, bytes], folder: Path, answer: Answer, *protocols: str
-) -> contextlib.AbstractAsyncContextManager[str]:
+def tls_server(pair: tuple[bytes, bytes], answer: Answer, *protocols: str) -> contextlib.AbstractAsyncContextManager[str]:
     """A TLS server that is no gRPC server; `protocols` are what it offers by ALPN."""
-    file = folder / "pair.pem"
-    file.write_bytes(b"".join(pair))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file)
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"".join(pair))
+        file.flush()
+        context.load_cert_chain(file.name)
     if protocols:
         context.set_alpn_protocols(list(protocols))
     return _listening(answer, context)
@@ -149,7 +148,7 @@ async def _listening(answer: Answer, context: ssl.SSLContext | None = None) -> A
         tasks.add(task := asyncio.current_task())
         try:
             await answer(reader, writer)
-        except* (OSError, ssl.SSLError):
+        except* (OSError, EOFError):
             pass  # the guest hung up first
         finally:
             writer.transport.abort()
