@@ -6,8 +6,10 @@ authority decided.
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import grpc
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -51,6 +53,8 @@ RELAY = ec.derive_private_key(0xE1, ec.SECP256R1())
 RELAY_PAIR = EphemeralKey(ec.derive_private_key(0xE2, ec.SECP256R1()))
 """A key pair of its own, to have keys sealed to."""
 RELAY_KEY = b"\xee" * 32
+RELOAD_S = 0.5
+"""For the broker to read its policy again; the request waits for it."""
 Change = Callable[[FaultWorld, Relay], None]
 
 
@@ -303,6 +307,46 @@ VERDICTS = [
 ]
 
 
+# --- a policy that changes while a guest is between verdict and key, which a relay can bring about by holding the request ---
+
+
+def meanwhile(change: Callable[[FaultWorld], None]) -> Change:
+    """The authority changes its policy while the key request is under way."""
+
+    def apply(world: FaultWorld, relay: Relay) -> None:
+        async def on_key_request(_: pb.ReleaseKeyRequest) -> None:
+            change(world)
+            assert world.broker_process
+            world.broker_process.send_signal(signal.SIGHUP)
+            await asyncio.sleep(RELOAD_S)
+
+        relay.on_key_request = on_key_request
+
+    return apply
+
+
+def revoke(world: FaultWorld) -> None:
+    world.row["revoked"] = True
+    world.write_policy()
+
+
+def next_version(world: FaultWorld) -> None:
+    path = world.write_policy()
+    path.write_text(path.read_text().replace('version = "7"', 'version = "8"'))
+
+
+def denied_after_the_verdict(name: str, change: Callable[[FaultWorld], None], claim: str, version: str) -> Fault:
+    fields = {"reason": "policy", "claim": claim, "policy_version": version}
+    row = evil(name, KeyReleaseDeniedError, meanwhile(change), fields, [ATTESTED, ("release", "denied", claim)])
+    return replace(row, may_stay=frozenset({"policy.toml"}))
+
+
+POLICY = [
+    denied_after_the_verdict("a key that is revoked meanwhile", revoke, "policy.revoked", "7"),
+    denied_after_the_verdict("a policy that is replaced meanwhile", next_version, "token.policy_version", "8"),
+]
+
+
 # --- order, time and evidence -------------------------------------------------------------------------------------------
 
 
@@ -462,4 +506,4 @@ ORDER = [
     ),
 ]
 
-ROWS = [*KEYS, *VERDICTS, *ORDER]
+ROWS = [*KEYS, *VERDICTS, *POLICY, *ORDER]

@@ -104,8 +104,10 @@ LINES = [
             (Wire.FREEZE, "freezes", Unreachable.TIMEOUT),
             (Wire.DRIP, "drips", Unreachable.TIMEOUT),
         )
-        for after in (0, 100, 1200, 1500)
+        for after in (0, 100, 1200, 1500)  # before and during TLS, in the middle of the handshake, and late in it
     ),
+    not_the_broker("line that alters TLS", IdentityProblem.TLS, against(behind(Wire.FLIP, 100))),
+    unreachable("line that alters what TLS carries", Unreachable.RESET, against(behind(Wire.FLIP, 1200))),
 ]
 
 
