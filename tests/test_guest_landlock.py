@@ -125,7 +125,10 @@ def test_what_a_server_starts_is_in_the_same_domain(folders: Path) -> None:
 @needs_landlock
 def test_a_model_below_shared_memory_is_read_only_and_devices_stay_writable() -> None:
     """Where `artifact.directory` lies in /dev/shm: the rule for /dev would cover it."""
-    with tempfile.TemporaryDirectory(prefix="keyturn-landlock-", dir="/dev/shm") as name:
+    with (
+        tempfile.NamedTemporaryFile(prefix="keyturn-beside-", dir="/dev/shm"),  # a rule of its own, and one for a file
+        tempfile.TemporaryDirectory(prefix="keyturn-landlock-", dir="/dev/shm") as name,
+    ):
         root = open_to_all(Path(name))
         steps = {
             "model": "write(root + '/model/file')",
