@@ -280,6 +280,10 @@ class EvidenceFormat(enum.Enum):
     SNP_CHAIN = "snp-certificate-chain"
     NVIDIA_REPORT = "nvidia-report"
     NVIDIA_CHAIN = "nvidia-certificate-chain"
+    TDX_REPORT = "tdx-report"
+    TDX_QUOTE = "tdx-quote"
+    TDX_CHAIN = "tdx-certificate-chain"
+    EVENT_LOG = "cc-event-log"
     ADDITIONAL = "additional-evidence"
 
 
@@ -326,18 +330,33 @@ class EvidenceCheck(enum.Enum):
     FWID = "fwid"
     NONCE = "nonce"
     REPORT_DATA = "report-data"
+    REVOCATION = "revocation"
+    REVOCATION_LIST = "revocation-list"
+    QE_VENDOR = "qe-vendor"
+    QE_IDENTITY = "qe-identity"
+    QE_REPORT_SIGNATURE = "qe-report-signature"
+    ATTESTATION_KEY = "attestation-key"
+    TDX_MODULE = "tdx-module"
+    TD_DEBUG = "td-debug"
+    RTMR = "rtmr"
+    TCB_COLLATERAL = "tcb-collateral"
 
 
 @dataclasses.dataclass(eq=False)
 class EvidenceVerificationError(AgentError):
+    """Evidence parses and a check does not hold. `got` and `expected` are values of fields, where numbers say it."""
+
     owner = Owner.HOST
     step = Step.EVIDENCE
     next_step = "the device's evidence is not genuine or not fresh; do not run confidential work on this machine"
     format: EvidenceFormat
     check: EvidenceCheck
+    got: int | None = None
+    expected: int | None = None
 
     def what(self) -> str:
-        return f"{self.format.value}: {self.check.value} does not verify"
+        numbers = f": got {self.got}, expected {self.expected}" if self.got is not None else ""
+        return f"{self.format.value}: {self.check.value} does not verify{numbers}"
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------

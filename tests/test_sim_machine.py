@@ -67,7 +67,7 @@ def test_a_machine_with_its_own_silicon_can_be_moved(tmp_path: Path) -> None:
 
 
 def test_the_roots_folder_holds_the_two_roots_and_nothing_else(machine: SimulatedMachine) -> None:
-    assert {path.name for path in machine.roots_dir.iterdir()} == {"ark.pem", "nvidia-root.pem"}
+    assert {path.name for path in machine.roots_dir.iterdir()} == {"ark.pem", "sgx-root.pem", "nvidia-root.pem"}
     for path in machine.roots_dir.iterdir():
         root = x509.load_pem_x509_certificate(path.read_bytes())
         assert root.subject == root.issuer
@@ -134,7 +134,7 @@ def test_an_unknown_field_is_refused(machine: SimulatedMachine) -> None:
 
 def test_silicon_without_gpus_has_no_nvidia_root(tmp_path: Path) -> None:
     create_silicon(tmp_path / "silicon", gpus=0)
-    assert [path.name for path in (tmp_path / "silicon" / "roots").iterdir()] == ["ark.pem"]
+    assert {path.name for path in (tmp_path / "silicon" / "roots").iterdir()} == {"ark.pem", "sgx-root.pem"}
 
 
 def test_the_gpu_count_is_the_one_asked_for(silicon: Path, tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, MalformedEvidenceError
-from agent.verify.roots import UNREADABLE
-from agent.verify.snp import SIMULATED_MARK, load_certificate
+from agent.verify.roots import SIMULATED_MARK, UNREADABLE
+from agent.verify.snp import load_certificate
 
-SIMULATION_ROOT_FILES = ("ark.pem", "nvidia-root.pem")
+SIMULATION_ROOT_FILES = ("ark.pem", "sgx-root.pem", "nvidia-root.pem")
 MAX_FILE_BYTES = 64 << 10
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
 
@@ -31,7 +31,7 @@ class TrustAnchors:
 
 
 def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:
-    """The roots of simulated silicon: `ark.pem` and, where there are GPUs, `nvidia-root.pem`.
+    """The roots of simulated silicon: `ark.pem`, `sgx-root.pem` and, where there are GPUs, `nvidia-root.pem`.
 
     Raises:
         ConfigError: there is none, or one does not say SIMULATED: such a root would make claims that look real.

@@ -37,12 +37,19 @@ _CERTIFICATE_CHECKS = (
     EvidenceCheck.CERTIFICATE_VALIDITY,
     EvidenceCheck.CERTIFICATE_TCB,
     EvidenceCheck.CERTIFICATE_CHIP_ID,
+    EvidenceCheck.REVOCATION,
+    EvidenceCheck.REVOCATION_LIST,
+    EvidenceCheck.TCB_COLLATERAL,
 )
 _PREFIX = {
     EvidenceFormat.SNP_REPORT: "snp",
     EvidenceFormat.SNP_CHAIN: "snp",
     EvidenceFormat.NVIDIA_REPORT: "gpu",
     EvidenceFormat.NVIDIA_CHAIN: "gpu",
+    EvidenceFormat.TDX_REPORT: "tdx",
+    EvidenceFormat.TDX_QUOTE: "tdx",
+    EvidenceFormat.TDX_CHAIN: "tdx",
+    EvidenceFormat.EVENT_LOG: "event-log",
     EvidenceFormat.ADDITIONAL: "evidence",
 }
 
@@ -239,6 +246,6 @@ def _denial_of(error: MalformedEvidenceError | EvidenceVerificationError, policy
         claim, collateral = f"{prefix}.{error.check.value}", error.check in _CERTIFICATE_CHECKS
     else:
         claim = f"{prefix}.malformed.{error.field}"
-        collateral = error.format in (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN)
+        collateral = error.format in (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN, EvidenceFormat.TDX_CHAIN)
     reason = DenialReason.COLLATERAL if collateral else DenialReason.DEVICE
     return KeyReleaseDeniedError(reason, Ident(claim), None, policy.version)

@@ -24,6 +24,7 @@ class Tee(enum.Enum):
     """Kinds of TEE, by their Trustee wire names."""
 
     SNP = "snp"
+    TDX = "tdx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +32,9 @@ class Evidence:
     """Evidence of the CPU TEE.
 
     Attributes:
-        report: the binary report (SNP: 1184 bytes), as the device returned it.
-        cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own.
+        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
+        cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
+            quote holds its own, so there it is empty.
     """
 
     tee: Tee

@@ -3,6 +3,8 @@
     machine.json    everything a caller may set, and the GPU state that outlives the agent
     vcek.key        the key its report is signed with, for the chip id and TCB version it was created with
     vcek.der
+    pck.key         the same for its quotes, should it be asked as a TDX platform
+    pck.pem
     silicon/        the vendors' keys, unless the machine shares another one's (`create_silicon`)
     silicon/roots/  the vendors' root certificates, and nothing else
 
@@ -24,7 +26,7 @@ from typing import Self
 
 from agent.closed import Ident
 from agent.errors import NoAttesterError, SimulationRefusal, SimulationRefusedError
-from agent.evidence import Attester, GpuSystem
+from agent.evidence import Attester, GpuSystem, Tee
 from agent.evidence.snp_abi import TcbVersion
 
 MACHINE_FILE = "machine.json"
@@ -123,7 +125,7 @@ class SimulatedMachine:
         Raises:
             SimulationRefusedError: a real TEE device exists.
         """
-        from agent.sim import snp  # it imports this module
+        from agent.sim import snp, tdx  # they import this module
 
         refuse_on_real_tee(root)
         directory.mkdir(parents=True, exist_ok=True)
@@ -141,6 +143,7 @@ class SimulatedMachine:
             gpu=GpuKnobs(count=gpus),
         )
         snp.create_chip_key(machine)
+        tdx.create_platform_key(machine)
         machine.save()
         return machine
 
@@ -185,11 +188,11 @@ class SimulatedMachine:
             write_file(path, new, mode=0o644)
         self._on_disk = new
 
-    def attester(self) -> Attester:
+    def attester(self, tee: Tee = Tee.SNP) -> Attester:
         """Its CPU TEE."""
-        from agent.sim.snp import SimulatedSnp
+        from agent.sim import snp, tdx
 
-        return SimulatedSnp(self)
+        return tdx.SimulatedTdx(self) if tee is Tee.TDX else snp.SimulatedSnp(self)
 
     def gpu_system(self) -> GpuSystem:
         """Its GPUs, through the real NVML binding."""
@@ -199,18 +202,20 @@ class SimulatedMachine:
 
     @property
     def roots_dir(self) -> Path:
-        """Folder of `ark.pem` and `nvidia-root.pem`: what a broker must trust to accept this machine."""
+        """Folder of `ark.pem`, `sgx-root.pem` and `nvidia-root.pem`: what a broker must trust to accept this machine."""
         return self.silicon / "roots"
 
 
 def create_silicon(directory: Path, gpus: int = 8) -> None:
-    """Vendors' keys and roots for any number of machines: AMD's and NVIDIA's part, `gpus` GPUs."""
-    from agent.sim import snp
+    """Vendors' keys and roots for any number of machines: AMD's, Intel's and NVIDIA's part, `gpus` GPUs."""
+    from agent.sim import snp, tdx
 
     roots = directory / "roots"
     roots.mkdir(parents=True, exist_ok=True)
     snp.create_snp_silicon(directory)
-    write_file(roots / snp.ROOT_FILE, (directory / snp.ROOT_FILE).read_bytes(), mode=0o644)
+    tdx.create_tdx_silicon(directory)
+    for name in (snp.ROOT_FILE, tdx.ROOT_FILE):
+        write_file(roots / name, (directory / name).read_bytes(), mode=0o644)
     if gpus:
         from agent.sim import nvml
 

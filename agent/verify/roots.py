@@ -1,4 +1,4 @@
-"""The vendors' root certificates we trust, by SHA-256 over their DER, and what both verifiers must know of `cryptography`.
+"""The vendors' root certificates we trust, by SHA-256 over their DER, and what the verifiers must know of `cryptography`.
 
 Constants: no file, variable or option changes them. Other roots (simulated silicon) are arguments of the verifiers.
 """
@@ -21,6 +21,13 @@ AMD_ARK_SHA256 = frozenset(
 
 NVIDIA_DEVICE_ROOT_SHA256 = bytes.fromhex("102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48")
 """NVIDIA Device Identity CA, as the GPU driver, nvtrust and Trustee carry it."""
+
+INTEL_SGX_ROOT_SHA256 = bytes.fromhex("44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3")
+"""Intel SGX Root CA, as `https://certificates.trustedservices.intel.com/Intel_SGX_Provisioning_Certification_RootCA.cer`
+serves it. TDX quotes are certified under it too."""
+
+SIMULATED_MARK = "SIMULATED"
+"""Stands in the common name of every root of simulated silicon."""
 
 UNREADABLE = (
     ValueError,

@@ -32,11 +32,10 @@ from agent.evidence.snp_abi import (
     parse_report,
     product_of,
 )
-from agent.verify.roots import AMD_ARK_SHA256, UNREADABLE, fingerprint
+from agent.verify.roots import AMD_ARK_SHA256, SIMULATED_MARK, UNREADABLE, fingerprint
 
 ACCEPTED_VERSIONS = range(3, 6)
 """Version 2 does not name the processor; Trustee refuses it too."""
-SIMULATED_MARK = "SIMULATED"
 AMD_EXTENSIONS = "1.3.6.1.4.1.3704.1."
 """The arc of the VCEK and VLEK extensions."""
 HWID_EXTENSION = "4"
