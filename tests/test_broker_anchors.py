@@ -17,9 +17,9 @@ from agent.errors import ConfigError, ConfigProblem
 from tests.shared import shared_data
 
 
-def test_the_two_roots_of_simulated_silicon_are_read_and_nothing_else(silicon: Path) -> None:
+def test_the_roots_of_simulated_silicon_are_read_and_nothing_else(silicon: Path) -> None:
     roots = load_simulation_roots(silicon)
-    assert len(roots) == 2
+    assert len(roots) == 3
     assert all("SIMULATED" in root.subject.rfc4514_string() and root.subject == root.issuer for root in roots)
 
 
