@@ -128,7 +128,7 @@ def test_a_quote_is_what_was_packed(name: str) -> None:
 
 
 def test_every_recorded_quote_round_trips_and_has_the_recorded_values() -> None:
-    names = {"tdattr": "td_attributes", "seamattr": "seam_attributes", "reportdata": "report_data"}
+    names: dict[str, str] = {"tdattr": "td_attributes", "seamattr": "seam_attributes", "reportdata": "report_data"}
     names |= {"mrseam": "mr_seam", "mrsignerseam": "mr_signer_seam", "mrtd": "mr_td", "mrconfigid": "mr_config_id"}
     names |= {"mrowner": "mr_owner", "mrownerconfig": "mr_owner_config"} | {f"rtmr{n}": f"rtmr_{n}" for n in range(4)}
     for name, (row, data) in recorded("quote").items():
@@ -141,7 +141,7 @@ def test_every_recorded_quote_round_trips_and_has_the_recorded_values() -> None:
         fields = row["fields"]
         assert isinstance(fields, dict)
         for recorded_name, text in fields.items():
-            value = getattr(quote.body, names.get(recorded_name, recorded_name))
+            value = getattr(quote.body, names.get(str(recorded_name), str(recorded_name)))
             assert (value.to_bytes(8, "little") if isinstance(value, int) else value).hex() == text, (name, recorded_name)
 
 

@@ -46,7 +46,20 @@ from agent.errors import (
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
-from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, GpuNonce, Nonce, ReportData, Tee, binding, gpu_abi, snp_abi
+from agent.evidence import (
+    CompositeEvidence,
+    Evidence,
+    GpuEvidence,
+    GpuNonce,
+    Nonce,
+    ReportData,
+    Tee,
+    binding,
+    ccel,
+    gpu_abi,
+    snp_abi,
+    tdx_abi,
+)
 from agent.evidence.tsm import certificate_chain
 from agent.guest.initdata import pack_device, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
@@ -67,7 +80,8 @@ from agent.lease import Lease
 from agent.publish import HandedModel
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
-from agent.verify import nvidia, snp
+from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
+from agent.verify import nvidia, pck, snp, tdx
 from tests.fuzz.engine import Target
 
 HERE = Path(__file__).parent
@@ -154,6 +168,63 @@ def snp_certificate(data: bytes) -> None:
 def certificate_table(data: bytes) -> None:
     for der in certificate_chain(data):
         assert snp.load_certificate(der)
+
+
+@cache
+def _tdx() -> tuple[Evidence, x509.Certificate, datetime]:
+    root = x509.load_pem_x509_certificate(_silicon("sgx-root.pem"))
+    return Evidence(Tee.TDX, _silicon("tdx-quote.bin")), root, root.not_valid_before_utc + timedelta(days=2)
+
+
+def tdx_quote(data: bytes) -> None:
+    quote = tdx_abi.parse_quote(data)
+    assert tdx_abi.pack_quote(quote) == data[: tdx_abi.quote_length(data)]
+
+
+def tdx_quote_seeds() -> list[bytes]:
+    """Version 5 with both bodies, and a padded version 4."""
+    quote = tdx_abi.parse_quote(_silicon("tdx-quote.bin"))
+    newer = replace(quote.body, tee_tcb_svn_2=bytes(16), mr_service_td=bytes(48))
+    packed = [tdx_abi.pack_quote(replace(quote, version=5, body=body)) for body in (newer, quote.body)]
+    return [*packed, _silicon("tdx-quote.bin") + bytes(64)]
+
+
+def tdx_evidence(data: bytes) -> None:
+    evidence, root, now = _tdx()
+    claims = tdx.verify_tdx(replace(evidence, report=data), [root], now)
+    assert claims.td == tdx_abi.parse_quote(evidence.report).body, "another quote verifies"
+
+
+def tdx_tdreport(data: bytes) -> None:
+    assert tdx_abi.pack_tdreport(tdx_abi.parse_tdreport(data)) == data
+
+
+def event_log(data: bytes) -> None:
+    log = ccel.parse_event_log(data)
+    packed = ccel.pack_event_log(log)
+    assert data.startswith(packed)
+    assert set(data[len(packed) :]) in (set(), {0}, {0xFF})
+    for event in log.events:
+        with suppress(AgentError):
+            if (entry := ccel.parse_runtime_event(event)) is not None:
+                assert ccel.pack_runtime_event(entry, 3).data == event.data
+    ccel.replay(log)
+
+
+def pck_chain(data: bytes) -> None:
+    _, root, now = _tdx()
+    pck.verify_pck_chain(data, [root], now)
+
+
+def pck_extension(data: bytes) -> None:
+    assert pck.pack_pck_extension(pck.parse_pck_extension(data)) == data
+
+
+def pck_extension_seeds() -> list[bytes]:
+    """As the Platform CA and as the Processor CA give it."""
+    extension = make_pck_extension(bytes(range(64)))
+    processor = replace(extension, platform_instance_id=None, configuration=None, pce_svn=300)
+    return [pck.pack_pck_extension(each) for each in (extension, processor)]
 
 
 def gpu_report(data: bytes) -> None:
@@ -650,6 +721,12 @@ TARGETS = {
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
         Target("certificate_table", certificate_table, _none),
+        Target("tdx_quote", tdx_quote, tdx_quote_seeds),
+        Target("tdx_evidence", tdx_evidence, _none),
+        Target("tdx_tdreport", tdx_tdreport, _none),
+        Target("ccel", event_log, _none),
+        Target("pck_chain", pck_chain, _none),
+        Target("pck_extension", pck_extension, pck_extension_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
@@ -699,6 +776,9 @@ def renew() -> None:
     with TemporaryDirectory() as folder:
         machine = SimulatedMachine.create(Path(folder) / "machine", gpus=1)
         evidence = machine.attester().collect(REPORT_DATA)
+        quote = SimulatedTdx(machine).collect(REPORT_DATA).report
+        tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
+        log = ccel.pack_event_log(make_event_log(machine))
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
         for root in machine.roots_dir.iterdir():
@@ -706,6 +786,7 @@ def renew() -> None:
     (SILICON / "snp-report.bin").write_bytes(evidence.report)
     for number, der in enumerate(evidence.cert_chain):
         (SILICON / f"snp-{number}.der").write_bytes(der)
+    (SILICON / "tdx-quote.bin").write_bytes(quote)
     (SILICON / "gpu-report.bin").write_bytes(gpu.report)
     (SILICON / "gpu-chain.pem").write_bytes(gpu.certificate_chain)
     gpu_certificates = x509.load_pem_x509_certificates(gpu.certificate_chain)
@@ -715,6 +796,11 @@ def renew() -> None:
         "snp_evidence": [evidence.report],
         "snp_certificate": list(evidence.cert_chain),
         "certificate_table": [_table(evidence.cert_chain)],
+        "tdx_quote": [quote],
+        "tdx_evidence": [quote],
+        "tdx_tdreport": [tdreport],
+        "ccel": [log, log + b"\xff" * 64],
+        "pck_chain": [tdx_abi.parse_quote(quote).pck_chain],
         "gpu_report": [gpu.report],
         "gpu_evidence": [gpu.report],
         "gpu_chain": [gpu.certificate_chain],
