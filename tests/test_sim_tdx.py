@@ -1,5 +1,6 @@
 """The simulated TDX device: what it says, how it fails, and how close its certificates are to Intel's."""
 
+import dcap_qvl
 import pytest
 from cryptography import x509
 
@@ -8,7 +9,7 @@ from agent.evidence import Attester, ReportData, Tee
 from agent.evidence.ccel import replay
 from agent.evidence.tdx_abi import pack_tdreport, parse_quote, parse_tdreport, quote_length
 from agent.sim.machine import SimulatedMachine
-from agent.sim.tdx import SimulatedTdx, make_event_log, make_td_report
+from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
 from tests.shared import shared_data
 
 REPORT_DATA = ReportData(bytes(range(64)))
@@ -100,3 +101,17 @@ def test_certificates_have_the_profile_of_intels(machine: SimulatedMachine) -> N
             assert (one.value, one.critical) == (two.value, two.critical)
         extensions = {extension.oid for extension in ours.extensions}
         assert extensions <= {extension.oid for extension in intels.extensions}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+def test_another_parser_reads_the_same_in_a_simulated_quote(machine: SimulatedMachine, version: int) -> None:
+    data = SimulatedTdx(machine, version).collect(REPORT_DATA).report
+    ours, theirs = parse_quote(data), dcap_qvl.parse_quote(data)
+    for name in ("tee_tcb_svn", "mr_seam", "mr_td", "mr_config_id", "mr_owner", "mr_owner_config", "report_data"):
+        assert getattr(theirs.report, name) == getattr(ours.body, name), name
+    assert (theirs.report.rt_mr0, theirs.report.rt_mr1, theirs.report.rt_mr2, theirs.report.rt_mr3) == ours.body.rtmrs
+    assert theirs.header.version == version
+    extension = theirs.pck_extension()
+    ours_extension = make_pck_extension(machine.chip_id)
+    for name in ("ppid", "cpu_svn", "pce_svn", "pce_id", "fmspc", "sgx_type"):
+        assert getattr(extension, name) == getattr(ours_extension, name), name

@@ -2,7 +2,7 @@
 
 from cryptography import x509
 
-from agent.verify.roots import AMD_ARK_SHA256, NVIDIA_DEVICE_ROOT_SHA256, fingerprint
+from agent.verify.roots import AMD_ARK_SHA256, INTEL_SGX_ROOT_SHA256, NVIDIA_DEVICE_ROOT_SHA256, fingerprint
 from tests.shared import shared_data
 
 
@@ -25,6 +25,11 @@ def test_the_pinned_nvidia_root_ends_the_recorded_chains() -> None:
         assert [fingerprint(certificate) == NVIDIA_DEVICE_ROOT_SHA256 for certificate in chain] == [False] * 4 + [True]
 
 
+def test_the_pinned_intel_root_is_the_recorded_one() -> None:
+    root = x509.load_der_x509_certificate(shared_data("tdx/collateral/intel-sgx-root-ca.der").read_bytes())
+    assert fingerprint(root) == INTEL_SGX_ROOT_SHA256
+
+
 def test_the_pinned_roots_are_frozen() -> None:
     """A change of this list is a change of whom every guest and broker believes."""
     assert sorted(value.hex() for value in AMD_ARK_SHA256) == [
@@ -33,3 +38,4 @@ def test_the_pinned_roots_are_frozen() -> None:
         "69d063b45344d26a2e94e1f4210de49ef555308287d4c174445c95639a540bcd",
     ]
     assert NVIDIA_DEVICE_ROOT_SHA256.hex() == "102bf659d5419614c9d8e6aecebc80454eb26b1df6a769ac720b9a690b167b48"
+    assert INTEL_SGX_ROOT_SHA256.hex() == "44a0196b2b99f889b8e149e95b807a350e7424964399e885a7cbb8ccfab674d3"

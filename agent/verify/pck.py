@@ -169,8 +169,11 @@ def _read(certificate: x509.Certificate) -> _Certificate:
         usage = extensions.get_extension_for_class(x509.KeyUsage).value
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         key = certificate.public_key()
-        sgx = [each.value.value for each in extensions if isinstance(each.value, x509.UnrecognizedExtension)
-               and each.oid == SGX_EXTENSION]  # fmt: skip
+        sgx = [
+            extension.value.value
+            for extension in extensions
+            if extension.oid == SGX_EXTENSION and isinstance(extension.value, x509.UnrecognizedExtension)
+        ]
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise _malformed("public_key")
         return _Certificate(

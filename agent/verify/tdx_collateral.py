@@ -1,7 +1,8 @@
 """Intel's word on a platform's patch levels: TCB information and QE identity, over a verified quote.
 
 The evaluation is dcap-qvl's (optional extra `tdx`), which checks Intel's signatures on the collateral, its dates, revocation
-and the Quoting Enclave's own level. Fetches nothing: collateral is the caller's to bring, in dcap-qvl's JSON form.
+and the Quoting Enclave's own level. It also judges attributes that `verify_tdx` leaves to the policy: it refuses a TD without
+SEPT_VE_DISABLE, or one that may be migrated. Fetches nothing: collateral is the caller's to bring, in dcap-qvl's JSON form.
 
 Spec: Intel "Provisioning Certification Service API" 4, TCB info and QE identity.
 """
