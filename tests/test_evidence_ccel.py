@@ -1,6 +1,7 @@
 """The event log: exact inverse, every recorded log, replay to the RTMRs of the quote beside it."""
 
 import dataclasses
+import hashlib
 import json
 import struct
 
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from agent.errors import EvidenceFormat, MalformedEvidenceError
 from agent.evidence.ccel import (
+    AA_TAG,
     EV_NO_ACTION,
     MAX_LOG_BYTES,
     SHA384,
@@ -134,6 +136,22 @@ def test_a_log_that_is_too_long_is_refused() -> None:
     assert refused.value.field == "length"
 
 
+@pytest.mark.parametrize(
+    "log",
+    [
+        EventLog(dataclasses.replace(SPEC_ID, platform_class=1 << 32), ()),
+        EventLog(dataclasses.replace(SPEC_ID, algorithms=((SHA384, 32),)), ()),
+        EventLog(SPEC_ID, (dataclasses.replace(EVENT, mr_index=5),)),
+        EventLog(SPEC_ID, (dataclasses.replace(EVENT, event_type=1 << 32),)),
+        EventLog(SPEC_ID, (dataclasses.replace(EVENT, digests=((SHA384, bytes(47)),)),)),
+        EventLog(SPEC_ID, (dataclasses.replace(EVENT, digests=((SHA384, bytes(48) + bytes(4)),), data=b""),)),
+    ],
+)
+def test_fields_that_do_not_fit_cannot_be_packed(log: EventLog) -> None:
+    with pytest.raises((ValueError, MalformedEvidenceError)):
+        pack_event_log(log)
+
+
 def test_events_that_are_not_measured_do_not_change_the_replay() -> None:
     log = EventLog(SPEC_ID, (dataclasses.replace(EVENT, event_type=EV_NO_ACTION), dataclasses.replace(EVENT, mr_index=0)))
     assert replay(log) == (bytes(48),) * 4
@@ -188,6 +206,21 @@ def test_a_runtime_event_that_is_not_what_was_measured_is_refused(change: bytes)
     for at in (4, 10):  # size, text
         with pytest.raises(MalformedEvidenceError):
             parse_runtime_event(dataclasses.replace(event, data=event.data[:at] + change + event.data[at + 1 :]))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<II", AA_TAG, 4) + b"d o c",
+        struct.pack("<II", AA_TAG, 6) + b"d o c",
+        struct.pack("<II", AA_TAG, 5) + b"d o \xff",
+        struct.pack("<II", AA_TAG, 3) + b"d o",
+        struct.pack("<II", AA_TAG, 4) + b" o c",
+    ],
+)
+def test_a_runtime_event_without_the_form_is_refused_though_it_was_measured(data: bytes) -> None:
+    with pytest.raises(MalformedEvidenceError):
+        parse_runtime_event(Event(4, 6, ((SHA384, hashlib.sha384(data).digest()),), data))
 
 
 # --- anything at all --------------------------------------------------------------------------------------------------

@@ -322,3 +322,5 @@ def test_a_report_without_service_tds_has_no_digest_of_one() -> None:
         pack_tdreport(dataclasses.replace(tdreport("v1"), version=2))
     with pytest.raises(ValueError):
         pack_tdreport(dataclasses.replace(tdreport("v1"), body=BODY_1_0))
+    with pytest.raises(ValueError):
+        pack_tdreport(dataclasses.replace(tdreport("v1"), valid=1 << 64))
