@@ -19,6 +19,7 @@ import signal
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -51,6 +52,7 @@ class Faults:
         intruders: somebody else writes this inblob into the entry, between our writes and the next report.
         flip_report_data: the firmware signs other data than it was asked to.
         lose_inblob: the kernel does not take over what was written, and says nothing.
+        delay_s: how long the firmware takes. Everybody else's calls wait too, as they do behind the kernel's lock.
     """
 
     provider: str | None = "sev_guest"
@@ -63,6 +65,7 @@ class Faults:
     intruders: tuple[bytes, ...] = ()
     flip_report_data: bool = False
     lose_inblob: bool = False
+    delay_s: float = 0.0
 
 
 @dataclass
@@ -185,6 +188,7 @@ class _Tsm:
         entry.outblob = None
         if len(entry.inblob) != MAX_INBLOB_BYTES:
             raise OSError(errno.EINVAL, "")
+        time.sleep(self.faults.delay_s)
         self._begin("firmware", entry)
         data = bytes((entry.inblob[0] ^ self.faults.flip_report_data,)) + entry.inblob[1:]
         entry.outblob = self.make(data, entry.privlevel) if self.faults.report is None else self.faults.report
@@ -203,7 +207,8 @@ class FakeConfigfs:
         self._control.send(pickle.dumps(faults))
 
     def calls(self) -> list[str]:
-        """What was asked since the last time, `firmware` for each request to the firmware, `inblob N` for each value closed."""
+        """What was asked since the last time, `firmware` for each request to the firmware, `inblob N` for each value closed,
+        `interrupt` for each signal that met somebody who waits."""
         self._control.send(pickle.dumps(None))
         assert readable(self._control.fileno())
         calls: list[str] = pickle.loads(self._control.recv(1 << 20))
@@ -321,6 +326,8 @@ class _FuseServer:
 
     def _answer(self, request: bytes) -> None:
         _, opcode, unique, node, *_ = _IN_HEADER.unpack_from(request)
+        if opcode == _Op.INTERRUPT:
+            self.tsm.calls.append("interrupt")
         if opcode in _NO_REPLY:
             return
         try:

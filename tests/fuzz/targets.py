@@ -48,7 +48,7 @@ from agent.errors import (
 )
 from agent.events import BootStarted, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, GpuNonce, Nonce, ReportData, Tee, binding, gpu_abi, snp_abi
-from agent.evidence.tsm import certificate_chain
+from agent.evidence.cpu import certificate_chain
 from agent.guest.initdata import pack_device, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
