@@ -19,7 +19,7 @@ from agent.closed import Ident
 from agent.config import Measured, MeasuredConfig, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError, NoAttesterError
-from agent.events import ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
+from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
 from agent.guest.network import has_route, wait_for_route
 from agent.guest.uevents import appears
@@ -147,6 +147,7 @@ async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardwar
     if hardware is None:
         raise absent[-1]
     attester, gpus = hardware
+    notify(AttesterOpened(Ident(attester.tee.value), attester.interface))
     return await in_thread(
         lambda: open_devices(
             attester,

@@ -89,10 +89,11 @@ def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
     from agent.errors import SimulationRefusal, SimulationRefusedError
 
     if cfg.simulation is None:
+        from agent.evidence import Tee
+        from agent.evidence.detect import open_tee
         from agent.evidence.gpu import NvmlGpuSystem
-        from agent.evidence.tsm import TsmSnp
 
-        return TsmSnp(), NvmlGpuSystem() if cfg.gpu.count else None
+        return open_tee(Tee(cfg.tee.attester)), NvmlGpuSystem() if cfg.gpu.count else None
     try:
         from agent.sim.machine import SimulatedMachine
     except ModuleNotFoundError:
