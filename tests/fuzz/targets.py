@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import urllib3
 from cryptography import x509
@@ -47,8 +47,23 @@ from agent.errors import (
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
-from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, GpuNonce, Nonce, ReportData, Tee, binding, gpu_abi, snp_abi
+from agent.evidence import (
+    CompositeEvidence,
+    Evidence,
+    GpuEvidence,
+    GpuNonce,
+    Nonce,
+    ReportData,
+    Tee,
+    binding,
+    cpu,
+    gpu_abi,
+    qgs_abi,
+    snp_abi,
+)
 from agent.evidence.cpu import certificate_chain
+from agent.evidence.sev_guest import SevGuest
+from agent.evidence.tdx_guest import read_port
 from agent.guest.initdata import pack_device, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -68,7 +83,9 @@ from agent.publish import HandedModel
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.verify import nvidia, snp
+from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
+from tests.quotes import quote
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
@@ -154,6 +171,76 @@ def snp_certificate(data: bytes) -> None:
 def certificate_table(data: bytes) -> None:
     for der in certificate_chain(data):
         assert snp.load_certificate(der)
+
+
+_SEV_ANSWER = struct.Struct("<IIIIH")  # errno, firmware, hypervisor, certificate length, bytes of the response
+
+
+def sev_guest_answers(data: bytes) -> None:
+    """What `/dev/sev-guest` may write: errno, exitinfo2, a certificate length, a response, certificates."""
+    code, firmware, vmm, needed, response_bytes = _SEV_ANSWER.unpack_from(data.ljust(_SEV_ANSWER.size, b"\0"))
+    response = data[_SEV_ANSWER.size :][:response_bytes]
+    certificates = data[_SEV_ANSWER.size + response_bytes :]
+    fake = FakeSevGuest(lambda *_: b"", certificates[:0x4000], faults=[None, Fault(code % 200, firmware, vmm)])
+    fake.response = response[:4000]
+
+    def ioctl(descriptor: int, number: int, argument: bytearray) -> int:
+        try:
+            return fake.ioctl(descriptor, number, argument)
+        finally:
+            if needed and number == snp_abi.SNP_GET_EXT_REPORT:
+                (request,) = struct.unpack_from("<Q", argument, 8)
+                fake.write(request + 104, struct.pack("<I", needed))
+
+    evidence = SevGuest(Path(os.devnull), Path("/nonexistent"), ioctl, lambda: 0.0, lambda _: True).collect(REPORT_DATA)
+    assert snp_abi.parse_report(evidence.report).report_data == REPORT_DATA
+
+
+def sev_guest_answers_seeds() -> list[bytes]:
+    """A host without certificates, one with an empty table, and one that is busy."""
+    report = _silicon("snp-report.bin")
+    response = struct.pack("<II24x", 0, len(report)) + report
+    head = _SEV_ANSWER.pack(0, 0, 0, 0, len(response))
+    busy = _SEV_ANSWER.pack(5, 0, 2, 0, len(response))
+    return [head + response, head + response + bytes(4096), busy + response + bytes(24)]
+
+
+def tdx_quote(data: bytes) -> None:
+    evidence = cpu.tdx_evidence(data, REPORT_DATA)
+    assert data.startswith(evidence.report)
+    assert cpu.tdx_evidence(evidence.report, REPORT_DATA) == evidence
+
+
+def tdx_quote_seeds() -> list[bytes]:
+    return [quote(REPORT_DATA, version, b"signature") + tail for version in (4, 5) for tail in (b"", bytes(100))]
+
+
+def qgs_answer(data: bytes) -> None:
+    """Length and message as they come from the host."""
+    length = qgs_abi.parse_frame_length(data[:4].ljust(4, b"\0"), cpu.MAX_QUOTE_BYTES)
+    response = qgs_abi.parse_quote_response(data[4 : 4 + length])
+    assert qgs_abi.pack_quote_response(response)[4:] == data[4 : 4 + length]
+    cpu.tdx_evidence(response.quote, REPORT_DATA)
+
+
+def qgs_answer_seeds() -> list[bytes]:
+    responses = (
+        qgs_abi.QuoteResponse(0, quote(REPORT_DATA, signature=b"signature")),
+        qgs_abi.QuoteResponse(0, quote(REPORT_DATA, 5, b"signature"), bytes(16), 1),
+        qgs_abi.QuoteResponse(0x12001),
+    )
+    return [qgs_abi.pack_quote_response(response) for response in responses]
+
+
+def tdx_attest_conf(data: bytes) -> None:
+    with NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        assert 0 <= read_port(Path(file.name)) <= 0xFFFF
+
+
+def tdx_attest_conf_seeds() -> list[bytes]:
+    return [b"# vsock\nport = 4050 # host\n"]
 
 
 def gpu_report(data: bytes) -> None:
@@ -646,6 +733,10 @@ TARGETS = {
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
         Target("certificate_table", certificate_table, _none),
+        Target("sev_guest_answers", sev_guest_answers, sev_guest_answers_seeds),
+        Target("tdx_quote", tdx_quote, tdx_quote_seeds),
+        Target("qgs_answer", qgs_answer, qgs_answer_seeds),
+        Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
