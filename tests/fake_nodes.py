@@ -29,7 +29,7 @@ _NO_ANSWER_YET = 0xFF  # exitinfo2 before anybody was asked
 _KEY_SURVIVES = (errno.EINVAL, errno.ENOMEM, errno.EFAULT)  # nobody was asked
 
 ReadMemory = Callable[[int, int], bytes]
-WriteMemory = Callable[[int, bytes], None]
+WriteMemory = Callable[[int, bytes], object]
 
 
 def _write_own(address: int, data: bytes) -> None:

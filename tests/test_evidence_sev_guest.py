@@ -36,6 +36,7 @@ from agent.evidence.snp_abi import (
 from agent.sim.machine import SimulatedMachine
 from agent.verify.snp import verify_snp
 from tests.certificates import table
+from tests.fake_fuse_node import fuse_node
 from tests.fake_nodes import INVALID_LEN, INVALID_PARAM, FakeSevGuest, Fault
 from tests.shared import shared_data
 
@@ -346,6 +347,30 @@ def test_opening_asks_nothing_and_leaves_no_descriptor(device: SevGuest, fake: F
 
 def test_a_file_that_is_no_device_answers_the_real_system_call_with_enotty(node: Path) -> None:
     assert device_error(AttestationKeyLostError, SevGuest(node, node.with_name("vmpl")))[2] == errno.ENOTTY
+
+
+# --- through the system call ------------------------------------------------------------------------------------------
+
+
+def test_evidence_and_certificates_come_through_the_real_ioctl(
+    fake: FakeSevGuest, clock: Clock, node: Path, machine: SimulatedMachine
+) -> None:
+    """An errno does not keep the length of the certificates back, which the kernel writes behind a pointer."""
+    fake.certificates = chain_table(machine)
+    with fuse_node(node, fake) as path:
+        device = SevGuest(path, node.with_name("vmpl"), now=clock.now, wait=clock.wait)
+        evidence = device.collect(DATA)
+    assert parse_report(evidence.report).report_data == DATA
+    assert evidence.cert_chain == machine.attester().collect(DATA).cert_chain
+
+
+def test_a_busy_hypervisor_is_told_through_the_real_ioctl(fake: FakeSevGuest, clock: Clock, node: Path) -> None:
+    """Nor what the kernel writes into the argument itself."""
+    fake.faults = [Fault(errno.EIO, 0, BUSY)]
+    with fuse_node(node, fake) as path:
+        device = SevGuest(path, node.with_name("vmpl"), now=clock.now, wait=clock.wait)
+        assert device_error(AttestationKeyLostError, device) == ("ghcb", "SNP_GET_EXT_REPORT", BUSY)
+        assert device_error(AttestationKeyLostError, device)[2] == errno.ENOTTY
 
 
 # --- layouts ----------------------------------------------------------------------------------------------------------

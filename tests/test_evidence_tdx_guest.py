@@ -40,6 +40,7 @@ from agent.evidence.tdx_guest import (
     connect_to_host,
     read_port,
 )
+from tests.fake_fuse_node import fuse_node
 from tests.fake_nodes import FakeQgs, FakeTdxGuest, answer, quote_answer
 from tests.quotes import quote, tdreport
 from tests.shared import shared_data
@@ -149,6 +150,14 @@ def test_a_report_of_another_type_is_refused(device: TdxGuest, module: FakeTdxGu
     error = refused(MalformedEvidenceError, device)
     assert isinstance(error, MalformedEvidenceError)
     assert (error.format, error.field) == (EvidenceFormat.TDX_REPORT, "type")
+
+
+def test_a_report_comes_through_the_real_ioctl(places: Path, module: FakeTdxGuest, qgs: FakeQgs) -> None:
+    """1088 bytes: more than the interpreter copies by itself."""
+    with fuse_node(places / "tdx_guest", module) as path:
+        device = TdxGuest(path, places / "conf", connect=qgs.connect)
+        assert device.report(DATA) == tdreport(DATA)
+        assert device.collect(DATA).report == quote(DATA)
 
 
 # --- the service ------------------------------------------------------------------------------------------------------
