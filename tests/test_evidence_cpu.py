@@ -159,6 +159,13 @@ def test_the_body_size_of_version_5_cannot_lead_elsewhere(size: int) -> None:
         tdx_evidence(whole[: HEADER_BYTES + 2] + struct.pack("<I", size) + whole[HEADER_BYTES + 6 :], DATA)
 
 
+@pytest.mark.parametrize("size", [0, 100, 583])
+def test_data_behind_the_end_of_a_quote_is_not_in_it(size: int) -> None:
+    header = struct.pack("<HHI", 5, 2, 0x81).ljust(HEADER_BYTES, b"h") + struct.pack("<HI", 3, size)
+    with pytest.raises(EvidenceBindingError):
+        tdx_evidence(header + bytes(520) + bytes(DATA) + bytes(100), ReportData(bytes(DATA)))
+
+
 @pytest.mark.parametrize(
     ("name", "trailing_bytes"),
     [("v4-gcp-8000", 3065), ("v4-uptodate", None), ("v5-uptodate", None), ("v4-live-with-ccel", None)],

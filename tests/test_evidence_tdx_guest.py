@@ -2,8 +2,10 @@ import errno
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -225,20 +227,26 @@ def test_a_service_that_says_nothing_is_waited_for_until_the_deadline(
 
 def test_a_service_that_drips_does_not_stretch_the_deadline(places: Path, module: FakeTdxGuest) -> None:
     """Every byte would start a time-out of a single read anew."""
+    heard_enough = threading.Event()
+
+    def drip(stream: socket.socket) -> None:
+        with stream, suppress(OSError):
+            stream.sendall(struct.pack(">I", 5000))
+            while not heard_enough.wait(0.02):
+                stream.sendall(b"x")
 
     def connect(_port: int, _timeout_s: float) -> socket.socket:
         ours, theirs = socket.socketpair()
-        theirs.sendall(struct.pack(">I", 5000) + bytes(10))
-        streams.append(theirs)
+        threading.Thread(target=drip, args=(theirs,)).start()
         return ours
 
-    streams: list[socket.socket] = []
     device = TdxGuest(places / "tdx_guest", places / "conf", module.ioctl, connect, replace(TDX_PATIENCE, pauses_s=()), 0.2)
     began = time.monotonic()
-    assert device_error(DeviceUnavailableError, device)[2] == errno.ETIMEDOUT
+    try:
+        assert device_error(DeviceUnavailableError, device) == ("qgs", "exchange", errno.ETIMEDOUT)
+    finally:
+        heard_enough.set()
     assert time.monotonic() - began < 5
-    for stream in streams:
-        stream.close()
 
 
 MALFORMED: dict[str, tuple[bytes, str]] = {
