@@ -1,7 +1,7 @@
 """A configfs-tsm like the kernel's, without a TEE, behind /dev/fuse (`fuse.py`).
 
 What it knows of the kernel stands in the recorded behaviour of Linux 6.12, and a test compares both. It does not know SVSM
-(`service_*`, `manifestblob`), that a read blocks every other entry's, and `pread`. A closed inblob is taken over at FUSE's
+(`service_*`, `manifestblob`) and `pread`. A closed inblob is taken over at FUSE's
 flush, which comes with every close: FUSE's release, where the kernel does it, is not waited for.
 """
 

@@ -535,6 +535,19 @@ class Probe:
         self.write("inblob", bytes(64))
         return self.read("outblob")
 
+    def slow(self) -> int:
+        self.fake.set(Faults(report=b"A" * 8000, delay_s=0.3))
+        self.write("inblob", bytes(64))
+        return len(self.read("outblob"))
+
+    def slow_with_a_signal(self) -> int:
+        before = signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            return self.slow()
+        finally:
+            signal.signal(signal.SIGALRM, before)
+
     def remove_below_an_open_file(self) -> None:
         self.open = os.open(self.entry / "generation", os.O_RDONLY)
         self.entry.rmdir()
@@ -605,6 +618,9 @@ class Probe:
             ("outblob, provider ok with 0 bytes", lambda: self.answering(0)),
             ("auxblob (none)", lambda: self.read("auxblob")),
             ("outblob 40000 bytes", lambda: self.answering(40_000)),
+            ("outblob slow", self.slow),
+            ("outblob cached", lambda: len(self.read("outblob"))),
+            ("signal during slow read (python retries EINTR)", self.slow_with_a_signal),
             ("rmdir with open fd", self.remove_below_an_open_file),
             ("read after rmdir", self.read_the_removed),
             ("provider after rmmod", self.provider_gone),
@@ -621,11 +637,33 @@ def test_the_fake_behaves_like_the_recorded_kernel(fake: FakeConfigfs) -> None:
             outcome = str(act())
         except OSError as exc:
             outcome = f"errno {errno.errorcode[exc.errno or 0]}"
-        recorded = next(match[1] for line in record if (match := re.match(rf"{re.escape(step)}\s\s+(.*)  \(\d", line)))
+        recorded = next(match[1] for line in record if (match := re.match(rf"{re.escape(f'{step:46} ')}(.*)  \(\d", line)))
         if outcome.startswith("("):  # of a tuple the record may say more
             assert recorded.startswith(outcome.rstrip(")")), step
         else:
             assert outcome == recorded, step
+
+
+def test_everybody_waits_while_a_report_is_made_and_nobody_for_one_that_is(fake: FakeConfigfs) -> None:
+    """One lock guards all entries: recorded as 1.22 s for another entry's generation behind a report of 1.5 s."""
+    probe, other = Probe(fake), fake.root / "other"
+    fake.set(Faults(report=b"A" * 8000))
+    probe.mkdir()
+    other.mkdir()
+    probe.write("inblob", bytes(64))
+    fake.set(Faults(report=b"A" * 8000, delay_s=1.0))
+    reader = threading.Thread(target=probe.read, args=("outblob",))
+    reader.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    (other / "generation").read_bytes()
+    assert time.monotonic() - began > 0.4
+    reader.join()
+    began = time.monotonic()
+    assert len(probe.read("outblob")) == 8000
+    assert time.monotonic() - began < 0.9
+    for entry in (probe.entry, other):
+        entry.rmdir()
 
 
 def test_the_fakes_attributes_are_a_kernels_without_svsm(fake: FakeConfigfs) -> None:
