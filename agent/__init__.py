@@ -7,11 +7,13 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     events.py        everything a boot can say;  report.py  the four faces of one status
     config.py        the one parser of the measured configuration;  config_source.py  where its bytes come from
     cli.py           finds the verb;  commands/  one lazily imported file per verb
-    supervisor.py    standard library only: worker, server, signals, lease;  beside it loop.py (waiting), publish.py (mounts),
-                     telling.py and health.py (the faces), channel.py (the wire to the worker)
+    supervisor.py    standard library only: worker, server, signals;  beside it loop.py (waiting), publish.py (mounts),
+                     telling.py and health.py (the faces), worker_process.py and channel.py (a worker and the wire to it)
+    renewal.py       the lease of what is served, obeyed and renewed;  lease.py  the rules of that
     unhandled.py     what nobody caught becomes an event, never a traceback
     worker.py        the process around boot.py: its outcome, its one error
     boot.py          the worker's story, one step after the other
+    doctor.py        what a boot would meet here, check by check, without a boot
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
     http_policy.py   the one TLS context and redirect rule for HTTP

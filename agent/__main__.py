@@ -34,6 +34,8 @@ def main() -> int:
     if bundled and found.get("LD_LIBRARY_PATH") == sys._MEIPASS:  # type: ignore[attr-defined]  # nobody added to it
         found = {name: value for name, value in found.items() if name not in _LOADER}
     clean = {name: found[name] for name in _ALLOWED if name in found} | _FIXED
+    # refusal: test_a_clean_environment_does_not_make_up_for_an_interpreter_that_is_not_isolated
+    # refusal: test_an_isolated_interpreter_does_not_make_up_for_the_environment
     if not sys.flags.isolated or found != clean:
         if cleaned is not None:
             raise RuntimeError("the environment cannot be cleaned")

@@ -1,4 +1,4 @@
-"""The worker's story: one boot, step by step. This is the page to read first.
+"""The worker's story: one boot, step by step, and the renewal of its lease. This is the page to read first.
 
 Evidence of CPU and GPUs goes to the key broker; its signed Verdict comes back, then the model key, still sealed; the GPU
 gate is passed; only then is the key opened and the sealed model with it, into guest memory. Nothing that does not need
@@ -9,6 +9,8 @@ The order is enforced by types, each step returning what the next one asks for:
 `RunningServer` of it. Whatever fails cancels the rest, and `undo` takes back what was done, in reverse order; the gate
 alone cannot be taken back. Blocking work runs in threads that are always joined, because a device request that is
 abandoned half-way can cost the guest its attestation key.
+
+A renewal is the first step once more, in another worker: a Verdict, and neither gate nor key.
 """
 
 import asyncio
@@ -20,10 +22,11 @@ from agent.artifact import LoadedArtifact, load
 from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
-from agent.errors import LeaseEndedError
+from agent.errors import LeaseEndedError, RollbackError
 from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
+from agent.handshake import Verdict
 from agent.handshake.grpc_client import GrpcBroker
 from agent.stages import Notify, stage
 from agent.threads import in_thread
@@ -59,19 +62,15 @@ async def boot(
         prepared = work.create_task(_prepare(cfg, store, undo, notify, gid))  # no key needed
 
         with stage(Stage.ATTEST, notify):
-            verdict, ephemeral = await broker.attest(
-                Ident(cfg.broker.key_uri),
-                devices.attester.tee,
-                lambda data: in_thread(lambda: devices.collect(data)),
-                lambda request_id, attempt: notify(Requested(request_id, attempt)),
-            )
+            verdict, ephemeral = await _attest(cfg, devices, broker, notify)
             claims = verdict.claims
-            notify(VerdictAccepted(verdict.request_id, claims.key_uri, claims.policy_version, claims.simulated, claims.lease_s))
+            notify(_accepted(verdict))
 
         async with _lease(claims.lease_s):
             with stage(Stage.RELEASE_KEY, notify):
                 sealed = await broker.release_key(verdict)
 
+            # refusal: test_what_the_store_lacks_ends_the_boot_before_the_gate
             (await prepared).check()  # what can fail without costing the VM fails before the gate
             with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
                 secured = await in_thread(lambda: devices.secure(verdict))
@@ -85,6 +84,43 @@ async def boot(
                 floor = max(cfg.artifact.min_version, claims.min_model_version)
                 loaded = await load.load(prepared.result(), key, floor, progress.count)
     return loaded, claims.lease_s
+
+
+async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, served_version: int, notify: Notify) -> None:
+    """Attest again, for another lease: another nonce, another key pair, and no key.
+
+    Args:
+        cfg: the measured configuration, the same as at boot.
+        devices: opened with `ExpectedReady.OURS`.
+        broker: not connected yet.
+        served_version: of the model that is open.
+        notify: told every event, at last `VerdictAccepted`, which is the outcome.
+
+    Raises:
+        RollbackError: the authority wants a newer model by now.
+        AgentError: whatever else failed.
+    """
+    verdict, ephemeral = await _attest(cfg, devices, broker, notify)
+    ephemeral.destroy()
+    if served_version < verdict.claims.min_model_version:
+        raise RollbackError(served_version, verdict.claims.min_model_version)
+    notify(_accepted(verdict))
+
+
+async def _attest(
+    cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, notify: Notify
+) -> tuple[Verdict, keys.EphemeralKey]:
+    return await broker.attest(
+        Ident(cfg.broker.key_uri),
+        devices.attester.tee,
+        lambda data: in_thread(lambda: devices.collect(data)),
+        lambda request_id, attempt: notify(Requested(request_id, attempt)),
+    )
+
+
+def _accepted(verdict: Verdict) -> VerdictAccepted:
+    claims = verdict.claims
+    return VerdictAccepted(verdict.request_id, claims.key_uri, claims.policy_version, claims.simulated, claims.lease_s)
 
 
 @asynccontextmanager

@@ -51,6 +51,7 @@ class Channel:
             BrokenPipeError: the other side is gone.
         """
         data = json.dumps(record, separators=(",", ":")).encode()
+        # refusal: test_the_largest_record_passes_and_a_larger_one_is_our_bug
         if len(data) > MAX_RECORD_BYTES or len(descriptors) > MAX_DESCRIPTORS:
             raise RuntimeError("record or descriptor list above its bound")
         with self._lock:
@@ -78,6 +79,8 @@ class Channel:
                 record = json.loads(data)
             except RecursionError:
                 raise ValueError("nested too deeply") from None
+            # refusal: test_what_is_no_record_is_refused_and_its_descriptors_are_closed
+            # refusal: test_what_does_not_arrive_whole_is_refused
             if not isinstance(record, dict) or flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
                 raise ValueError("not a whole record")
         except ValueError:

@@ -29,6 +29,7 @@ class Ident(str):
 
     def __new__(cls, text: str) -> Self:
         """Raises ValueError when the text is not an identifier."""
+        # refusal: test_a_sentence_is_no_identifier
         if len(text) > MAX_IDENT_CHARS or not _IDENT.fullmatch(text):
             raise ValueError("not an identifier")
         return super().__new__(cls, text)

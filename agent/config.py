@@ -76,7 +76,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
 
 
 class ServerConfig(_Section, frozen=True, kw_only=True):
-    preset: Literal["llama-cpp", "custom"]
+    preset: Literal["llama-cpp", "vllm", "triton", "custom"]
     command: Annotated[tuple[_Text, ...], msgspec.Meta(max_length=1024)] = ()
     environment: dict[Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z_][A-Za-z0-9_]*\Z", max_length=256)], _Text] = {}
     host: Literal["127.0.0.1", "0.0.0.0", "::1", "::"] = "127.0.0.1"  # noqa: S104  # a server is there to be reached
@@ -92,7 +92,7 @@ class ServerConfig(_Section, frozen=True, kw_only=True):
     max_restarts: Annotated[int, msgspec.Meta(ge=0, le=100)] = 3
     scratch_mib: Annotated[int, msgspec.Meta(ge=1, le=1 << 20)] = 1024
     output: Literal["count", "inherit"] = "count"
-    egress: Annotated[tuple[_Port, ...], msgspec.Meta(max_length=64)] = ()
+    egress: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=65535)], ...], msgspec.Meta(max_length=64)] = ()
 
 
 class MeasuredConfig(_Section, frozen=True, kw_only=True):
@@ -181,8 +181,10 @@ def _check_together(config: MeasuredConfig) -> None:
         return ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(key))
 
     simulated = config.tee.attester.startswith("simulated-")
+    # refusal: test_every_mistake_names_its_key
     if simulated != (config.simulation is not None):
         raise wrong("simulation.machine")
+    # refusal: test_every_mistake_names_its_key
     if config.artifact.unsafe_allow_swap and not simulated:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
@@ -262,13 +264,13 @@ EXPLAIN = {
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
-    "server.preset": "readiness contract and environment of a known server: llama-cpp, custom",
+    "server.preset": "readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",
     "server.host": "address the server listens on: 127.0.0.1 (default), 0.0.0.0, ::1 or ::; readiness is asked on the loopback",
     "server.port": "the port the server listens on",
-    "server.model_id": "an id that /v1/models must list before the server is ready",
+    "server.model_id": "an id that /v1/models must list before the server is ready; for triton a model of its repository",
     "server.health_path": "path of the health check; the preset has a default",
     "server.probe": "one request that must succeed before ready: completion, embedding, none; the preset has a default",
     "server.uid": "user id of the server when the agent is root, default 65532",
@@ -281,9 +283,10 @@ EXPLAIN = {
     "server.output": "count: what the server prints stays in the guest, only byte counts leave. "
     "inherit: it goes to the agent's output",
     "server.egress": "TCP ports the server may connect to, default none. Ports only: an entry holds for every address, and the "
-    "loopback counts too, so a server whose own processes talk over TCP needs theirs here. Landlock keeps it, from ABI 4 on "
-    "(Linux 6.7); the event server_started says which ABI the kernel has, 0 for none. Listening is not restricted, nor is what "
-    "is not connect(2) of plain TCP: UDP, MPTCP, TCP Fast Open. It stops what libraries do by themselves, not an attacker",
+    "loopback counts too, so a server whose own processes talk over TCP needs theirs here; 0 stands for all ports that the "
+    "kernel gives out, which is where the processes of tensor parallelism meet. Landlock keeps it, from ABI 4 on (Linux 6.7); "
+    "the event server_started says which ABI the kernel has, 0 for none. Listening is not restricted, nor is what is not "
+    "connect(2) of plain TCP: UDP, MPTCP, TCP Fast Open. It stops what libraries do by themselves, not an attacker",
 }
 """One sentence for each key; a test compares the keys with the schema."""
 

@@ -91,6 +91,7 @@ def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:
     # program. What the host can change is the disk, each time it is read; a document is hashed in the bytes it is parsed in.
     # 1. Kata's initdata. kata-agent writes the file from the disk, so the same bytes in both are one source.
     kata, device = _read_if_there(root / _KATA_PATH, MAX_DOCUMENT_BYTES), find_device(root)
+    # refusal: test_two_sources_are_a_conflict_even_when_they_agree
     if kata is not None and device is not None and kata != device:
         raise ConfigConflictError(_KATA, DEVICE)
     document, source = (device, DEVICE) if kata is None else (kata, _KATA)
@@ -104,6 +105,7 @@ def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:
     initdata = parse_initdata(document, source)
     if image is None:
         return _found_in(initdata, source)
+    # refusal: test_two_sources_are_a_conflict_even_when_they_agree
     if ENTRY in initdata.entries:
         raise ConfigConflictError(source, _IMAGE)
     return FoundConfig(_check_size(image), initdata.digest, _IMAGE)
@@ -111,12 +113,14 @@ def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:
 
 def _found_in(initdata: Initdata, source: Ident) -> FoundConfig:
     data = initdata.entry(ENTRY)
+    # refusal: test_an_initdata_file_without_the_entry_is_no_configuration
     if data is None:
         raise InitdataError(source, InitdataProblem.NO_ENTRY)
     return FoundConfig(_check_size(data), initdata.digest, source)
 
 
 def _check_size(data: bytes) -> bytes:
+    # refusal: test_every_source_has_its_bound
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(ConfigProblem.TOO_LARGE)
     return data

@@ -488,7 +488,8 @@ class BrokerUnreachableError(AgentError):
 class IdentityProblem(enum.Enum):
     CHAIN = "certificate does not lead to the measured CA"
     NAME = "certificate is for another server name"
-    VALIDITY = "certificate is expired or not yet valid by this guest's clock"
+    NOT_YET_VALID = "certificate is not yet valid by this guest's clock"
+    EXPIRED = "certificate is expired by this guest's clock"
     TLS = "TLS handshake failed"
 
 
@@ -496,7 +497,10 @@ class IdentityProblem(enum.Enum):
 class BrokerIdentityError(AgentError):
     owner = Owner.OPERATOR
     step = Step.BROKER
-    next_step = "compare broker.ca_pem and broker.server_name with the broker's certificate; otherwise somebody else answers"
+    next_step = (
+        "compare broker.ca_pem and broker.server_name with the broker's certificate, and the guest's clock with a good one; "
+        "otherwise somebody else answers"
+    )
     problem: IdentityProblem
 
     def what(self) -> str:
@@ -526,7 +530,11 @@ class RemoteProtocolError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class BrokerFailureError(AgentError):
-    """The broker answered with a failure of its own. `status` is the gRPC status code."""
+    """The broker answered with a failure of its own. `status` is the gRPC status code, `reason` the broker's word.
+
+    UNAVAILABLE with a word is a part of the broker that may come back, its key store for one, and worth another attempt.
+    Whatever else failed needs somebody to mend it.
+    """
 
     owner = Owner.AUTHORITY
     step = Step.BROKER
@@ -534,23 +542,28 @@ class BrokerFailureError(AgentError):
     status: int
     reason: Ident
 
+    @property
+    def retryable(self) -> bool:
+        return self.status == 14  # UNAVAILABLE
+
     def what(self) -> str:
         return f"broker failed with status {self.status}, reason {self.reason}"
 
 
 class DenialReason(enum.Enum):
-    """Why a broker denied. Closed; the wire carries these names."""
+    """Why a broker denied. Closed; a Verdict carries these names, but for the last one."""
 
     CLAIM = "claim"  # a verified claim is not allowed: measurement, HOST_DATA, policy bits, TCB, GPU count …
     DEVICE = "device"  # evidence of a device is missing, doubled, or does not verify
     COLLATERAL = "collateral"  # certificates are missing, foreign or out of date
     REFERENCE_VALUE = "reference-value"  # the policy row has no value to compare with
     POLICY = "policy"  # no row, revoked, out of its dates
+    UNSPECIFIED = "unspecified"  # a key was refused in words that are not ours
 
 
 @dataclasses.dataclass(eq=False)
 class KeyReleaseDeniedError(AgentError):
-    """Final: a denial is never retried."""
+    """Final: a denial is never retried, whether the Verdict denied or the key was refused after it."""
 
     owner = Owner.AUTHORITY
     step = Step.VERDICT
@@ -781,6 +794,7 @@ class InsufficientMemoryError(AgentError):
 class DestinationProblem(enum.Enum):
     NOT_MEMORY = "file system is not tmpfs"
     NOT_EMPTY = "directory is not empty"
+    IN_USE = "directory is in use by another agent"
     MANY_FILES = "a memfd holds one file, the model has more"
     KERNEL = "kernel refused"
     MOUNT_POINT = "/run/keyturn cannot be made, or nothing can be mounted there in private"

@@ -70,7 +70,10 @@ class LocalChecksPassed(Event):
 
 @dataclasses.dataclass(frozen=True)
 class WorkerEnded(Event):
-    """The boot's worker is gone, and with it every key. `peak_kib`: the most memory it had resident."""
+    """The boot's worker is gone, and with it every key. `peak_kib`: the most memory it had resident.
+
+    The workers of renewals, which never have a key, are not told.
+    """
 
     peak_kib: int
 
@@ -129,6 +132,38 @@ class VerdictAccepted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class LeaseStarted(Event):
+    """The key of the open model may be used for so long, counted from before it was asked for.
+
+    `ends_at` is UTC by this guest's clock, for display: the end is counted on a clock that nobody sets.
+    """
+
+    lease_s: int
+    ends_at: Ident
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseRenewalStarted(Event):
+    """A worker attests again, in another handshake under another request id."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseRenewed(Event):
+    """A new lease in place of the old one; both None: the key may be used without end."""
+
+    lease_s: int | None
+    ends_at: Ident | None
+
+
+@dataclasses.dataclass(frozen=True)
+class LeaseRenewalFailed(Event):
+    """No answer: this class of error. `retry_in_ms` is None when the lease ends before another attempt would begin."""
+
+    error: Ident
+    retry_in_ms: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class GatePassed(Event):
     """`preset`: the ready state had been set by this guest's image before the verdict, as its configuration says."""
 
@@ -182,7 +217,7 @@ class ServerRestarting(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Stopping(Event):
-    """`waiting_for` names what must end by itself first; a device request is never abandoned."""
+    """`waiting_for` names what must end by itself first; a device request is never abandoned. `signal`: 0 without one."""
 
     signal: int
     waiting_for: Ident | None

@@ -408,6 +408,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "If the image's own init sets the state (stock Kata does), configure `gpu.ready_state` = preset; the "
                 "authority's policy row must then say `ready = true`."
             ),
+            (
+                "`keyturn doctor` says this beside an agent that serves: that agent passed the gate. Nothing is wrong "
+                "before the next boot, which needs a new machine."
+            ),
             "In an image with a shell `nvidia-smi conf-compute -grs` shows the state.",
         ),
         "Who set the state is not told because the driver does not say: it keeps one bit.",
@@ -456,26 +460,30 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "the broker unopened."
             ),
             (
-                "Broker asked to come back later: it is overloaded, or its key store or audit log cannot be used. Its "
-                "audit log, or its stderr, says KEY_STORE_IO, AUDIT_LOG or OVERLOADED."
+                "Broker asked to come back later: more guests ask at one time than it serves (OVERLOADED in its audit "
+                "log). Add replicas, or start fewer guests at once."
             ),
         ),
         "Which address failed is not told, and no text of a peer: everything between guest and broker can write such a text.",
     ),
     errors.BrokerIdentityError: Explanation(
         "Something answered at the broker's address, and it is not the broker that was measured: its certificate leads "
-        "to another CA, carries another name, is not valid now, or the TLS handshake failed. No evidence was sent to "
-        "it, and another try would not help.",
+        "to another CA, carries another name, is expired or not yet valid, or the TLS handshake failed. No evidence was "
+        "sent to it, and another try would not help.",
         (
             (
                 "`openssl s_client -connect HOST:PORT -servername NAME -showcerts` and compare the issuer with "
                 "`broker.ca_pem` and the DNS names with `broker.server_name`."
             ),
             (
-                "Certificate expired: the one that `keyturn broker init` makes ends after a year; sign a new one with "
-                "its `ca.key`. The CA stays, and so does the configuration."
+                "Expired: the certificate that `keyturn broker init` makes ends after a year; sign a new one with its "
+                "`ca.key`. The CA stays, and so does the configuration."
             ),
-            "Not valid by this guest's clock: the clock is the host's; compare it with a time server.",
+            (
+                "Not yet valid, or expired although its dates are good: this guest's clock is wrong, and its host sets "
+                "it; compare the host with a time server. `keyturn doctor` says so, without asking anybody, when it is "
+                "outside the life of `broker.ca_pem`."
+            ),
             (
                 "A name in the CN alone does not count; it must be a subject alternative name. A proxy that ends TLS is "
                 "somebody else."
@@ -505,13 +513,14 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
     ),
     errors.BrokerFailureError: Explanation(
-        "The broker was reached and ended the request with a failure: it could not do its part, or the key was refused "
-        "after the verdict had allowed it. The reason is one word of the broker's, and `status` the gRPC code. It is "
-        "not tried again.",
+        "The broker was reached and ended the request with a failure: it could not do its part. Nothing was denied. The "
+        "reason is one word of the broker's, and `status` the gRPC code. Status 14 was tried again until "
+        "`broker.timeout_s` was over; anything else needs somebody to mend it and was not.",
         (
             (
-                "`keyturn status` shows the request id; its line in the broker's audit log has the same reason. "
-                "INTERNAL is a bug of the broker, and its stderr has the place."
+                "`keyturn status` shows the request id; its line in the broker's audit log has the same reason. INTERNAL "
+                "is a bug of the broker, and its stderr has the place. Status 3 (PROTOCOL_): it refused a message of "
+                "ours; compare versions."
             ),
             (
                 "KEY_NOT_FOUND: there is no file for `broker.key_uri` below the folder of `--keys`; install it with the "
@@ -523,22 +532,23 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`.TAG.version` beside it must hold one decimal number from 1."
             ),
             (
-                "Status 7: the row was revoked or the policy changed between verdict and release (POLICY_REVOKED, "
-                "TOKEN_POLICY_VERSION). A new boot attests under the new policy."
+                "AUDIT_LOG: the file of `--audit` cannot be written, most often a full disk, and nothing is decided that "
+                "cannot be recorded. KEY_STORE_IO: the folder of `--keys` cannot be read; mend the volume below it, and "
+                "guests that still wait get their key."
             ),
             (
-                "Status 16: the broker does not accept its own verdict (TOKEN_ and the check); all replicas need the "
-                "same `--token-key` and one clock. Status 3: it refused a message of ours (PROTOCOL_); compare "
-                "versions."
+                "Status 16: the broker does not accept a verdict that this guest has verified (TOKEN_ and the check). "
+                "All replicas need the same `--token-key` and one clock; TOKEN_EXPIRED without either: the key was "
+                "asked for later than 300 seconds after the verdict."
             ),
         ),
         "The broker's text is dropped and only its reason word is kept. The guest learns no more of the key store than "
         "that, so neither does the guest's host.",
     ),
     errors.KeyReleaseDeniedError: Explanation(
-        "The broker checked the evidence and its policy says no. The text names the first claim that did not hold, the "
-        "id of the reference value it was compared with, and the version of the policy. A denial is final for this "
-        "boot.",
+        "The broker's policy says no: to the evidence, or later to the key when the policy changed in between. The text "
+        "names the first claim that did not hold, the id of the reference value it was compared with, and the version "
+        "of the policy. A denial is final for this boot.",
         (
             "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version.",
             (
@@ -553,7 +563,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
                 "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
-                "`not_after`."
+                "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),
         "Neither the measured nor the expected value is told. Whoever is denied must not learn from the guest what "
@@ -618,15 +628,22 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
-        "wiped from guest memory, or the boot did not finish in time. The lease is counted from before the request, on "
-        "a clock that goes on while the guest sleeps.",
+        "wiped from guest memory, or the boot did not finish in time. It is counted from before the request, on a clock "
+        "that goes on while the guest sleeps. From half of it on the guest attests again for a new one: an unreachable "
+        "broker is asked until the lease ends, a denial stops the guest at once.",
         (
-            "Start a new guest; it attests again and asks for a new key. Nothing is renewed in a running guest yet.",
+            (
+                "If it was served: the events `lease_renewal_failed` and `retrying` say what kept the guest from the broker; "
+                "check `broker.endpoints`, routes and firewalls, then start a new guest."
+            ),
             (
                 "If the boot itself did not finish: compare the lease with the time `load` takes (`keyturn status`), "
                 "and ask for a longer `lease_s` in the policy row or use a faster store."
             ),
-            "For service without a gap start the next guest before the lease ends, and move traffic once it is ready.",
+            (
+                "A lease must outlast what keeps a broker away: half of it is there for renewals. `keyturn status` shows the "
+                "lease, its end and how often it was renewed."
+            ),
         ),
         "Nothing is held back: the length of the lease stands in the text and in the verdict's event.",
     ),
@@ -806,7 +823,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing is held back: needed and available bytes are in the text; sizes of the model are visible to the host anyway.",
     ),
     errors.DestinationError: Explanation(
-        "The place for the weights cannot be had in this guest: the folder is no tmpfs or not empty, a memfd cannot "
+        "The place for the weights cannot be had in this guest: the folder is no tmpfs, not empty or in use, a memfd cannot "
         "hold a model of several files, or the kernel refused with the errno told. Weights go to memory or nowhere, so "
         "there is no other place to fall back to.",
         (
@@ -821,6 +838,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Not tmpfs or not empty: mount a fresh memory volume (`emptyDir` with `medium: Memory`) at "
                 "`artifact.directory` and share it with nobody."
+            ),
+            (
+                "In use by another agent: it lives, and wipes its model when it ends. What a killed one left is wiped by the "
+                "next start."
             ),
             (
                 "Errno 28 or 12: memory or `size=` ran out while loading. `/run/keyturn` cannot be made: the image must "
@@ -942,7 +963,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Permission denied although modes are right: where the kernel has Landlock the server writes only in "
-                "`{scratch}`, and connects only to the TCP ports in `server.egress`, on the loopback too."
+                "`{scratch}`, and connects only to the TCP ports in `server.egress`, on the loopback too: tensor "
+                "parallelism needs `0` there. A missing file: where the agent may mount, the server's /tmp is "
+                "`{scratch}` and its /dev/shm starts empty, unless command or environment name a path in them."
             ),
         ),
         "What the server printed stays in guest memory and is only counted: server logs quote prompts and paths, and "
@@ -960,10 +983,14 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             "Another user listens: a program of another uid in this guest holds `server.port`; choose another port.",
             "Health: `server.health_path` must answer 200. Many servers say 503 until the weights are read.",
-            "Model: `/v1/models` must list `server.model_id`; for llama.cpp it is what `--alias` says.",
+            (
+                "Model: `/v1/models` must list `server.model_id`; for llama.cpp it is what `--alias` says, for vLLM what "
+                "`--served-model-name` says. For Triton it is a model of the repository, and that model must have loaded."
+            ),
             (
                 "Probe: healthy and the first request fails, within two minutes. Does `server.probe` fit the model (an "
-                "embedding model does not complete)? Is there memory for one request?"
+                "embedding model does not complete, nor does a Triton model without an input `text_input`)? Is there "
+                "memory for one request?"
             ),
         ),
         "Neither status nor body of the answers is told: a model server's answer can hold anything, prompts of others "

@@ -26,6 +26,7 @@ def tls_context(ca_pem: str | None) -> ssl.SSLContext:
     """
     # Not ssl.create_default_context: that one turns SSLKEYLOGFILE and SSL_CERT_FILE of the environment into settings.
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    # refusal: test_a_context_checks_chain_and_name_and_speaks_tls_1_2_or_newer
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     try:
         if ca_pem is not None:
@@ -58,6 +59,7 @@ def redirect_target(url: str, location: str | None, followed: int) -> str:
     Raises:
         ArtifactUnavailableError: any other redirect (BAD_ANSWER).
     """
+    # refusal: test_a_redirect_to_anywhere_else_is_refused test_a_fourth_redirect_is_refused
     if location is None or followed >= MAX_REDIRECTS:
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
     try:
@@ -65,6 +67,7 @@ def redirect_target(url: str, location: str | None, followed: int) -> str:
         same = _origin(target) == _origin(url)
     except ValueError as error:
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER) from error
+    # refusal: test_a_redirect_to_anywhere_else_is_refused
     if not same:
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
     return target

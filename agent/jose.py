@@ -22,6 +22,7 @@ def parse_object(text: bytes, max_bytes: int) -> dict[str, object]:
     Raises:
         ValueError: too large, not UTF-8, not JSON, not an object, a member twice, or nested too deeply.
     """
+    # refusal: test_only_a_strict_bounded_object_is_parsed
     if len(text) > max_bytes:
         raise ValueError("too large")
     try:
@@ -35,6 +36,7 @@ def parse_object(text: bytes, max_bytes: int) -> dict[str, object]:
 
 def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     members = dict(pairs)
+    # refusal: test_only_a_strict_bounded_object_is_parsed
     if len(members) != len(pairs):
         # Parsers differ in which of two equal members wins; what is signed must mean one thing only.
         raise ValueError("member twice")
@@ -56,6 +58,7 @@ def string(members: dict[str, object], name: str) -> str:
 def integer(members: dict[str, object], name: str, minimum: int, maximum: int) -> int:
     """The member as an integer in `minimum..maximum`. Raises ValueError; a JSON boolean is not an integer."""
     value = members.get(name)
+    # refusal: test_members_of_another_type_are_refused
     if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
         raise ValueError("not an integer in range")
     return value
@@ -95,6 +98,7 @@ def _inverse_of(pack: Callable[[bytes], str], text: str, decode: Callable[[str],
         data = decode(padded)
     except ValueError:
         raise ValueError("not base64") from None
+    # refusal: test_other_spellings_of_base64_are_refused
     if pack(data) != text:
         raise ValueError("not canonical base64")
     return data
@@ -108,6 +112,7 @@ def pack_jwk(key: TeePublicKey) -> dict[str, str]:
 def parse_point(jwk: dict[str, object]) -> TeePublicKey:
     """The coordinates of an EC P-256 JWK; that they are on the curve is checked where the key is used. Raises ValueError."""
     x, y = parse_b64url(string(jwk, "x")), parse_b64url(string(jwk, "y"))
+    # refusal: test_another_jwk_is_refused
     if jwk.get("kty") != "EC" or jwk.get("crv") != "P-256" or len(x) != COORDINATE_BYTES or len(y) != COORDINATE_BYTES:
         raise ValueError("not a P-256 key")
     return TeePublicKey(x, y)

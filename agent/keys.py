@@ -49,7 +49,9 @@ class SecretBuffer:
         """Zeroed memory of `size` bytes, on pages of its own."""
         self._map: mmap.mmap | None = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         self._size = size
+        # refusal: test_secret_memory_is_locked_and_in_no_core_and_in_no_child
         self._map.madvise(mmap.MADV_DONTDUMP)
+        # refusal: test_a_forked_child_sees_zeros
         self._map.madvise(_MADV_WIPEONFORK)
         start = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
         self.locked = ctypes.CDLL(None).mlock(ctypes.c_void_p(start), ctypes.c_size_t(size)) == 0
@@ -66,6 +68,7 @@ class SecretBuffer:
     def wipe(self) -> None:
         """Overwrite with zeros, for views still held elsewhere too, and let the pages go. May be called again."""
         if self._map is not None:
+            # refusal: test_wiping_zeroes_the_memory_under_every_view
             self._map[:] = bytes(self._size)
             self._map = None
 
@@ -73,6 +76,7 @@ class SecretBuffer:
         return f"<secret, {self._size} bytes>"
 
     def __reduce__(self) -> NoReturn:
+        # refusal: test_secrets_print_as_their_size_and_are_neither_copied_nor_pickled
         raise TypeError("a secret is not copied or pickled")
 
 
@@ -106,6 +110,7 @@ class EphemeralKey:
         return "<ephemeral key>"
 
     def __reduce__(self) -> NoReturn:
+        # refusal: test_secrets_print_as_their_size_and_are_neither_copied_nor_pickled
         raise TypeError("a secret is not copied or pickled")
 
 
@@ -123,6 +128,7 @@ class ReleasedKey:
         return self
 
     def __exit__(self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None) -> None:
+        # refusal: test_unwrap_releases_the_key_and_destroys_the_ephemeral_key
         self.secret.wipe()
 
 
@@ -137,12 +143,14 @@ def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> Rel
     Raises:
         KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no 32-byte key.
     """
+    # refusal: test_nothing_is_unwrapped_before_the_gate
     if not isinstance(secured, SecuredDevices):
         raise RuntimeError("the gate comes before the key")
     secret = SecretBuffer(KEY_BYTES)
     try:
         open_jwe(sealed.jwe, key, secret.view())
     finally:
+        # refusal: test_the_ephemeral_key_is_destroyed_when_unwrap_fails
         key.destroy()
     return ReleasedKey(secret, sealed.key_id, sealed.key_version)
 
@@ -157,6 +165,7 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     # 1. Exactly the five members, each canonical base64url and of its one possible length.
     try:
         members = parse_object(jwe, MAX_JWE_BYTES)
+        # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
         if set(members) != {"protected", "encrypted_key", "iv", "ciphertext", "tag"}:
             raise ValueError
         protected = string(members, "protected")
@@ -164,29 +173,35 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
         wrapped, iv, ciphertext, tag = (
             parse_b64url(string(members, name)) for name in ("encrypted_key", "iv", "ciphertext", "tag")
         )
+        # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
         if (len(wrapped), len(iv), len(tag)) != (_WRAPPED_KEY_BYTES, _IV_BYTES, _TAG_BYTES):
             raise ValueError
+        # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
         if set(header) != {"alg", "enc", "epk"}:
             raise ValueError
     except ValueError:
         raise KeyUnwrapError(UnwrapCheck.FORMAT) from None
 
     # 2. One algorithm; nothing is negotiated.
+    # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
     if header["alg"] != ALGORITHM or header["enc"] != ENCRYPTION:
         raise KeyUnwrapError(UnwrapCheck.ALGORITHM)
 
     # 3. The sender's ephemeral key is a point of our curve (an invalid point would leak our private key bit by bit).
     try:
         epk = header["epk"]
+        # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
         if not isinstance(epk, dict) or set(epk) != {"kty", "crv", "x", "y"}:
             raise ValueError
         point = parse_point(epk)
         numbers = ec.EllipticCurvePublicNumbers(int.from_bytes(point.x), int.from_bytes(point.y), ec.SECP256R1())
+        # refusal: test_what_joserfc_seals_opens
         sender = numbers.public_key()
     except ValueError:
         raise KeyUnwrapError(UnwrapCheck.EPHEMERAL_KEY) from None
 
     # 4. The only content that can be a model key; GCM keeps lengths.
+    # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
     if len(ciphertext) != KEY_BYTES:
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 

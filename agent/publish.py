@@ -10,9 +10,10 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from agent.artifact import DestinationKind
-from agent.errors import DestinationError, DestinationProblem, LeaseEndedError
+from agent.artifact import MARK_NAME, DestinationKind
+from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
+from agent.lease import Lease
 from agent.server import Placement, ServerPlan
 
 RUN_DIRECTORY = "/run/keyturn"
@@ -28,8 +29,8 @@ class HandedModel:
         directory: DIRECTORY destinations only: where the files lie.
         single_file: its path below the model's root, when there is only one.
         descriptors: as `LoadedArtifact.descriptors`; ours now.
-        lease: what to fail with when the lease of the key ends, None without a lease.
-        lease_ends_at: CLOCK_BOOTTIME seconds: the lease goes on while the guest sleeps.
+        version: of the model.
+        lease: of its key; None: it may be used without end.
     """
 
     plan: ServerPlan
@@ -37,8 +38,8 @@ class HandedModel:
     directory: str | None
     single_file: str | None
     descriptors: tuple[int, ...]
-    lease: LeaseEndedError | None
-    lease_ends_at: float
+    version: int
+    lease: Lease | None
 
     def record(self) -> dict[str, object]:
         """For the channel; the descriptors travel beside it."""
@@ -47,8 +48,9 @@ class HandedModel:
             "destination": self.destination.value,
             "directory": self.directory,
             "single_file": self.single_file,
-            "lease_s": self.lease.lease_s if self.lease else None,
-            "lease_ends_at": self.lease_ends_at,
+            "version": self.version,
+            "lease_s": self.lease.seconds if self.lease else None,
+            "lease_since": self.lease.since if self.lease else None,
         }
 
     @classmethod
@@ -62,8 +64,8 @@ class HandedModel:
             directory=record["directory"],
             single_file=record["single_file"],
             descriptors=descriptors,
-            lease=None if record["lease_s"] is None else LeaseEndedError(record["lease_s"]),
-            lease_ends_at=float(record["lease_ends_at"]),
+            version=int(record["version"]),
+            lease=None if record["lease_s"] is None else Lease(int(record["lease_s"]), float(record["lease_since"])),
         )
 
 
@@ -83,7 +85,9 @@ def take_over(model: HandedModel, undo: ExitStack) -> None:
     """From now on it is ours to free: its descriptors, or its folder. To be called as soon as it arrives."""
     for descriptor in model.descriptors:
         undo.callback(os.close, descriptor)
-    if model.directory is not None:
+    if model.directory is not None:  # the model first: without the mark nobody would know whose it is
+        mark = os.path.join(os.path.dirname(model.directory), MARK_NAME)
+        undo.callback(shutil.rmtree, mark, ignore_errors=True)
         undo.callback(shutil.rmtree, model.directory, ignore_errors=True)
 
 
@@ -102,7 +106,7 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         scratch = _make_scratch(model.plan, private_mounts, undo)
         if model.destination is DestinationKind.MEMFD:
             (memfd,) = model.descriptors
-            return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,))
+            return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,), private_mounts)
         if model.destination is DestinationKind.TMPFS:
             if not private_mounts:
                 raise PermissionError(errno.EPERM, "mount namespace")
@@ -112,7 +116,8 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
             root = model.directory
     except OSError as error:
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
-    return Placement(f"{root}/{model.single_file}" if model.single_file else root, root, scratch)
+    file = f"{root}/{model.single_file}" if model.single_file else root
+    return Placement(file, root, scratch, private_mounts=private_mounts)
 
 
 def _make_scratch(plan: ServerPlan, private_mounts: bool, undo: ExitStack) -> str:

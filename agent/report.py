@@ -14,6 +14,8 @@ from agent.errors import AgentError, error_to_record
 from agent.events import (
     BootStarted,
     GatePassed,
+    LeaseRenewed,
+    LeaseStarted,
     LocalChecksPassed,
     Message,
     Progress,
@@ -70,6 +72,8 @@ class BootReport:
     policy_version: Ident | None = None
     simulated: bool | None = None
     lease_s: int | None = None
+    lease_ends_at: Ident | None = None  # None as long as nothing is served under it
+    lease_renewals: int = 0
     gate_preset: bool | None = None
     supervisor_kib: int | None = None
     worker_peak_kib: int | None = None
@@ -108,6 +112,9 @@ class BootReport:
             case VerdictAccepted(request_id, _, policy_version, simulated, lease_s):
                 self.request_id, self.policy_version = request_id, policy_version
                 self.simulated, self.lease_s = simulated, lease_s
+            case LeaseStarted(lease_s, ends_at) | LeaseRenewed(lease_s, ends_at):
+                self.lease_s, self.lease_ends_at = lease_s, ends_at
+                self.lease_renewals += isinstance(message, LeaseRenewed)
             case GatePassed(_, preset):
                 self.gate_preset = preset
             case ServerStarted(pid, start):
@@ -148,7 +155,7 @@ class BootReport:
             "request_id": self.request_id,
             "policy_version": self.policy_version,
             "simulated": self.simulated,
-            "lease_s": self.lease_s,
+            "lease": self.lease_s and {"s": self.lease_s, "ends_at": self.lease_ends_at, "renewals": self.lease_renewals},
             "gpu_ready_preset": self.gate_preset,
             "memory": {"supervisor_kib": self.supervisor_kib, "worker_peak_kib": self.worker_peak_kib},
             "server": {"pid": self.server_pid, "starts": self.server_starts},
@@ -221,6 +228,8 @@ def console_line(message: Message) -> str | None:
             return f"model server ready after {ms} ms"
         case ServerEnded(status, signal, _):
             return f"model server ended (status {status}, signal {signal})"
+        case LeaseRenewed(lease_s, ends_at):
+            return "lease lifted" if lease_s is None else f"lease renewed: {lease_s} s, until {ends_at}"
         case WaitingFor(what, at_most_s):
             return f"waiting for {what}, at most {at_most_s} s"
         case _:

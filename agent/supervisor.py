@@ -1,8 +1,9 @@
 """The supervisor: forks the worker, takes the open model from it, runs the model server, and tells the world.
 
 Small and single-threaded, standard library only; it never holds a key. Owns the process tree, signals, the private mount
-namespace, the lease clock and the four faces of `report.py`. What happens after key release ends with this process: the
-kernel kills worker and server with it (PDEATHSIG), and the model's mount goes with its namespace.
+namespace and the four faces of `report.py`. What happens after key release ends with this process: the
+kernel kills worker and server with it (PDEATHSIG), and the model's mount goes with its namespace. The lease is obeyed through
+`renewal.py`, whatever the server does meanwhile; there is never more than one worker.
 """
 
 import os
@@ -14,7 +15,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from agent import __version__, unhandled
-from agent.channel import Channel
+from agent.channel import Channel, Packet
 from agent.closed import Ident
 from agent.errors import (
     EXIT_SERVED,
@@ -51,18 +52,22 @@ from agent.guest import hardening, mounts, systemd
 from agent.health import HealthPort
 from agent.loop import Loop
 from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
+from agent.renewal import Renewal
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
 from agent.server.probe import Probe, start_probe
-from agent.server.process import ServerProcess, fork, reap_orphans, spawn
+from agent.server.process import ServerProcess, reap_orphans, spawn
 from agent.stages import stage
 from agent.telling import Teller, start_of
+from agent.worker_process import WorkerProcess
 
 DEFAULT_STATUS_FILE = f"{RUN_DIRECTORY}/status.json"
 DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 ASK_AGAIN_S = 0.5
-LEASE_LOOK_S = 1.0
 MAX_UNHANDLED = 16
+
+WorkerMain = Callable[[Channel, int | None], int]
+"""Runs in the forked worker and returns its exit status: a boot, or a renewal for the model version that is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +82,8 @@ class HostHints:
 class Supervisor:
     """One boot from fork to wipe. `run` may be called once."""
 
-    def __init__(self, mode: str, hints: HostHints, worker: Callable[[Channel], int]) -> None:
-        """`worker` runs in the forked child and returns its exit status."""
+    def __init__(self, mode: str, hints: HostHints, worker: WorkerMain) -> None:
+        """Nothing is started yet."""
         self._worker_main = worker
         self._teller = Teller(
             BootReport(__version__, mode, os.getpid(), start_of(os.getpid()) or 0),
@@ -89,10 +94,10 @@ class Supervisor:
         self._hints = hints
         self._loop = Loop()
         self._private_mounts = False
-        self._worker: tuple[int, int] | None = None  # pid, pidfd
-        self._channel: Channel | None = None
+        self._worker: WorkerProcess | None = None
         self._handed: HandedModel | None = None
         self._model: HandedModel | None = None
+        self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
         self._undo = ExitStack()  # compensations of publishing
         self._placement: Placement | None = None
         self._policy: policy.RestartPolicy | None = None
@@ -123,6 +128,7 @@ class Supervisor:
 
     def _prepare(self) -> None:
         """What can fail without a key being asked for fails here. Then the worker is on its way."""
+        # refusal: test_the_supervisor_is_not_dumpable_and_holds_no_library
         hardening.harden_agent()
         hardening.become_subreaper()
         try:
@@ -139,7 +145,7 @@ class Supervisor:
                 HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
-        self._start_worker()
+        self._worker = WorkerProcess(self._loop, self._in_boot, self._on_packet, self._on_worker_end)
 
     def _tell(self, message: Message) -> None:
         self._teller.tell(message)
@@ -147,11 +153,11 @@ class Supervisor:
     def _stop(self, number: int) -> None:
         """A signal asks for the end."""
         again, self._stop_signal = self._stop_signal != 0, number
+        self._renewal.stop()
         if self._worker:
             # Its device thread is joined, never killed: that can take a minute, and the status says so.
             self._tell(Stopping(number, Ident("worker")))
-            with suppress(ProcessLookupError):
-                os.kill(self._worker[0], signal.SIGTERM)
+            self._worker.ask_to_stop()
         elif self._policy and not again:
             self._tell(Stopping(number, Ident("server") if self._server else None))
             if not self._policy.served and self._error is None:
@@ -160,76 +166,36 @@ class Supervisor:
         elif again:
             self._loop.ended = True  # asked twice: do not wait for the server
 
-    def _check_lease(self) -> None:
-        """Look again every second: the lease is counted on CLOCK_BOOTTIME, which goes on while the guest sleeps."""
-        if self._model and self._model.lease and self._error is None and not self._stop_signal:
-            if time.clock_gettime(time.CLOCK_BOOTTIME) >= self._model.lease_ends_at:
-                self._fail(self._model.lease)
-            else:
-                self._loop.wake("lease", LEASE_LOOK_S, self._check_lease)
-
     # --- worker -------------------------------------------------------------------------------------------------------
 
-    def _start_worker(self) -> None:
-        ours, theirs = Channel.pair()
+    def _in_boot(self, channel: Channel) -> int:
+        return self._worker_main(channel, None)
 
-        def become_worker(parent: int) -> None:
-            status = 1
-            try:
-                ours.close()
-                hardening.die_with_parent(parent)
-                # A terminal sends these to the whole group: only the supervisor decides, or a device request would be cut off.
-                signal.signal(signal.SIGINT, signal.SIG_IGN)
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
-                status = self._worker_main(theirs)
-            finally:
-                os._exit(status)
+    def _in_renewal(self, channel: Channel) -> int:
+        assert self._model
+        return self._worker_main(channel, self._model.version)
 
-        pid = fork(become_worker)
-        theirs.close()
-        self._worker = (pid, os.pidfd_open(pid))
-        self._channel = ours
-        self._loop.watch(ours.fileno(), self._on_channel)
-        self._loop.watch(self._worker[1], self._on_worker_end)
+    def _on_packet(self, packet: Packet) -> None:
+        if "loaded" in packet.record:
+            self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
+            take_over(self._handed, self._undo)
+            return
+        message = message_from_record(packet.record)
+        if isinstance(message, AgentError):
+            if self._stop_signal:
+                return  # it was told to stop: what it met on the way out is not why it ended
+            self._error = message
+        self._tell(message)
 
-    def _on_channel(self) -> None:
-        """Take everything the worker has said so far."""
-        while self._channel:
-            try:
-                packet = self._channel.receive()
-            except BlockingIOError:
-                return
-            if packet is None:
-                self._loop.unwatch(self._channel.fileno())
-                self._channel.close()
-                self._channel = None
-            elif "loaded" in packet.record:
-                self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
-                take_over(self._handed, self._undo)
-            else:
-                message = message_from_record(packet.record)
-                if isinstance(message, AgentError):
-                    if self._stop_signal:
-                        continue  # it was told to stop: what it met on the way out is not why it ended
-                    self._error = message
-                self._tell(message)
-
-    def _on_worker_end(self) -> None:
-        assert self._worker
-        self._on_channel()  # a last word may still be in the pipe
-        pid, pidfd = self._worker
-        self._loop.unwatch(pidfd)
-        _, ended, used = os.wait4(pid, 0)
-        os.close(pidfd)
+    def _on_worker_end(self, lost: WorkerLostError, peak_kib: int) -> None:
         self._worker = None
-        self._tell(WorkerEnded(used.ru_maxrss))
+        self._tell(WorkerEnded(peak_kib))
         if self._error:  # told already
             self._loop.ended = True
         elif self._stop_signal:
             self._fail(BootInterruptedError(self._stop_signal))
         elif self._handed is None:
-            code = os.waitstatus_to_exitcode(ended)
-            self._fail(WorkerLostError(signal=max(-code, 0), status=max(code, 0)))
+            self._fail(lost)
         else:
             self._serve(self._handed)
 
@@ -237,7 +203,8 @@ class Supervisor:
 
     def _serve(self, model: HandedModel) -> None:
         self._model, plan = model, model.plan
-        self._check_lease()
+        if model.lease:
+            self._renewal.obey(model.lease)
         if self._error:
             return
         try:
@@ -382,7 +349,7 @@ class Supervisor:
 
     def _children(self) -> tuple[int, ...]:
         """Our own children that are not the server's."""
-        return tuple(pid for pid in (self._worker and self._worker[0], self._probe and self._probe.pid) if pid)
+        return tuple(child.pid for child in (self._worker, self._renewal.worker, self._probe) if child)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -391,16 +358,13 @@ class Supervisor:
         if self._error is not None:
             return
         self._error = error
+        self._renewal.stop()
         self._ask_server_to_stop()
         self._tell(error)
 
     def _wipe(self) -> int:
         """Run every compensation, whatever happened; then the last word."""
         wiped = True
-        if self._worker:
-            os.kill(self._worker[0], signal.SIGKILL)
-            os.waitid(os.P_PID, self._worker[0], os.WEXITED)
-            self._worker = None
         if self._server:
             try:
                 self._destroy_server()
@@ -412,6 +376,10 @@ class Supervisor:
             self._undo.close()
         except OSError:
             wiped = False  # the kernel takes the rest with the process
+        if worker := self._worker or self._renewal.worker:  # last: server and model wait for nobody's device request
+            if worker.is_alive():
+                self._tell(Stopping(self._stop_signal, Ident("worker")))
+            worker.destroy()
         if wiped:
             self._tell(Wiped())
         if self._error and self._teller.report.error is None:

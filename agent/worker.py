@@ -1,8 +1,8 @@
-"""The worker process: everything that needs threads, gRPC and cryptography, for the length of one boot.
+"""The worker process: everything that needs threads, gRPC and cryptography, for the length of one boot or one renewal.
 
 Forked by the supervisor, it runs `boot.py`, hands descriptors and outcome over the channel and exits: the exit of a process
-is the only real wipe Python has. Owns the translation of whatever went wrong into one AgentError. Its stdout and stderr
-lead nowhere, so that no library can say anything.
+is the only real wipe Python has. Every renewal is another worker. Owns the translation of whatever went wrong into one
+AgentError. Its stdout and stderr lead nowhere, so that no library can say anything.
 """
 
 import asyncio
@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING
 from agent import unhandled
 from agent.channel import Channel
 from agent.closed import Ident
-from agent.config import Measured, MeasuredConfig, ServerConfig, parse
+from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
 from agent.config_source import FoundConfig
-from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, LeaseEndedError, NoAttesterError
+from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
 from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
+from agent.evidence.gate import ExpectedReady
 from agent.guest.network import has_route, wait_for_route
 from agent.guest.uevents import appears
+from agent.lease import Lease
 from agent.publish import HandedModel
 from agent.server import Output, ServerPlan
 from agent.server.presets import ProbeKind, command_digest, server_plan
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
+    from agent.handshake.grpc_client import GrpcBroker
 
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
@@ -43,8 +46,18 @@ OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
-def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware) -> int:
-    """Run one boot and report it over `channel`. The value is this process's exit status: 0 when the outcome was told."""
+def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware, served_version: int | None = None) -> int:
+    """Run one boot or one renewal and report it over `channel`.
+
+    Args:
+        channel: to the supervisor.
+        find_config: as above.
+        open_hardware: as above.
+        served_version: of the model whose lease is to be renewed; None boots.
+
+    Returns:
+        This process's exit status: 0 when the outcome was told.
+    """
     null = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
@@ -56,9 +69,12 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware)
     unhandled.silence_libraries()
     with ExitStack() as undo:
         try:
-            record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify))
-            channel.send(record, descriptors)
-            undo.pop_all()  # it is the supervisor's now: nothing here may take it back
+            if served_version is None:
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify))
+                channel.send(record, descriptors)
+                undo.pop_all()  # it is the supervisor's now: nothing here may take it back
+            else:
+                asyncio.run(_renew(find_config, open_hardware, served_version, notify))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
             failure = as_agent_error(error)
             undo.close()  # first: when the supervisor hears of the failure, nothing is left here
@@ -71,37 +87,24 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware)
 async def _boot(
     find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify
 ) -> tuple[dict[str, object], tuple[int, ...]]:
-    task = asyncio.current_task()
-    assert task is not None
-    loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, task.cancel)
-    unhandled.watch_loop(loop, notify)
-
+    _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
-        found = await appears(find_config, CONFIG_WAIT_S, lambda: notify(WaitingFor(Ident("config"), CONFIG_WAIT_S)))
-        if found is None:
-            raise ConfigError(ConfigProblem.NOT_FOUND)
+        found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
         measured = parse(found.data, found.digest)
         plan = plan_server(measured.config.server)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
-    from agent.handshake.grpc_client import GrpcBroker
-    from agent.handshake.machine import Trust
-
-    def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
-        notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
-
     cfg, at = measured.config, measured.config.broker
-    trust = Trust(_token_keys(at.token_keys), at.allow_simulated)
-    async with GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry) as broker:
+    async with _broker(at, notify) as broker:
         local = all(is_loopback(endpoint) for endpoint in at.endpoints)
         with suppress(OSError):  # told below, where the route is needed
             if local or has_route():
                 broker.connect()
 
         with stage(Stage.DEVICES, notify):
-            devices = await _open(measured, plan, open_hardware, notify)
+            expected = ExpectedReady.PRESET if cfg.gpu.ready_state == "preset" else ExpectedReady.UNSET
+            devices = await _open(measured, plan, open_hardware, expected, notify)
         notify(LocalChecksPassed())
 
         if not local:
@@ -124,14 +127,65 @@ async def _boot(
         directory=loaded.directory,
         single_file=loaded.files[0].path if len(loaded.files) == 1 else None,
         descriptors=loaded.descriptors,
-        lease=None if lease_s is None else LeaseEndedError(lease_s),
-        lease_ends_at=lease_from + (lease_s or 0),
+        version=loaded.version,
+        lease=None if lease_s is None else Lease(lease_s, lease_from),
     )
     return {"loaded": handed.record()}, handed.descriptors
 
 
-async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, notify: Notify) -> "Devices":
-    from agent.evidence.collect import open_devices
+async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_version: int, notify: Notify) -> None:
+    """What a boot does up to the Verdict, without its stages: those have their figures.
+
+    A route is not waited for: without one the broker cannot be reached, and that may be tried again.
+    """
+    _watch_loop(notify)
+    found = await _find(find_config, _unheard)
+    measured = parse(found.data, found.digest)
+    plan = plan_server(measured.config.server)
+
+    from agent.boot import renew
+
+    async with _broker(measured.config.broker, notify) as broker:
+        devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
+        await renew(measured.config, devices, broker, served_version, notify)
+
+
+def _unheard(_: Event) -> None:
+    """For what a renewal does as a boot does it, and the status shows of the boot."""
+
+
+def _watch_loop(notify: Notify) -> None:
+    """SIGTERM cancels the running task; what nobody caught is told."""
+    task = asyncio.current_task()
+    assert task is not None
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    unhandled.watch_loop(loop, notify)
+
+
+async def _find(find_config: FindConfig, notify: Notify) -> FoundConfig:
+    found = await appears(find_config, CONFIG_WAIT_S, lambda: notify(WaitingFor(Ident("config"), CONFIG_WAIT_S)))
+    if found is None:
+        raise ConfigError(ConfigProblem.NOT_FOUND)
+    return found
+
+
+def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
+    from agent.handshake.grpc_client import GrpcBroker
+    from agent.handshake.machine import Trust
+
+    def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
+        notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
+
+    trust = Trust(token_keys(at.token_keys), at.allow_simulated)
+    return GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry)
+
+
+async def _open(
+    measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
+) -> "Devices":
+    from agent.artifact.memory import wipe_predecessor
+    from agent.evidence.collect import check_measured, open_devices
 
     cfg = measured.config
     absent: list[NoAttesterError] = []
@@ -148,17 +202,21 @@ async def _open(measured: Measured, plan: ServerPlan, open_hardware: OpenHardwar
         raise absent[-1]
     attester, gpus = hardware
     notify(AttesterOpened(Ident(attester.tee.value), attester.interface))
-    return await in_thread(
-        lambda: open_devices(
-            attester,
+
+    def look_at_them() -> "Devices":
+        guest = check_measured(attester, measured.digest)
+        if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
+            wipe_predecessor(cfg.artifact.directory)  # now, because a boot after a dead agent's ends at the gate
+        return open_devices(
+            guest,
             gpus,
             gpu_count=cfg.gpu.count,
-            ready_preset=cfg.gpu.ready_state == "preset",
-            config_digest=measured.digest,
+            expected_ready=expected_ready,
             manifest_digest=cfg.artifact.manifest_digest,
             server_command_digest=command_digest(plan.argv),
         )
-    )
+
+    return await in_thread(look_at_them)
 
 
 def is_loopback(endpoint: str) -> bool:
@@ -167,7 +225,8 @@ def is_loopback(endpoint: str) -> bool:
     return host in ("localhost", "[::1]") or host.startswith("127.")
 
 
-def _token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
+def token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
+    """The authority's keys. Raises ConfigError."""
     from agent.handshake.token import parse_token_key
 
     keys = []

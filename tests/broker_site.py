@@ -23,7 +23,8 @@ from agent.broker.token import TokenKey
 from agent.closed import Ident
 from agent.errors import AgentError
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
-from agent.evidence.collect import open_devices
+from agent.evidence.collect import check_measured, open_devices
+from agent.evidence.gate import ExpectedReady
 from agent.handshake import SealedKey, Verdict
 from agent.handshake.grpc_client import Collect, GrpcBroker
 from agent.handshake.machine import Trust
@@ -133,11 +134,10 @@ class Site:
         """What the agent of this site's machine would send."""
         machine = self.machine
         devices = open_devices(
-            machine.attester(),
+            check_measured(machine.attester(), machine.host_data),
             machine.gpu_system() if machine.gpu.count else None,
             gpu_count=machine.gpu.count,
-            ready_preset=False,
-            config_digest=machine.host_data,
+            expected_ready=ExpectedReady.UNSET,
             manifest_digest=MANIFEST,
             server_command_digest=COMMAND,
         )

@@ -12,6 +12,12 @@ from agent.sim.machine import SimulatedMachine, create_silicon
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=20, help="random kills in the kill matrix")
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))  # every process of one run draws the same
+    parser.addoption("--kill-seed", default=run, help="what they are drawn from")
+
+
 @pytest.fixture(scope="session")
 def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Keys and roots of simulated vendors, with eight GPUs. Once per session: two RSA-4096 keys take seconds."""

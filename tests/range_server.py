@@ -29,6 +29,7 @@ class Fault(enum.Enum):
     NO_RANGES = enum.auto()  # 200 and the whole file
     WRONG_START = enum.auto()  # Content-Range and bytes one further on
     WRONG_LENGTH = enum.auto()  # Content-Range shorter than asked, in the middle of the file
+    LONGER_RANGE = enum.auto()  # Content-Range and body one byte longer than asked, the size of the file left open
     LONGER_BODY = enum.auto()  # Content-Length beyond Content-Range
     NO_CONTENT_RANGE = enum.auto()
     GZIP = enum.auto()  # says Content-Encoding: gzip
@@ -210,8 +211,9 @@ def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: F
             if fault is Fault.WRONG_LENGTH:
                 length //= 2
             start += fault is Fault.WRONG_START
+            length += fault is Fault.LONGER_RANGE
             if fault is not Fault.NO_CONTENT_RANGE:
-                headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{size}"
+                headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{'*' if fault is Fault.LONGER_RANGE else size}"
         if fault is Fault.GZIP:
             headers["Content-Encoding"] = "gzip"
         chunked = fault in (Fault.CHUNKED, Fault.CUT_CHUNKED, Fault.DRIP_CHUNKS)

@@ -2,32 +2,38 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
+from agent.__main__ import _FIXED as CLEAN
 
-def environment_of_the_agent(**hostile: str) -> dict[str, str]:
+
+def environment_of_the_agent(environment: dict[str, str], *isolated: str) -> dict[str, str]:
     """The environment after the first act of the process, read from inside by a verb that waits on its input."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "agent", "config", "check", "-"],
+        [sys.executable, *isolated, "-m", "agent", "config", "check", "-"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        env={**os.environ, **hostile},
+        env=environment,
     )
     assert process.stdin
     assert process.stderr
+    deadline = time.monotonic() + 10
     try:
-        while True:  # the same process: it has replaced itself once its command line says so
-            with open(f"/proc/{process.pid}/cmdline", "rb") as stream:
-                if b"\0-I\0" in stream.read():
-                    break
+        while True:  # the same process: it has replaced itself once its environment says so
+            with open(f"/proc/{process.pid}/environ", "rb") as stream:
+                found = dict(pair.split("=", 1) for pair in stream.read().decode().split("\0")[:-1])
+            if "KEYTURN_CLEANED" in found:
+                break
             assert process.poll() is None
-        with open(f"/proc/{process.pid}/environ", "rb") as stream:
-            pairs = stream.read().decode().split("\0")[:-1]
+            assert time.monotonic() < deadline, "it did not replace itself"
+        with open(f"/proc/{process.pid}/cmdline", "rb") as stream:
+            assert b"\0-I\0" in stream.read()
     finally:
         process.communicate(b"", timeout=20)
-    return dict(pair.split("=", 1) for pair in pairs)
+    return found
 
 
 def test_nothing_of_the_callers_environment_passes_but_the_terminal() -> None:
@@ -44,11 +50,19 @@ def test_nothing_of_the_callers_environment_passes_but_the_terminal() -> None:
         "PATH": "/tmp/evil:/usr/bin:/bin",
         "TERM": "dumb",
     }
-    found = environment_of_the_agent(**hostile)
+    found = environment_of_the_agent({**os.environ, **hostile})
     assert set(found) <= {"PATH", "LC_ALL", "GRPC_VERBOSITY", "TERM", "COLUMNS", "LINES", "NO_COLOR", "KEYTURN_CLEANED"}
     assert found["TERM"] == "dumb"
     assert found["GRPC_VERBOSITY"] == "NONE"
     assert "/tmp/evil" not in found["PATH"]
+
+
+def test_an_isolated_interpreter_does_not_make_up_for_the_environment() -> None:
+    assert "SSLKEYLOGFILE" not in environment_of_the_agent({**CLEAN, "SSLKEYLOGFILE": "/tmp/keys"}, "-I")
+
+
+def test_a_clean_environment_does_not_make_up_for_an_interpreter_that_is_not_isolated() -> None:
+    assert environment_of_the_agent(CLEAN) == {**CLEAN, "KEYTURN_CLEANED": "1"}
 
 
 @pytest.mark.parametrize("isolated", [[], ["-I"]])

@@ -651,7 +651,7 @@ def test_a_cancelled_load_returns_when_every_thread_has_ended(sealed: Sealed, gi
             names = {thread.name for thread in threading.enumerate()}
             assert "segments" not in names
             assert opened < SEGMENTS
-            assert os.listdir(given) == [".keyturn-partial"]
+            assert os.listdir(given) == [".keyturn"]
 
     asyncio.run(story())
 

@@ -11,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from agent.artifact import DestinationKind
+from agent.artifact import MARK_NAME, DestinationKind
 from agent.artifact.memory import (
-    PARTIAL_NAME,
     Destination,
     DetachedTmpfs,
     GivenDirectory,
     SealedMemfd,
+    check_destination,
     check_memory,
     choose_destination,
     in_pages,
+    wipe_predecessor,
 )
 from agent.errors import (
     DestinationError,
@@ -31,6 +32,7 @@ from agent.errors import (
 )
 from agent.guest import mounts
 from agent.guest.memory_info import MemoryInfo
+from tests.children import in_child
 
 PAGE = mmap.PAGESIZE
 MIB = 1 << 20
@@ -214,15 +216,15 @@ def test_another_user_of_the_group_can_open_a_sealed_memfd() -> None:
 def test_a_given_directory_shows_nothing_before_all_of_it_is_there(given: Path) -> None:
     destination = GivenDirectory(str(given), PAGE, os.getegid())
     fill(destination, "a/b", b"weights")
-    assert os.listdir(given) == [PARTIAL_NAME]
-    assert stat.S_IMODE((given / PARTIAL_NAME).stat().st_mode) == 0o700
+    assert os.listdir(given) == [MARK_NAME]
+    assert stat.S_IMODE((given / MARK_NAME).stat().st_mode) == 0o700
     destination.seal_read_only()
-    assert os.listdir(given) == ["model"]
+    assert sorted(os.listdir(given)) == [MARK_NAME, "model"]
+    assert os.listdir(given / MARK_NAME) == []
     assert destination.directory == str(given / "model")
     assert (given / "model/a/b").read_bytes() == b"weights"
     modes = [stat.S_IMODE((given / path).stat().st_mode) for path in ("model", "model/a", "model/a/b")]
     assert modes == [0o750, 0o750, 0o440]
-    assert destination.hand_over() == ()
     destination.close()
     assert os.listdir(given) == []
 
@@ -237,12 +239,40 @@ def test_closing_an_unfinished_given_directory_leaves_nothing(given: Path) -> No
     assert descriptors() == before
 
 
-def test_what_a_killed_predecessor_left_unfinished_is_wiped(given: Path) -> None:
-    (given / PARTIAL_NAME / "a").mkdir(parents=True)
-    (given / PARTIAL_NAME / "a/b").write_bytes(b"plaintext")
-    destination = GivenDirectory(str(given), PAGE, None)
-    assert os.listdir(given / PARTIAL_NAME) == []
-    destination.close()
+@pytest.mark.parametrize("published", [False, True])
+def test_what_a_killed_predecessor_left_is_wiped(given: Path, published: bool) -> None:
+    """The lock of a dead agent is open; without one it is a living agent's."""
+
+    def predecessor() -> None:
+        destination = GivenDirectory(str(given), PAGE, None)
+        fill(destination, "a/b", b"plaintext")
+        if published:
+            destination.seal_read_only()
+
+    in_child(predecessor)
+    assert [path for path in given.rglob("b") if path.read_bytes() == b"plaintext"]
+    wipe_predecessor(str(given))
+    assert os.listdir(given) == []
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_living_agents_directory_is_left_alone(given: Path, published: bool) -> None:
+    """Whoever holds the descriptor that is handed over holds the lock, even when its maker has closed its own."""
+    living = GivenDirectory(str(given), PAGE, None)
+    fill(living, "a/b", b"plaintext")
+    if published:
+        living.seal_read_only()
+    held = os.dup(living.hand_over()[0])
+    before = descriptors()
+    for attempt in (lambda: wipe_predecessor(str(given)), lambda: GivenDirectory(str(given), PAGE, None)):
+        with pytest.raises(DestinationError) as caught:
+            attempt()
+        assert caught.value.problem is DestinationProblem.IN_USE
+    assert descriptors() == before
+    assert [path for path in given.rglob("b") if path.read_bytes() == b"plaintext"]
+    os.close(held)
+    living.close()
+    assert os.listdir(given) == []
 
 
 def test_a_given_directory_must_be_empty(given: Path) -> None:
@@ -253,6 +283,24 @@ def test_a_given_directory_must_be_empty(given: Path) -> None:
     assert caught.value.problem is DestinationProblem.NOT_EMPTY
     assert descriptors() == before
     assert os.listdir(given) == ["model"]
+
+
+def test_a_given_directory_is_checked_without_wiping_what_an_agent_may_still_be_writing(given: Path, guest: MemoryInfo) -> None:
+    def check(size: int) -> None:
+        check_destination("directory", str(given), [size], None, allow_swap=False, memory=guest)
+
+    before = descriptors()
+    (given / MARK_NAME).mkdir()
+    (given / MARK_NAME / "weights").write_bytes(b"plaintext")
+    check(PAGE)
+    with pytest.raises(InsufficientMemoryError):
+        check(1 << 60)
+    (given / "somebody's").mkdir()
+    with pytest.raises(DestinationError) as caught:
+        check(PAGE)
+    assert caught.value.problem is DestinationProblem.NOT_EMPTY
+    assert (given / MARK_NAME / "weights").read_bytes() == b"plaintext"
+    assert descriptors() == before
 
 
 def test_a_given_directory_must_be_memory() -> None:
@@ -346,6 +394,16 @@ def test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing(swapping: 
 
 def test_swap_goes_on_only_when_allowed_by_name(swapping: MemoryInfo) -> None:
     choose_destination("memfd", None, [1], None, allow_swap=True, memory=swapping).close()
+
+
+@pytest.mark.parametrize("kind", ["memfd", "directory"])
+def test_what_only_checks_a_destination_refuses_swap_as_well(swapping: MemoryInfo, given: Path, kind: str) -> None:
+    before = descriptors()
+    directory = str(given) if kind == "directory" else None
+    with pytest.raises(SwapActiveError):
+        check_destination(kind, directory, [PAGE], None, allow_swap=False, memory=swapping)
+    check_destination(kind, directory, [PAGE], None, allow_swap=True, memory=swapping)
+    assert descriptors() == before
 
 
 @needs_root

@@ -204,6 +204,7 @@ def test_reading_does_not_use_up_descriptors(layout: Path) -> None:
         (Fault.NO_RANGES, StoreProblem.BAD_ANSWER, 200, False),
         (Fault.WRONG_START, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.WRONG_LENGTH, StoreProblem.BAD_ANSWER, 206, False),
+        (Fault.LONGER_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.NO_CONTENT_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.LONGER_BODY, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.GZIP, StoreProblem.BAD_ANSWER, 206, False),

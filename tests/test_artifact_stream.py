@@ -220,6 +220,12 @@ def test_a_flipped_bit_anywhere_is_found_in_its_segment(offset: int, segment: in
     assert (caught.value.file, caught.value.segment) == (0, segment)
 
 
+@pytest.mark.parametrize("data", [b"", BLOB[:39], BLOB[:41]])
+def test_a_header_of_another_length_is_malformed(data: bytes) -> None:
+    with pytest.raises(MalformedHeaderError):
+        parse_header(data, 0)
+
+
 def test_the_length_byte_of_the_header_is_checked() -> None:
     with pytest.raises(MalformedHeaderError):
         unseal(flipped(BLOB, 0), len(PLAINTEXT))

@@ -1,7 +1,6 @@
-"""The whole boot on simulated silicon, and one row for each way a step can fail.
+"""The whole boot on simulated silicon: what must work, and the end of its processes. How it fails: `tests/faults`.
 
-Every row runs the real broker and the real agent as processes of their own. A row says what is wrong, and what must come of
-it: class, exit status, what the broker recorded, and that no key was released where the fault lies before the verdict.
+Every test runs the real broker and the real agent as processes of their own.
 """
 
 import hashlib
@@ -11,15 +10,13 @@ import select
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from agent.broker import bootstrap
+from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
 from tests.world import Agent, World, ask, ask_until
 
@@ -166,229 +163,11 @@ def test_a_crashed_server_is_started_again_without_a_new_key(world: World) -> No
     assert world.audit() == [ATTESTED, RELEASED]
 
 
-# --- what must fail, and how ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Row:
-    """One fault. `audit` is everything the broker recorded; None where the guest fails beside a handshake under way."""
-
-    name: str
-    break_it: Callable[[World], object]
-    error: str
-    status: int
-    audit: list[Audit] | None
-    broker: bool = True
-
-
-def other_measurement(world: World) -> None:
-    world.row_snp["measurements"] = [{"id": "image-0", "value": "11" * 48}]
-
-
-def other_host_data(world: World) -> None:
-    world.row_snp["host_data"] = [{"id": "config-0", "value": "22" * 32}]
-
-
-def launched_with_other_configuration(world: World) -> None:
-    world.host_data = bytes(32)
-
-
-def debug_guest(world: World) -> None:
-    world.machine.policy |= 1 << 19
-
-
-def foreign_nonce(world: World) -> None:
-    world.machine.wrong_report_data = True
-
-
-def foreign_gpu_nonce(world: World) -> None:
-    world.machine.gpu.wrong_nonce = True
-
-
-def missing_gpu(world: World) -> None:
-    world.machine.gpu.count = 0
-
-
-def policy_wants_two_gpus(world: World) -> None:
-    world.row_gpu["count"] = 2
-
-
-def one_gpu_twice(world: World) -> None:
-    world.machine.gpu.count = 2
-    world.gpu["count"] = 2
-    world.row_gpu["count"] = 2
-    world.machine.gpu.repeat_first_gpu = True
-
-
-def ready_already(world: World) -> None:
-    world.machine.gpu.ready = 1
-
-
-def devtools(world: World) -> None:
-    world.machine.gpu.devtools = 1
-
-
-def no_row(world: World) -> None:
-    world.row = {}
-
-
-def revoked(world: World) -> None:
-    world.row["revoked"] = True
-
-
-def simulation_roots_not_accepted(world: World) -> None:
-    world.broker_flags = []
-
-
-def simulation_not_allowed_by_guest(world: World) -> None:
-    world.broker_config["allow_simulated"] = False
-
-
-def wrong_ca(world: World) -> None:
-    other = bootstrap.create(world.folder / "other-broker", "kbs.test", datetime.now(UTC))
-    world.broker_config["ca_pem"] = other.ca_pem
-
-
-def wrong_server_name(world: World) -> None:
-    world.broker_config["server_name"] = "other.test"
-
-
-def wrong_token_key(world: World) -> None:
-    other = bootstrap.create(world.folder / "other-broker", "kbs.test", datetime.now(UTC))
-    world.broker_config["token_keys"] = [other.token_key_pem]
-
-
-def broker_down(world: World) -> None:
-    world.broker_config["timeout_s"] = 2
-
-
-def _blob(world: World, digest: str) -> Path:
-    return world.layout / "blobs" / digest.replace(":", "/")
-
-
-def _rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
-    data = change(path.read_bytes())
-    path.chmod(0o600)
-    path.write_bytes(data)
-
-
-def manifest_replaced(world: World) -> None:
-    _rewrite(_blob(world, world.manifest_digest), lambda data: data.replace(b"model.gguf", b"other.gguf"))
-
-
-def manifest_not_in_store(world: World) -> None:
-    world.artifact["manifest_digest"] = "sha256:" + "33" * 32
-    world.row["manifest_digests"] = [{"id": "none", "value": world.artifact["manifest_digest"]}]
-
-
-def file_dropped_from_manifest(world: World) -> None:
-    manifest = json.loads(_blob(world, world.manifest_digest).read_bytes())
-    manifest["layers"] = []
-    data = json.dumps(manifest).encode()
-    world.artifact["manifest_digest"] = "sha256:" + hashlib.sha256(data).hexdigest()
-    world.row["manifest_digests"] = [{"id": "dropped", "value": world.artifact["manifest_digest"]}]
-    _blob(world, world.artifact["manifest_digest"]).write_bytes(data)
-
-
-def _weights_blob(world: World) -> Path:
-    manifest = json.loads(_blob(world, world.manifest_digest).read_bytes())
-    return _blob(world, manifest["layers"][0]["digest"])
-
-
-def segment_flipped(world: World) -> None:
-    _rewrite(_weights_blob(world), lambda data: data[:2_000_000] + bytes([data[2_000_000] ^ 1]) + data[2_000_001:])
-
-
-def blob_truncated(world: World) -> None:
-    _rewrite(_weights_blob(world), lambda data: data[:-1])
-
-
-def wrong_key(world: World) -> None:
-    world.key_file.write_bytes(bytes(32))
-
-
-def model_below_floor(world: World) -> None:
-    world.row["min_model_version"] = 4
-
-
-def too_little_memory(world: World) -> None:
-    world.artifact["headroom_mib"] = 1 << 20
-
-
-def server_dies(world: World) -> None:
-    world.set_behaviour("die")
-
-
-def server_dies_on_first_request(world: World) -> None:
-    world.set_behaviour("die-on-request")
-
-
-def server_never_ready(world: World) -> None:
-    world.set_behaviour("never-ready")
-    world.server["ready_timeout_s"] = 1
-
-
-def server_missing(world: World) -> None:
-    world.server["command"] = ["/nonexistent/server"]
-
-
-def unknown_key_in_configuration(world: World) -> None:
-    world.server["prot"] = 1
-
-
-SERVED = [ATTESTED, RELEASED]
-ROWS = [
-    Row("wrong measurement", other_measurement, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.measurement")]),
-    Row("wrong HOST_DATA", other_host_data, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.host_data")]),
-    Row("guest launched with another configuration", launched_with_other_configuration, "ConfigNotMeasuredError", 10, []),
-    Row("debug policy", debug_guest, "KeyReleaseDeniedError", 16, [("attest", "denied", "snp.policy.debug")]),
-    Row("foreign nonce", foreign_nonce, "EvidenceBindingError", 12, []),
-    Row("foreign GPU nonce", foreign_gpu_nonce, "EvidenceBindingError", 12, None),
-    Row("missing GPU", missing_gpu, "GpuCountError", 13, []),
-    Row("policy wants two GPUs", policy_wants_two_gpus, "KeyReleaseDeniedError", 16, [("attest", "denied", "gpu.count")]),
-    Row("one GPU sent twice", one_gpu_twice, "GpuCountError", 13, None),
-    Row("ready already 1", ready_already, "VmRestartRequiredError", 31, []),
-    Row("devtools mode", devtools, "GpuModeError", 13, []),
-    Row("key URI without a row", no_row, "KeyReleaseDeniedError", 16, [("attest", "denied", "policy.row")]),
-    Row("revoked", revoked, "KeyReleaseDeniedError", 16, [("attest", "denied", "policy.revoked")]),
-    Row("simulation not accepted by the broker", simulation_roots_not_accepted, "KeyReleaseDeniedError", 16, None),
-    Row("simulation not allowed by the guest", simulation_not_allowed_by_guest, "SimulationRefusedError", 11, [ATTESTED]),
-    Row("wrong CA", wrong_ca, "BrokerIdentityError", 14, []),
-    Row("wrong server name", wrong_server_name, "BrokerIdentityError", 14, []),
-    Row("wrong token key", wrong_token_key, "TokenError", 16, [ATTESTED]),
-    Row("broker down", broker_down, "BrokerUnreachableError", 14, [], broker=False),
-    Row("manifest replaced", manifest_replaced, "ManifestDigestError", 19, None),
-    Row("manifest not in the store", manifest_not_in_store, "ArtifactUnavailableError", 18, None),
-    Row("file dropped from the manifest", file_dropped_from_manifest, "MalformedManifestError", 19, None),
-    Row("segment flipped", segment_flipped, "SegmentAuthenticationError", 19, SERVED),
-    Row("blob truncated", blob_truncated, "TruncatedArtifactError", 19, SERVED),
-    Row("wrong key", wrong_key, "KeyMismatchError", 17, SERVED),
-    Row("model below the signed floor", model_below_floor, "RollbackError", 19, SERVED),
-    Row("too little memory", too_little_memory, "InsufficientMemoryError", 20, None),
-    Row("server dies at once", server_dies, "ServerExitedError", 30, SERVED),
-    Row("server dies on its first request", server_dies_on_first_request, "ServerExitedError", 30, SERVED),
-    Row("server never ready", server_never_ready, "ServerNotReadyError", 30, SERVED),
-    Row("server missing", server_missing, "ServerStartError", 30, SERVED),
-    Row("unknown key in the configuration", unknown_key_in_configuration, "ConfigError", 10, []),
-]
-
-
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_every_fault_ends_in_its_own_error(row: Row, world: World) -> None:
-    row.break_it(world)
-    outcome = world.boot(broker=row.broker)
-
-    assert (outcome.failure["class"], outcome.status) == (row.error, row.status)
-    assert outcome.names()[-2:] == ["wiped", "stopped"]
-    assert outcome.names().count("failed") == 1
-    if row.audit is not None:
-        assert world.audit() == row.audit
-    elif "load" not in {event.get("stage") for event in outcome.events}:
-        assert all(decision != "allowed" or step == "attest" for step, decision, _ in world.audit())
-    assert not (row.audit is None and RELEASED in world.audit() and "server_started" in outcome.names())
-    for part in (row.error, outcome.failure["owner"], outcome.failure["step"], outcome.failure["next_step"], "request id: "):
-        assert part in outcome.termination
-    assert "hunter2-canary" not in json.dumps(outcome.events) + outcome.termination
+def test_what_the_store_lacks_ends_the_boot_before_the_gate(world: World) -> None:
+    weights(world).unlink()
+    outcome = world.boot()
+    assert (outcome.failure["class"], outcome.status) == ("ArtifactUnavailableError", 18)
+    assert "gate_passed" not in outcome.names()
 
 
 # --- the end of processes ---------------------------------------------------------------------------------------------
@@ -472,15 +251,6 @@ def test_a_given_directory_serves_and_is_empty_afterwards(world: World) -> None:
     assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
     assert agent.stop().status == 0
     assert list(given.iterdir()) == []
-
-
-def test_a_lease_ends_the_server_and_says_so(world: World) -> None:
-    world.row["lease_s"] = 3
-    agent = world.start()
-    agent.wait_for("server_ready")
-    outcome = agent.wait()
-    assert (outcome.failure["class"], outcome.status) == ("LeaseEndedError", 22)
-    assert "server_ended" in outcome.names()
 
 
 def test_a_server_that_is_starting_is_asked_to_stop_once_and_is_never_ready_again(world: World) -> None:

@@ -1,11 +1,15 @@
 """Which certificates a broker takes as roots of simulated silicon, and which as mere endorsements."""
 
 import shutil
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
+from cryptography.x509.oid import NameOID
 
 from agent.broker.anchors import load_endorsements, load_simulation_roots
 from agent.broker.bootstrap import create
@@ -32,6 +36,22 @@ def test_a_private_root_that_does_not_say_simulated_is_refused(tmp_path: Path) -
     (tmp_path / "ark.pem").write_text(made.ca_pem)
     with pytest.raises(ConfigError):
         load_simulation_roots(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[], ["SIMULATED root", "ARK-Milan"]])
+def test_a_root_that_does_not_have_exactly_one_name_is_refused(tmp_path: Path, names: list[str]) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name) for name in names])
+    now = datetime.now(UTC)
+    root = (
+        x509.CertificateBuilder(subject, subject, key.public_key(), 1, now, now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+        .public_bytes(Encoding.PEM)
+    )
+    (tmp_path / "ark.pem").write_bytes(root)
+    with pytest.raises(ConfigError) as caught:
+        load_simulation_roots(tmp_path)
+    assert caught.value.problem is ConfigProblem.BAD_VALUE
 
 
 def test_a_folder_without_roots_is_refused(tmp_path: Path) -> None:

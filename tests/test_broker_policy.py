@@ -91,6 +91,7 @@ KEYTURN = KeyturnClaims(
     devtools=0,
     multi_gpu_mode=0,
     ready=False,
+    renewal=False,
     driver_version="580.95.05",
     manifest_digest="sha256:" + "a" * 64,
     server_command_digest="sha256:" + "b" * 64,
@@ -160,6 +161,11 @@ WRONG_CLAIMS = [
         Claim.TCB_FMC,
         "tcb-2",
     ),
+    (
+        {"data": policy(snp__minimum_tcb=ROW["snp.minimum_tcb"].replace(" }", ", fmc = 2 }"))},
+        Claim.TCB_FMC,
+        "tcb-1",
+    ),  # it has none
     ({"gpus": (GPU,)}, Claim.GPU_COUNT, None),
     ({"gpus": (GPU, OTHER_GPU, replace(GPU, leaf_key_sha256="03" * 32))}, Claim.GPU_COUNT, None),
     ({"gpus": ()}, Claim.GPU_COUNT, None),
@@ -174,6 +180,8 @@ WRONG_CLAIMS = [
     ({"gpus": (GPU, replace(OTHER_GPU, feature_flag=2))}, Claim.MODES, None),
     ({"keyturn": replace(KEYTURN, ready=True)}, Claim.READY, None),
     ({"data": policy(gpu__ready="true")}, Claim.READY, None),
+    ({"keyturn": replace(KEYTURN, renewal=True)}, Claim.READY, None),
+    ({"data": policy(gpu__ready="true"), "keyturn": replace(KEYTURN, renewal=True)}, Claim.READY, None),
     ({"keyturn": replace(KEYTURN, manifest_digest="sha256:" + "0" * 64)}, Claim.MANIFEST, "model-3"),
     ({"keyturn": replace(KEYTURN, server_command_digest="sha256:" + "0" * 64)}, Claim.COMMAND, "server-1"),
 ]
@@ -278,6 +286,14 @@ def test_a_turin_guest_is_held_against_the_turin_minimum() -> None:
 def test_protected_pcie_is_allowed_where_the_row_says_so() -> None:
     gpus = (replace(GPU, feature_flag=2), replace(OTHER_GPU, feature_flag=2))
     assert judge(policy(gpu__modes='["ppcie"]'), gpus=gpus, keyturn=replace(KEYTURN, cc_feature=0, multi_gpu_mode=1))
+
+
+@pytest.mark.parametrize("ready", ["false", "true"])
+def test_at_a_renewal_the_ready_state_is_set_whoever_had_to_set_it(ready: str) -> None:
+    renewing = replace(KEYTURN, ready=True, renewal=True)
+    assert judge(policy(gpu__ready=ready), keyturn=renewing)
+    error = denied(data=policy(gpu__ready=None), keyturn=renewing)
+    assert (error.reason, error.claim) == (DenialReason.REFERENCE_VALUE, Claim.READY.value)
 
 
 def test_a_driver_that_reports_no_feature_flag_is_not_held_against_it() -> None:

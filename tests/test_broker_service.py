@@ -22,7 +22,7 @@ from agent.evidence import CompositeEvidence, GpuEvidence, Nonce, RuntimeData, T
 from agent.evidence.binding import additional_evidence, device_nonce, parse_additional_evidence, report_data
 from agent.handshake import MAX_MESSAGE_BYTES, Attestation, Challenge, Denied, Hello, KeyRequest, TeePublicKey
 from agent.handshake import grpc_wire as wire
-from agent.handshake.grpc_status import DETAILS_KEY, Failure, parse_failure
+from agent.handshake.grpc_status import DETAILS_KEY, Denial, Failure, parse_failure
 from agent.keys import EphemeralKey, open_jwe
 from agent.sim.machine import SimulatedMachine
 from tests.broker_site import KEY, OTHER_URI, URI, Collector, Site, in_thread, policy_for
@@ -298,7 +298,8 @@ def test_a_token_of_an_earlier_policy_is_refused_and_a_new_one_counts(site: Site
             return refused, await site.boot()
 
     refused, (_, _, sealed) = asyncio.run(scene())
-    assert refused == Failure(7, Ident("TOKEN_POLICY_VERSION"), Ident("boot-2"))
+    why = Denial(DenialReason.POLICY, Ident("token.policy_version"), None, Ident("2"))
+    assert refused == Failure(7, Ident("TOKEN_POLICY_VERSION"), Ident("boot-2"), None, why)
     assert sealed.key_id == URI
     line = site.audit()[1]
     assert (line["step"], line["decision"], line["policy_version"]) == ("release", "denied", "2")
@@ -487,8 +488,7 @@ def test_no_decision_counts_that_cannot_be_recorded(site: Site) -> None:
         return attestation(site, challenge.nonce)
 
     failure = broken_off(site, lambda _: HELLO, answer)
-    assert (failure.code, failure.reason) == (14, "AUDIT_LOG")
-    assert failure.retry_after_s is not None
+    assert (failure.code, failure.reason, failure.retry_after_s) == (9, "AUDIT_LOG", None)
     assert all(isinstance(error, BrokerFailureError) for error in site.reported) and site.reported
 
 
@@ -496,7 +496,40 @@ def test_no_key_is_released_whose_release_cannot_be_recorded(site: Site) -> None
     verdict, _ = played(site, site.attest)
     site.audit_path = Path("/dev/full")
     failure = played(site, lambda: ask(site, verdict.token))
-    assert (failure.code, failure.reason) == (14, "AUDIT_LOG")
+    assert (failure.code, failure.reason) == (9, "AUDIT_LOG")
+
+
+def test_a_key_store_that_cannot_be_read_asks_guests_to_come_back_under_its_own_name(site: Site) -> None:
+    key = site.made.directory / "keys/models/tiny/1"
+
+    def loop_of_links() -> None:
+        key.unlink()
+        key.symlink_to(key)
+
+    async def scene() -> Failure:
+        verdict, _ = await site.attest()
+        loop_of_links()
+        return await ask(site, verdict.token)
+
+    failure = played(site, scene)
+    assert (failure.code, failure.reason) == (14, "KEY_STORE_IO")
+    assert failure.retry_after_s
+    assert site.audit()[1]["reason"] == "KEY_STORE_IO"
+
+
+def test_a_key_that_is_revoked_after_the_verdict_is_denied_to_the_guest_in_the_words_of_the_audit_log(site: Site) -> None:
+    async def scene() -> None:
+        async with site.running() as authority, site.client() as broker:
+            verdict, _ = await broker.attest(URI, Tee.SNP, in_thread(site.collect))
+            authority.policy = parse_policy(policy_for(site.machine, "2", revoked="true"))
+            await broker.release_key(verdict)
+
+    with pytest.raises(KeyReleaseDeniedError) as caught:
+        asyncio.run(scene())
+    denial = caught.value
+    assert (denial.reason, denial.claim, denial.policy_version) == (DenialReason.POLICY, "policy.revoked", "2")
+    line = site.audit()[1]
+    assert (line["reason"], line["claim"], line["policy_version"]) == ("policy", "policy.revoked", "2")
 
 
 class BuggyKeyStore:

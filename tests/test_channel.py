@@ -49,6 +49,22 @@ def test_the_largest_record_passes_and_a_larger_one_is_our_bug() -> None:
     theirs.close()
 
 
+@pytest.mark.parametrize(("padding", "descriptors"), [(MAX_RECORD_BYTES, 1), (0, 2 * MAX_DESCRIPTORS)])
+def test_what_does_not_arrive_whole_is_refused(padding: int, descriptors: int) -> None:
+    raw, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    raw.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4 * MAX_RECORD_BYTES)
+    theirs = Channel(end)
+    reader, writer = os.pipe()
+    socket.send_fds(raw, [b"{}" + b" " * padding], [writer] * descriptors)
+    os.close(writer)
+    with pytest.raises(ValueError):
+        theirs.receive()
+    assert os.read(reader, 1) == b"", "nobody holds the other end any more"
+    os.close(reader)
+    raw.close()
+    theirs.close()
+
+
 @pytest.mark.parametrize("data", [b"not json", b"[1]", b'"text"', b"\xff", b"{" * 100, b"[" * 5000])
 def test_what_is_no_record_is_refused_and_its_descriptors_are_closed(data: bytes) -> None:
     raw, end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -73,7 +73,7 @@ def running(site: Site, **changes: str) -> Iterator[Running]:
 
 def refused(command: list[str]) -> Any:
     """The error of a broker that does not start."""
-    done = subprocess.run(command, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=20, check=False)
     assert done.returncode == EXIT_CONFIG, done
     error = json.loads(done.stderr)
     assert (error["event"], error["class"], done.stdout) == ("failed", "ConfigError", b"")

@@ -16,7 +16,7 @@ from agent.jose import parse_b64, parse_b64url
 from tests.shared import shared_data
 
 DIGEST = "sha256:" + "ab" * 32
-CLAIMS = KeyturnClaims(1, 2, 0, 0, False, "580.65.06", DIGEST, DIGEST)
+CLAIMS = KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 GPU = GpuEvidence("HOPPER", "GPU-12345678-1234-1234-1234-123456789abc", b"\x11\xe0report", b"-----BEGIN CERTIFICATE-----\n")
 DATA = RuntimeData(
     Nonce(bytes(range(32))),
@@ -122,6 +122,8 @@ def test_trustees_own_text_has_no_claims() -> None:
         ("keyturn", changed(lambda n: n.update(keyturn=None))),
         ("keyturn", changed(lambda n: n["keyturn"].pop("ready"))),
         ("keyturn", changed(lambda n: n["keyturn"].update(ready=1))),
+        ("keyturn", changed(lambda n: n["keyturn"].pop("renewal"))),
+        ("keyturn", changed(lambda n: n["keyturn"].update(renewal=1))),
         ("keyturn", changed(lambda n: n["keyturn"].update(devtools=False))),
         ("keyturn", changed(lambda n: n["keyturn"].update(devtools=-1))),
         ("keyturn", changed(lambda n: n["keyturn"].update(manifest_digest="sha256:AB"))),

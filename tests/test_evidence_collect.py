@@ -5,26 +5,32 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError, MalformedEvidenceError, VmRestartRequiredError
+from agent.errors import ConfigNotMeasuredError, GpuCountError, GpuFaultError, MalformedEvidenceError, VmRestartRequiredError
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
-from agent.evidence.collect import Devices, check_distinct, open_devices
+from agent.evidence.collect import Devices, check_distinct, check_measured, open_devices
+from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.sim.machine import SimulatedMachine
+from agent.sim.nvml import nvml_calls
 from tests.gpus import NONCE, gpu_machine, recorded
 
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
 
-def devices_of(machine: SimulatedMachine, gpus: GpuSystem | None = None, digest: bytes = DIGEST) -> Devices:
+def devices_of(
+    machine: SimulatedMachine,
+    gpus: GpuSystem | None = None,
+    digest: bytes = DIGEST,
+    expected_ready: ExpectedReady = ExpectedReady.UNSET,
+) -> Devices:
     return open_devices(
-        machine.attester(),
+        check_measured(machine.attester(), digest),
         gpus or machine.gpu_system(),
         gpu_count=machine.gpu.count,
-        ready_preset=False,
-        config_digest=digest,
+        expected_ready=expected_ready,
         manifest_digest="sha256:" + "0" * 64,
         server_command_digest="sha256:" + "1" * 64,
     )
@@ -37,7 +43,7 @@ def test_one_cpu_report_covers_nonce_key_and_every_gpu(machine: SimulatedMachine
     assert parse_report(evidence.primary.report).report_data == report_data(DATA, evidence.additional_evidence)
     assert claims is not None
     assert claims.manifest_digest == "sha256:" + "0" * 64
-    assert claims.ready is False
+    assert (claims.ready, claims.renewal) == (False, False)
 
 
 def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine: SimulatedMachine) -> None:
@@ -70,6 +76,31 @@ def test_ready_before_the_boot_is_found_when_devices_are_opened(machine: Simulat
     machine.save()
     with pytest.raises(VmRestartRequiredError):
         devices_of(machine)
+
+
+def test_who_renews_says_so_and_sets_no_ready_state(machine: SimulatedMachine) -> None:
+    machine.gpu.ready = 1
+    devices = devices_of(machine, expected_ready=ExpectedReady.OURS)
+    _, claims = parse_additional_evidence(devices.collect(DATA).additional_evidence)
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, True)
+    assert "nvmlSystemSetConfComputeGpusReadyState" not in nvml_calls(machine)
+
+
+def test_a_preset_ready_state_is_no_renewal(machine: SimulatedMachine) -> None:
+    machine.gpu.ready = 1
+    evidence = devices_of(machine, expected_ready=ExpectedReady.PRESET).collect(DATA)
+    _, claims = parse_additional_evidence(evidence.additional_evidence)
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, False)
+
+
+def test_a_fault_before_the_boot_is_found_when_devices_are_opened(machine: SimulatedMachine) -> None:
+    gpus = machine.gpu_system()
+    with (machine.directory / "kmsg").open("a") as file:
+        file.write("4,1,1,-;NVRM: Xid (PCI:0000:06:00): 79, GPU has fallen off the bus.\n")
+    with pytest.raises(GpuFaultError):
+        devices_of(machine, gpus)
 
 
 class Forgetful(GpuSystem):
@@ -114,6 +145,14 @@ def test_one_gpu_answering_for_two_is_refused(tmp_path: Path) -> None:
     assert evidence[0].uuid != evidence[1].uuid
     with pytest.raises(GpuCountError) as caught:
         check_distinct(evidence)
+    assert (caught.value.expected, caught.value.got) == (2, 1)
+
+
+def test_no_evidence_is_made_of_one_gpu_that_answers_for_two(silicon: Path, tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=2, silicon=silicon)
+    machine.gpu.repeat_first_gpu = True
+    with pytest.raises(GpuCountError) as caught:
+        devices_of(machine).collect(DATA)
     assert (caught.value.expected, caught.value.got) == (2, 1)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from agent.errors import Absence, DeviceError, NoAttesterError, Owner
 from agent.evidence import Tee
-from agent.evidence.detect import CPUID_DEVICE, Places, below_paravisor, hinted, open_tee, read_cpuid
+from agent.evidence.detect import CPUID_DEVICE, Places, below_paravisor, hinted, open_interface, read_cpuid
 from tests.fake_configfs import FakeConfigfs, Faults, fake_configfs
 from tests.quotes import quote
 
@@ -38,7 +38,7 @@ def configfs(places: Places) -> Iterator[FakeConfigfs]:
 
 def absence(tee: Tee, places: Places) -> Absence:
     with pytest.raises(NoAttesterError) as caught:
-        open_tee(tee, places)
+        open_interface(tee, places)
     assert caught.value.attester == tee.value
     assert (caught.value.owner, caught.value.exit_status) == (Owner.OPERATOR, 11)
     assert caught.value.reason.value in str(caught.value)
@@ -54,7 +54,7 @@ def test_configfs_comes_before_the_device_node(places: Places, configfs: FakeCon
     for node in (places.sev_guest, places.tdx_guest):
         node.touch()
     places.attest_conf.write_text("port = 4050\n")
-    attester = open_tee(tee, replace(places, report_root=configfs.root))
+    attester = open_interface(tee, replace(places, report_root=configfs.root))
     assert (attester.tee, attester.interface) == (tee, "configfs-tsm")
 
 
@@ -64,7 +64,7 @@ def test_without_a_provider_the_device_node_is_taken(places: Places, configfs: F
     for node in (places.sev_guest, places.tdx_guest):
         node.touch()
     places.attest_conf.write_text("port = 4050\n")
-    attester = open_tee(tee, replace(places, report_root=configfs.root))
+    attester = open_interface(tee, replace(places, report_root=configfs.root))
     assert (attester.tee, attester.interface) == (tee, {Tee.SNP: "sev-guest", Tee.TDX: "tdx-guest"}[tee])
 
 
@@ -72,7 +72,7 @@ def test_an_interface_that_is_there_and_refuses_is_not_passed_over(places: Place
     places.report_root.touch()
     places.sev_guest.touch()
     with pytest.raises(DeviceError) as caught:
-        open_tee(Tee.SNP, places)
+        open_interface(Tee.SNP, places)
     assert caught.value.code == errno.ENOTDIR
 
 

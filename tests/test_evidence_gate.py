@@ -17,7 +17,7 @@ from agent.errors import (
     VmRestartRequiredError,
 )
 from agent.evidence import Gpu, GpuInventory, GpuModes, Nonce
-from agent.evidence.gate import ReadyState, SecuredDevices, check_inventory, check_unchanged, secure
+from agent.evidence.gate import ExpectedReady, ReadyState, SecuredDevices, check_inventory, check_unchanged, secure
 from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
@@ -52,7 +52,7 @@ def with_gpus(*uuids: str) -> GpuInventory:
     ],
 )
 def test_protected_gpus_pass(inventory: GpuInventory) -> None:
-    check_inventory(inventory, 2, ready_preset=False)
+    check_inventory(inventory, 2, ExpectedReady.UNSET)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_protected_gpus_pass(inventory: GpuInventory) -> None:
 )
 def test_modes_that_protect_nothing_are_refused(inventory: GpuInventory, mode: GpuMode, got: int, expected: int) -> None:
     with pytest.raises(GpuModeError) as caught:
-        check_inventory(inventory, 2, ready_preset=False)
+        check_inventory(inventory, 2, ExpectedReady.UNSET)
     assert (caught.value.mode, caught.value.got, caught.value.expected) == (mode, got, expected)
 
 
@@ -88,19 +88,20 @@ def test_modes_that_protect_nothing_are_refused(inventory: GpuInventory, mode: G
 )
 def test_a_missing_extra_or_repeated_gpu_is_refused(inventory: GpuInventory, got: int) -> None:
     with pytest.raises(GpuCountError) as caught:
-        check_inventory(inventory, 2, ready_preset=False)
+        check_inventory(inventory, 2, ExpectedReady.UNSET)
     assert (caught.value.expected, caught.value.got) == (2, got)
 
 
 def test_a_ready_state_somebody_else_set_needs_a_new_vm() -> None:
     with pytest.raises(VmRestartRequiredError):
-        check_inventory(dataclasses.replace(INVENTORY, ready=True), 2, ready_preset=False)
+        check_inventory(dataclasses.replace(INVENTORY, ready=True), 2, ExpectedReady.UNSET)
 
 
-def test_a_preset_ready_state_must_be_set() -> None:
-    check_inventory(dataclasses.replace(INVENTORY, ready=True), 2, ready_preset=True)
+@pytest.mark.parametrize("expected", [ExpectedReady.PRESET, ExpectedReady.OURS])
+def test_a_ready_state_that_was_set_must_be_set(expected: ExpectedReady) -> None:
+    check_inventory(dataclasses.replace(INVENTORY, ready=True), 2, expected)
     with pytest.raises(GpuFaultError) as caught:
-        check_inventory(INVENTORY, 2, ready_preset=True)
+        check_inventory(INVENTORY, 2, expected)
     assert caught.value.fault is GpuFault.READY_NOT_SET
 
 
@@ -133,7 +134,7 @@ def gpus(tmp_path: Path) -> SimulatedMachine:
 def test_the_gate_sets_ready_once_and_as_its_last_act(gpus: SimulatedMachine) -> None:
     system = gpus.gpu_system()
     before = system.inspect()
-    secured = secure(VERDICT, system, before, ready_preset=False)
+    secured = secure(VERDICT, system, before, ExpectedReady.UNSET)
     assert (secured.ready_state, secured.inventory) == (ReadyState.SET_BY_AGENT, before)
     calls = nvml_calls(gpus)
     assert calls.count(SET_CALL) == 1
@@ -143,33 +144,41 @@ def test_the_gate_sets_ready_once_and_as_its_last_act(gpus: SimulatedMachine) ->
 
 def test_an_agent_that_starts_again_after_the_gate_needs_a_new_vm(gpus: SimulatedMachine) -> None:
     system = gpus.gpu_system()
-    secure(VERDICT, system, system.inspect(), ready_preset=False)
+    secure(VERDICT, system, system.inspect(), ExpectedReady.UNSET)
     again = SimulatedMachine.load(gpus.directory, root=gpus.directory).gpu_system()
     with pytest.raises(VmRestartRequiredError):
-        check_inventory(again.inspect(), 2, ready_preset=False)
+        check_inventory(again.inspect(), 2, ExpectedReady.UNSET)
     with pytest.raises(VmRestartRequiredError):
-        secure(VERDICT, again, again.inspect(), ready_preset=False)
+        secure(VERDICT, again, again.inspect(), ExpectedReady.UNSET)
     assert nvml_calls(gpus).count(SET_CALL) == 1
 
 
 def test_a_preset_ready_state_is_used_and_not_set_again(gpus: SimulatedMachine) -> None:
     gpus.gpu.ready = 1
     system = gpus.gpu_system()
-    secured = secure(VERDICT, system, system.inspect(), ready_preset=True)
+    secured = secure(VERDICT, system, system.inspect(), ExpectedReady.PRESET)
     assert secured.ready_state is ReadyState.PRESET
     assert SET_CALL not in nvml_calls(gpus)
 
 
+def test_a_boot_that_has_passed_the_gate_does_not_pass_it_again(gpus: SimulatedMachine) -> None:
+    gpus.gpu.ready = 1
+    system = gpus.gpu_system()
+    with pytest.raises(RuntimeError):
+        secure(VERDICT, system, system.inspect(), ExpectedReady.OURS)
+    assert SET_CALL not in nvml_calls(gpus)
+
+
 def test_without_gpus_there_is_nothing_to_secure() -> None:
-    secured = secure(VERDICT, None, None, ready_preset=False)
+    secured = secure(VERDICT, None, None, ExpectedReady.UNSET)
     assert (secured.ready_state, secured.inventory) == (ReadyState.NO_GPU, None)
 
 
 def test_a_gpu_system_without_its_attested_inventory_is_a_bug(gpus: SimulatedMachine) -> None:
     with pytest.raises(AssertionError):
-        secure(VERDICT, gpus.gpu_system(), None, ready_preset=False)
+        secure(VERDICT, gpus.gpu_system(), None, ExpectedReady.UNSET)
     with pytest.raises(AssertionError):
-        secure(VERDICT, None, INVENTORY, ready_preset=False)
+        secure(VERDICT, None, INVENTORY, ExpectedReady.UNSET)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +199,7 @@ def test_a_machine_that_changed_since_attestation_does_not_pass(gpus: SimulatedM
     before = system.inspect()
     setattr(gpus.gpu, knob, value)
     with pytest.raises(GpuFaultError) as caught:
-        secure(VERDICT, system, before, ready_preset=False)
+        secure(VERDICT, system, before, ExpectedReady.UNSET)
     assert caught.value.fault is GpuFault.INVENTORY_CHANGED
     assert SET_CALL not in nvml_calls(gpus)
 
@@ -200,19 +209,19 @@ def test_an_unprotected_machine_does_not_pass_though_it_did_not_change(gpus: Sim
     setattr(gpus.gpu, knob, value)
     system = gpus.gpu_system()
     with pytest.raises(GpuModeError):
-        secure(VERDICT, system, system.inspect(), ready_preset=False)
+        secure(VERDICT, system, system.inspect(), ExpectedReady.UNSET)
     assert SET_CALL not in nvml_calls(gpus)
 
 
-@pytest.mark.parametrize("ready_preset", [False, True])
-def test_a_fault_since_attestation_does_not_pass(gpus: SimulatedMachine, ready_preset: bool) -> None:
-    gpus.gpu.ready = int(ready_preset)
+@pytest.mark.parametrize("expected", [ExpectedReady.UNSET, ExpectedReady.PRESET])
+def test_a_fault_since_attestation_does_not_pass(gpus: SimulatedMachine, expected: ExpectedReady) -> None:
+    gpus.gpu.ready = int(expected is ExpectedReady.PRESET)
     system = gpus.gpu_system()
     before = system.inspect()
     with (gpus.directory / "kmsg").open("a") as file:
         file.write("4,1,1,-;NVRM: Xid (PCI:0000:06:00): 79, GPU has fallen off the bus.\n")
     with pytest.raises(GpuFaultError) as caught:
-        secure(VERDICT, system, before, ready_preset)
+        secure(VERDICT, system, before, expected)
     assert (caught.value.fault, caught.value.code) == (GpuFault.FATAL_XID, 79)
     assert SET_CALL not in nvml_calls(gpus)
 
@@ -222,7 +231,7 @@ def test_registry_keys_that_appear_after_attestation_do_not_pass(gpus: Simulated
     before = system.inspect()
     (gpus.directory / "nvidia-params").write_text('RegistryDwords: "RmConfidentialCompute=1"\n')
     with pytest.raises(GpuModeError):
-        secure(VERDICT, system, before, ready_preset=False)
+        secure(VERDICT, system, before, ExpectedReady.UNSET)
     assert SET_CALL not in nvml_calls(gpus)
 
 
@@ -231,7 +240,7 @@ def test_a_latched_driver_refuses_and_the_gate_does_not_insist(gpus: SimulatedMa
     before = system.inspect()
     gpus.gpu.fatal_latched = True
     with pytest.raises(DeviceError) as caught:
-        secure(VERDICT, system, before, ready_preset=False)
+        secure(VERDICT, system, before, ExpectedReady.UNSET)
     assert (caught.value.call, caught.value.code) == (SET_CALL, 2)
     assert nvml_calls(gpus).count(SET_CALL) == 1
 
@@ -240,7 +249,7 @@ def test_a_ready_state_that_falls_back_at_once_does_not_pass(gpus: SimulatedMach
     gpus.gpu.ready_falls_back_after = 0
     system = gpus.gpu_system()
     with pytest.raises(GpuFaultError) as caught:
-        secure(VERDICT, system, system.inspect(), ready_preset=False)
+        secure(VERDICT, system, system.inspect(), ExpectedReady.UNSET)
     assert caught.value.fault is GpuFault.READY_NOT_SET
 
 
@@ -249,7 +258,7 @@ def test_nobody_else_makes_secured_devices() -> None:
         SecuredDevices(ReadyState.NO_GPU, None, made_by=object())
     with pytest.raises(TypeError):
         SecuredDevices(ReadyState.NO_GPU, None)  # type: ignore[call-arg]
-    secured = secure(VERDICT, None, None, ready_preset=False)
+    secured = secure(VERDICT, None, None, ExpectedReady.UNSET)
     with pytest.raises((TypeError, ValueError, RuntimeError)):
         dataclasses.replace(secured, ready_state=ReadyState.PRESET)  # type: ignore[call-arg]
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -23,7 +23,7 @@ from agent.errors import (
     NoAttesterError,
 )
 from agent.evidence import GpuModes
-from agent.evidence.gpu import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, NvmlGpuSystem, open_nvml
+from agent.evidence.gpu import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, NvmlGpuSystem, is_held, open_nvml
 from agent.evidence.gpu_abi import parse_report
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, nvml_calls
@@ -231,6 +231,26 @@ def test_nvml_is_looked_for_at_absolute_paths_only(tmp_path: Path) -> None:
     with pytest.raises(NoAttesterError) as caught:
         open_nvml((tmp_path / "missing.so", tmp_path / "libnvidia-ml.so.1"))
     assert caught.value.attester == "nvml"
+
+
+@pytest.mark.parametrize(
+    ("process", "target", "held"),
+    [
+        ("7", "/dev/nvidia0", True),
+        ("7", "/dev/nvidia12", True),
+        ("7", "/dev/nvidiactl", False),
+        ("7", "/dev/nvidia-uvm", False),
+        ("ours", "/dev/nvidia0", False),
+        ("self", "/dev/nvidia0", False),
+    ],
+)
+def test_a_gpu_is_held_when_another_process_has_its_node_open(tmp_path: Path, process: str, target: str, held: bool) -> None:
+    descriptors = tmp_path / (str(os.getpid()) if process == "ours" else process) / "fd"
+    descriptors.mkdir(parents=True)
+    (descriptors / "0").symlink_to("/dev/null")
+    (descriptors / "3").symlink_to(target)
+    (tmp_path / "8").mkdir()  # ended while we looked
+    assert is_held(tmp_path) is held
 
 
 def test_ready_is_set_once_and_read_back(gpus: SimulatedMachine) -> None:

@@ -10,8 +10,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from agent.errors import (
     Absence,
@@ -25,14 +23,7 @@ from agent.errors import (
     Owner,
 )
 from agent.evidence import Evidence, ReportData, Tee
-from agent.evidence.cpu import MAX_QUOTE_BYTES, TDX_PATIENCE
-from agent.evidence.qgs_abi import (
-    QuoteResponse,
-    pack_quote_request,
-    pack_quote_response,
-    parse_frame_length,
-    parse_quote_response,
-)
+from agent.evidence.cpu import TDX_PATIENCE
 from agent.evidence.tdx_guest import (
     ATTEST_CONF,
     DEVICE,
@@ -287,26 +278,6 @@ def test_a_quote_over_other_data_is_refused_at_once(device: TdxGuest, qgs: FakeQ
 def test_padding_of_the_service_is_cut_off(device: TdxGuest, qgs: FakeQgs) -> None:
     qgs.answers = [quote_answer(quote(DATA) + bytes(3000))]
     assert device.collect(DATA).report == quote(DATA)
-
-
-# --- layouts ----------------------------------------------------------------------------------------------------------
-
-
-def test_a_request_lies_as_the_service_reads_it() -> None:
-    frame = pack_quote_request(b"r" * 1024)
-    assert frame[:28] == bytes.fromhex(
-        "00000418" + "0100" + "0000" + "00000000" + "18040000" + "00000000" + "00040000" + "00000000"
-    )
-    assert frame[28:] == b"r" * 1024
-    assert len(frame) == 4 + 0x418
-
-
-@given(st.integers(0, 0xFFFF_FFFF), st.binary(max_size=100), st.binary(max_size=16), st.sampled_from([0, 1]))
-def test_an_answer_survives_the_round_trip(error: int, made: bytes, selected_id: bytes, minor: int) -> None:
-    response = QuoteResponse(error, made, selected_id, minor)
-    frame = pack_quote_response(response)
-    assert parse_frame_length(frame[:4], MAX_QUOTE_BYTES) == len(frame) - 4
-    assert parse_quote_response(frame[4:]) == response
 
 
 # --- the places -------------------------------------------------------------------------------------------------------

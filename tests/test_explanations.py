@@ -9,7 +9,7 @@ from agent.explanations import EXPLANATIONS, ROLES
 
 ALL = sorted(all_errors().values(), key=lambda cls: cls.__name__)
 SECTIONS = {key.partition(".")[0] for key in keys() if "." in key}
-FOREIGN_OPTIONS = {"--alias"}  # llama-server's
+FOREIGN_OPTIONS = {"--alias", "--served-model-name"}  # llama-server's, vLLM's
 
 
 def texts(cls: type[AgentError]) -> list[str]:

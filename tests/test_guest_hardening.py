@@ -157,7 +157,10 @@ def test_confined_child_dies_with_its_parent_although_it_changed_its_user() -> N
         child = os.pidfd_open(int.from_bytes(os.read(ours, 4), "little"))
         assert not readable(child, 0)
         os.kill(middle, signal.SIGKILL)
-        return readable(child)
+        try:
+            return readable(child, 5)
+        finally:
+            signal.pidfd_send_signal(child, signal.SIGKILL)
 
     assert in_child(scenario)
 

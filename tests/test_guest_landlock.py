@@ -154,6 +154,16 @@ def test_a_server_connects_to_the_ports_of_its_egress_and_listens_where_it_likes
     assert one == none | {"named": "ok"}
 
 
+@needs_network
+def test_egress_0_is_every_port_that_the_kernel_gives_out_and_no_other(folders: Path) -> None:
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    with socket.create_server(("127.0.0.1", 0)) as given:
+        steps = {"given": f"connect({given.getsockname()[1]})", "first": f"connect({first})", "below": f"connect({first - 1})"}
+        found = answer_of(folders, steps, egress=(0,))
+    assert (found["given"], found["below"]) == ("ok", "EACCES")
+    assert found["first"] in {"ok", "ECONNREFUSED"}
+
+
 @needs_landlock
 @pytest.mark.parametrize("abi", range(1, ABI + 1))
 def test_an_older_abi_keeps_what_it_knows(folders: Path, abi: int) -> None:

@@ -3,18 +3,11 @@
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 import grpc.aio
 import pytest
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from joserfc import jwt
-from joserfc.jwk import ECKey
 
 from agent.closed import Ident
 from agent.errors import (
@@ -32,134 +25,33 @@ from agent.errors import (
     Unreachable,
 )
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
-from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyResponse, SealedKey, TeePublicKey, Verdict
+from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyResponse, SealedKey, Verdict
 from agent.handshake import grpc_status as status
 from agent.handshake import grpc_wire as wire
 from agent.handshake.grpc_client import Collect, GrpcBroker
 from agent.handshake.machine import Trust
-from agent.jose import pack_b64, pack_jwk
-from agent.keys import EphemeralKey
-from tests.tls import Signer, certificate, key_pem, pem
+from agent.keys import EphemeralKey, open_jwe
+from tests.hostile_broker import (
+    AUTHORITY,
+    CA,
+    LEAF,
+    NAME,
+    SERVER,
+    URI,
+    Broker,
+    Reads,
+    Stream,
+    challenge,
+    fails,
+    refuses_key,
+    says,
+    served,
+)
+from tests.tls import Signer, certificate, pem
 
-NAME = "broker.test"
-URI = Ident("kbs:///models/demo/key")
-SERVER = Ident("SERVER")
-AUTHORITY = ec.derive_private_key(0xA0, ec.SECP256R1())
 TRUST = Trust((AUTHORITY.public_key(),), allow_simulation=False)
 EVIDENCE = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184), "")
-AUTHORITY_JWK = ECKey.import_key(
-    AUTHORITY.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-)
-
-CA, OTHER_CA = certificate("test CA"), certificate("other CA")
-LEAF = certificate(NAME, signer=CA)
-
-
-# --- a small broker -----------------------------------------------------------------------------------------------------
-
-Stream: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"  # generic in the stubs only
-Reads = AsyncIterator[bytes]
-
-
-def token(nonce: Nonce, key: TeePublicKey) -> str:
-    now = int(time.time())
-    claims = {
-        "iss": "keyturn-broker",
-        "iat": now,
-        "exp": now + 300,
-        "nonce": pack_b64(nonce),
-        "tee-pubkey": pack_jwk(key),
-        "key_uri": URI,
-        "policy_version": "p1",
-        "min_model_version": 0,
-        "simulated": False,
-    }
-    return jwt.encode({"alg": "ES256", "typ": "JWT"}, claims, AUTHORITY_JWK, algorithms=["ES256"])
-
-
-@dataclass
-class Broker:
-    """What a test makes the server do; the defaults are a good broker. Each attempt takes the next of the behaviours."""
-
-    attests: list[Callable[[Reads, Stream], AsyncIterator[bytes]]] = field(default_factory=list)
-    releases: list[Callable[[bytes, Stream], Awaitable[bytes]]] = field(default_factory=list)
-    seen: list[Hello | Attestation] = field(default_factory=list)
-    keys_asked: int = 0
-
-    async def attest(self, requests: Reads, context: Stream) -> AsyncIterator[bytes]:
-        behaviour = self.attests.pop(0) if self.attests else self.good
-        async for answer in behaviour(requests, context):
-            yield answer
-
-    async def good(self, requests: Reads, context: Stream) -> AsyncIterator[bytes]:
-        nonce = Nonce(b"")
-        async for data in requests:
-            request = wire.parse_attest_request(data, SERVER)
-            self.seen.append(request)
-            if isinstance(request, Hello):
-                nonce = Nonce(len(self.seen).to_bytes(32))
-                yield wire.pack_attest_response(Challenge(request.request_id, nonce, 180))
-            else:
-                accepted = Accepted(request.request_id, token(nonce, request.tee_pubkey), Ident("p1"), ())
-                yield wire.pack_attest_response(accepted)
-                return
-
-    async def release(self, data: bytes, context: Stream) -> bytes:
-        self.keys_asked += 1
-        if self.releases:
-            return await self.releases.pop(0)(data, context)
-        request = wire.parse_key_request(data, SERVER)
-        return wire.pack_key_response(KeyResponse(request.request_id, b"{}", Ident("id-1"), 7))
-
-
-def says(*answers: Callable[[Hello | Attestation], bytes]) -> Callable[[Reads, Stream], AsyncIterator[bytes]]:
-    """A broker that answers the n-th request with the n-th answer, takes one more and ends the stream."""
-
-    async def behaviour(requests: Reads, context: Stream) -> AsyncIterator[bytes]:
-        for answer in answers:
-            yield answer(wire.parse_attest_request(await anext(requests), SERVER))
-        await anext(requests, None)
-
-    return behaviour
-
-
-def fails(code: grpc.StatusCode, failure: status.Failure | None = None) -> Callable[[Reads, Stream], AsyncIterator[bytes]]:
-    async def behaviour(requests: Reads, context: Stream) -> AsyncIterator[bytes]:
-        await anext(requests)
-        details = ((status.DETAILS_KEY, status.pack_failure(failure)),) if failure else ()
-        await context.abort(code, "a peer's text that is never shown", details)
-        yield b""
-
-    return behaviour
-
-
-def refuses_key(code: grpc.StatusCode, failure: status.Failure | None = None) -> Callable[[bytes, Stream], Awaitable[bytes]]:
-    async def behaviour(data: bytes, context: Stream) -> bytes:
-        details = ((status.DETAILS_KEY, status.pack_failure(failure)),) if failure else ()
-        await context.abort(code, "a peer's text that is never shown", details)
-        return b""
-
-    return behaviour
-
-
-def challenge(request: Hello | Attestation) -> bytes:
-    return wire.pack_attest_response(Challenge(request.request_id, Nonce(b"n" * 32), 180))
-
-
-@asynccontextmanager
-async def served(broker: Broker, leaf: Signer = LEAF) -> AsyncIterator[str]:
-    server = grpc.aio.server()
-    methods = {
-        "Attest": grpc.stream_stream_rpc_method_handler(broker.attest),
-        "ReleaseKey": grpc.unary_unary_rpc_method_handler(broker.release),
-    }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("keyturn.kbs.v1.KeyBroker", methods),))
-    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([(key_pem(leaf), pem(leaf))]))
-    await server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        await server.stop(None)
+OTHER_CA = certificate("other CA")
 
 
 async def collect(data: RuntimeData) -> CompositeEvidence:
@@ -208,7 +100,9 @@ def test_a_key_is_released_over_evidence_for_this_nonce_and_key() -> None:
             return await boot(endpoint, collect=collecting)
 
     verdict, sealed, key = asyncio.run(run())
-    assert sealed == SealedKey(b"{}", Ident("id-1"), 7)
+    opened = bytearray(32)
+    open_jwe(sealed.jwe, key, memoryview(opened))
+    assert (bytes(opened), sealed.key_id, sealed.key_version) == (broker.key, "id-1", 7)
     assert verdict.claims.tee_pubkey == key.public
     assert asked == [RuntimeData(verdict.claims.nonce, key.public.x, key.public.y)]
     assert broker.seen == [
@@ -235,8 +129,8 @@ def test_the_address_is_only_a_hint_and_dead_ones_are_passed_over_at_once() -> N
     [
         (IdentityProblem.CHAIN, {"ca": OTHER_CA}),
         (IdentityProblem.NAME, {"name": "other.test"}),
-        (IdentityProblem.VALIDITY, {"leaf": certificate(NAME, (-3, -2), CA)}),
-        (IdentityProblem.VALIDITY, {"leaf": certificate(NAME, (2, 3), CA)}),
+        (IdentityProblem.EXPIRED, {"leaf": certificate(NAME, (-3, -2), CA)}),
+        (IdentityProblem.NOT_YET_VALID, {"leaf": certificate(NAME, (2, 3), CA)}),
         (IdentityProblem.CHAIN, {"leaf": certificate(NAME)}),
     ],
 )
@@ -345,7 +239,7 @@ def test_a_service_that_is_no_key_broker_is_a_version_problem() -> None:
 
 
 def test_an_overloaded_broker_is_asked_again_when_it_said_with_a_whole_new_handshake() -> None:
-    busy = status.Failure(14, Ident("BUSY"), None, 0.2)
+    busy = status.Failure(14, Ident("OVERLOADED"), None, 0.2)
     broker = Broker(
         [fails(grpc.StatusCode.UNAVAILABLE, busy), says(challenge)], [refuses_key(grpc.StatusCode.UNAVAILABLE, busy)]
     )
@@ -363,7 +257,7 @@ def test_an_overloaded_broker_is_asked_again_when_it_said_with_a_whole_new_hands
 
 
 def test_an_overloaded_broker_whose_delay_ends_after_the_deadline_is_given_up_at_once() -> None:
-    broker = Broker([fails(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("BUSY"), None, 3600.0))])
+    broker = Broker([fails(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("OVERLOADED"), None, 3600.0))])
     error = failure_of(broker)
     assert isinstance(error, BrokerUnreachableError)
     assert (error.reason, error.attempts) == (Unreachable.OVERLOADED, 1)
@@ -512,8 +406,34 @@ def test_a_verdict_without_the_authoritys_signature_is_a_token_error() -> None:
 # --- the key ------------------------------------------------------------------------------------------------------------
 
 
+def test_a_denied_key_is_the_denial_that_a_verdict_would_have_been() -> None:
+    denial = status.Denial(DenialReason.POLICY, Ident("policy.revoked"), None, Ident("p2"))
+    failure = status.Failure(7, Ident("POLICY_REVOKED"), None, 0.0, denial)
+    broker = Broker(releases=[refuses_key(grpc.StatusCode.PERMISSION_DENIED, failure)])
+    error = failure_of(broker)
+    assert isinstance(error, KeyReleaseDeniedError)
+    assert (error.reason, error.claim, error.policy_version) == (DenialReason.POLICY, "policy.revoked", "p2")
+    assert broker.keys_asked == 1
+
+
+def test_a_key_store_that_is_down_is_asked_again_until_it_is_there_or_the_deadline_tells_its_name() -> None:
+    down = refuses_key(grpc.StatusCode.UNAVAILABLE, status.Failure(14, Ident("KEY_STORE_IO"), None, 0.1))
+    broker = Broker(releases=[down, down])
+
+    async def run() -> None:
+        async with served(broker) as endpoint:
+            await boot(endpoint)
+
+    asyncio.run(run())
+    assert (broker.keys_asked, len(broker.seen)) == (3, 2)  # one attestation
+
+    error = failure_of(Broker(releases=[down] * 99), timeout_s=1.0)
+    assert isinstance(error, BrokerFailureError)
+    assert (error.status, error.reason) == (14, "KEY_STORE_IO")
+
+
 @pytest.mark.parametrize(
-    "code", [grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND]
+    "code", [grpc.StatusCode.UNAUTHENTICATED, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION]
 )
 def test_a_refused_key_is_final(code: grpc.StatusCode) -> None:
     number: int = code.value[0]

@@ -16,13 +16,15 @@ from agent.errors import (
     BrokerFailureError,
     BrokerIdentityError,
     BrokerUnreachableError,
+    DenialReason,
     IdentityProblem,
+    KeyReleaseDeniedError,
     ProtocolProblem,
     RemoteProtocolError,
     Unreachable,
 )
-from agent.handshake.grpc_failure import Peer, translate
-from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
+from agent.handshake.grpc_failure import Peer, check_peer, translate
+from agent.handshake.grpc_status import DETAILS_KEY, Denial, Failure, pack_failure
 from tests.tls import Signer, certificate, key_pem, pem
 
 STATE = Ident("AWAIT_X")
@@ -48,7 +50,8 @@ def translated(exc: grpc.aio.AioRpcError, peer: Peer = NOBODY) -> tuple[AgentErr
         (Code.UNAVAILABLE, BrokerUnreachableError, Unreachable.REFUSED),  # nobody listens when asked again
         (Code.RESOURCE_EXHAUSTED, RemoteProtocolError, ProtocolProblem.OVERSIZED),
         (Code.UNIMPLEMENTED, RemoteProtocolError, ProtocolProblem.VERSION),
-        (Code.PERMISSION_DENIED, BrokerFailureError, 7),
+        (Code.PERMISSION_DENIED, KeyReleaseDeniedError, DenialReason.UNSPECIFIED),
+        (Code.UNAUTHENTICATED, BrokerFailureError, 16),
         (Code.INTERNAL, BrokerFailureError, 13),
         (Code.UNKNOWN, BrokerFailureError, 2),
     ],
@@ -61,15 +64,38 @@ def test_a_bare_status_has_one_meaning(code: grpc.StatusCode, error: type[AgentE
     assert "peer" not in str(got)
 
 
-@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.RESOURCE_EXHAUSTED])
-def test_a_broker_that_says_when_to_come_back_is_overloaded(code: grpc.StatusCode) -> None:
+@pytest.mark.parametrize(("code", "word"), [(Code.UNAVAILABLE, "OVERLOADED"), (Code.RESOURCE_EXHAUSTED, "BUSY")])
+def test_a_broker_with_too_many_guests_is_overloaded(code: grpc.StatusCode, word: str) -> None:
     number: int = code.value[0]
-    got, wait_s = translated(failed(code, Failure(number, Ident("BUSY"), None, 2.5)))
+    got, wait_s = translated(failed(code, Failure(number, Ident(word), None, 2.5)))
     assert isinstance(got, BrokerUnreachableError)
     assert (got.reason, wait_s) == (Unreachable.OVERLOADED, 2.5)
 
 
-@pytest.mark.parametrize("code", [Code.PERMISSION_DENIED, Code.UNAUTHENTICATED, Code.INTERNAL, Code.FAILED_PRECONDITION])
+def test_a_part_of_the_broker_that_is_down_is_no_overload_and_keeps_its_name() -> None:
+    got, wait_s = translated(failed(Code.UNAVAILABLE, Failure(14, Ident("KEY_STORE_IO"), None, 2.5)))
+    assert isinstance(got, BrokerFailureError)
+    assert (got.status, got.reason, got.retryable, wait_s) == (14, "KEY_STORE_IO", True, 2.5)
+
+
+@pytest.mark.parametrize(
+    ("denial", "fields"),
+    [
+        (
+            Denial(DenialReason.CLAIM, Ident("snp.tcb"), Ident("tcb-1"), Ident("7")),
+            (DenialReason.CLAIM, "snp.tcb", "tcb-1", "7"),
+        ),
+        (None, (DenialReason.UNSPECIFIED, "SNP_TCB", None, "unspecified")),
+    ],
+)
+def test_a_denied_key_is_a_denial_and_final(denial: Denial | None, fields: tuple[object, ...]) -> None:
+    got, wait_s = translated(failed(Code.PERMISSION_DENIED, Failure(7, Ident("SNP_TCB"), None, 0.0, denial)))
+    assert isinstance(got, KeyReleaseDeniedError)
+    assert (got.reason, got.claim, got.reference_value_id, got.policy_version) == fields
+    assert (got.exit_status, got.retryable, wait_s) == (16, False, 0.0)
+
+
+@pytest.mark.parametrize("code", [Code.UNAUTHENTICATED, Code.INTERNAL, Code.FAILED_PRECONDITION])
 def test_a_refusal_stays_final_even_when_it_names_a_delay(code: grpc.StatusCode) -> None:
     number: int = code.value[0]
     got, wait_s = translated(failed(code, Failure(number, Ident("REFUSED"), None, 0.0)))
@@ -97,8 +123,8 @@ async def listening(directory: Path, leaf: Signer) -> AsyncIterator[str]:
         (IdentityProblem.CHAIN, certificate("broker.test")),
         (IdentityProblem.CHAIN, certificate("broker.test", signer=certificate("test CA"))),  # the name of our CA, another key
         (IdentityProblem.NAME, certificate("other.test", signer=CA)),
-        (IdentityProblem.VALIDITY, certificate("broker.test", (-3, -2), CA)),
-        (IdentityProblem.VALIDITY, certificate("broker.test", (2, 3), CA)),
+        (IdentityProblem.EXPIRED, certificate("broker.test", (-3, -2), CA)),
+        (IdentityProblem.NOT_YET_VALID, certificate("broker.test", (2, 3), CA)),
     ],
 )
 def test_an_unavailable_endpoint_is_asked_who_it_is(tmp_path: Path, problem: IdentityProblem, leaf: Signer) -> None:
@@ -121,3 +147,11 @@ def test_the_measured_broker_that_answers_again_is_worth_another_attempt(tmp_pat
     got = asyncio.run(run())
     assert isinstance(got, BrokerUnreachableError)
     assert got.reason is Unreachable.RESET
+
+
+def test_the_measured_broker_proves_its_identity_and_is_asked_nothing(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with listening(tmp_path, certificate("broker.test", signer=CA)) as endpoint:
+            await check_peer(Peer(endpoint, pem(CA).decode(), "broker.test"), 5.0)
+
+    asyncio.run(run())

@@ -113,6 +113,7 @@ def test_no_keys_at_all_is_our_bug_and_never_an_acceptance() -> None:
         token().replace(".", ". ", 1),
         "ö.ö.ö",
         "A" * 20_000,
+        token() + "A" * 20_000,
         f".{token()}",
     ],
 )

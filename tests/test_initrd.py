@@ -3,6 +3,7 @@
 Builds twice, so it runs where KEYTURN_BUILD is set, as in CI.
 """
 
+import json
 import os
 import re
 import shutil
@@ -107,10 +108,16 @@ def test_the_agent_runs_in_a_root_that_has_only_glibc_and_zlib(built: Built, hos
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "keyturn", "")
     shown = subprocess.run([chroot, built.root, command[0]], env=hostile, capture_output=True, text=True, timeout=60).stdout
     verbs = re.findall(r"^    ([a-z]+) ", shown, re.MULTILINE)
-    assert {"run", "init", "explain"} <= set(verbs)
+    assert {"run", "init", "explain", "doctor"} <= set(verbs)
     for verb in verbs:  # what it says it can do it can
         subprocess.run(
             [chroot, built.root, command[0], verb, "--help"], env=hostile, check=True, timeout=60, capture_output=True
         )
+    done = subprocess.run(
+        [chroot, built.root, command[0], "doctor", "--json"], env=hostile, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (10, "")  # there is no configuration, and everything else is looked at
+    classes = {check["check"]: check["error"]["class"] for check in json.loads(done.stdout)["checks"] if "error" in check}
+    assert classes == {"configuration": "ConfigError", "tee": "NoAttesterError"}
     done = subprocess.run([chroot, built.root, command[0], "broker"], env=hostile, capture_output=True, text=True, timeout=60)
     assert (done.returncode, "not part of this installation" in done.stderr) == (2, True)

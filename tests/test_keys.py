@@ -24,7 +24,7 @@ from jwcrypto import jwk as jwcrypto_jwk
 from agent.closed import Ident
 from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence import Nonce
-from agent.evidence.gate import SecuredDevices, secure
+from agent.evidence.gate import ExpectedReady, SecuredDevices, secure
 from agent.guest import hardening
 from agent.handshake import SealedKey, TeePublicKey, TokenClaims, Verdict
 from agent.jose import pack_b64url, pack_jwk, parse_b64url
@@ -99,7 +99,7 @@ CLAIMS = TokenClaims(Nonce(bytes(32)), key().public, Ident("kbs:///a/b/c"), Iden
 
 
 def secured() -> SecuredDevices:
-    return secure(Verdict(Ident("r"), "t", CLAIMS, ()), None, None, False)
+    return secure(Verdict(Ident("r"), "t", CLAIMS, ()), None, None, ExpectedReady.UNSET)
 
 
 def test_trustees_p256_vector_opens() -> None:
@@ -149,6 +149,7 @@ def test_what_joserfc_seals_opens() -> None:
         (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(enc="A128GCM"))),
         (UnwrapCheck.ALGORITHM, with_header(lambda h: h.update(alg=None))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk="x"))),
+        (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h.update(epk=list(h["epk"])))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(y=pack_b64url(b"y" * 32)))),  # not on the curve
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(bytes(32)), y=pack_b64url(bytes(32))))),
         (UnwrapCheck.EPHEMERAL_KEY, with_header(lambda h: h["epk"].update(x=pack_b64url(b"\xff" * 32)))),

@@ -6,6 +6,10 @@ from agent.closed import Ident
 from agent.errors import DenialReason, KeyReleaseDeniedError, all_errors
 from agent.events import (
     BootStarted,
+    LeaseRenewalFailed,
+    LeaseRenewalStarted,
+    LeaseRenewed,
+    LeaseStarted,
     Message,
     Progress,
     Requested,
@@ -85,9 +89,38 @@ def test_the_status_is_json_and_shows_running_stages() -> None:
     )
     status = json.loads(json.dumps(report.status()))
     assert status["stages"] == [{"name": "load", "state": "running", "ms": None, "bytes": 5, "total_bytes": 10}]
-    assert (status["request_id"], status["lease_s"], status["simulated"]) == ("r1", 60, True)
+    assert (status["request_id"], status["simulated"]) == ("r1", True)
     assert report.health("/status") == (200, json.dumps(report.status()) + "\n")
     assert report.health("/etc/passwd")[0] == 404
+
+
+def test_a_lease_is_shown_from_the_verdict_to_its_renewals_and_not_once_it_is_lifted() -> None:
+    accepted = VerdictAccepted(Ident("r1"), Ident("kbs:///a/b/c"), Ident("7"), True, 60)
+    report = report_of(accepted)
+    assert report.status()["lease"] == {"s": 60, "ends_at": None, "renewals": 0}
+    report.apply(LeaseStarted(60, Ident("2026-11-26T12:01:00Z")))
+    assert report.status()["lease"] == {"s": 60, "ends_at": "2026-11-26T12:01:00Z", "renewals": 0}
+    report.apply(LeaseRenewed(90, Ident("2026-11-26T12:02:00Z")))
+    assert report.status()["lease"] == {"s": 90, "ends_at": "2026-11-26T12:02:00Z", "renewals": 1}
+    report.apply(LeaseRenewed(None, None))
+    assert report.status()["lease"] is None
+    assert report_of(VerdictAccepted(Ident("r1"), Ident("kbs:///a/b/c"), Ident("7"), True, None)).status()["lease"] is None
+
+
+def test_a_renewal_changes_neither_phase_nor_stages() -> None:
+    served = (StageEnded(Stage.ATTEST, 5), StageEnded(Stage.SERVER, 5), ServerReady(5, 1))
+    report = report_of(
+        *served, LeaseRenewalStarted(), Requested(Ident("r2"), 1), LeaseRenewalFailed(Ident("WorkerLostError"), 5)
+    )
+    assert (report.phase, report.waiting_for, report.request_id) == (Phase.SERVING, None, "r2")
+    assert report.status()["stages"] == report_of(*served).status()["stages"]
+
+
+def test_people_see_the_end_of_a_renewed_lease() -> None:
+    assert console_line(LeaseRenewed(60, Ident("2026-11-26T12:01:00Z"))) == "lease renewed: 60 s, until 2026-11-26T12:01:00Z"
+    assert console_line(LeaseRenewed(None, None)) == "lease lifted"
+    failed = console_line(LeaseRenewalFailed(Ident("BrokerUnreachableError"), 4000))
+    assert failed == "lease renewal failed: error BrokerUnreachableError, retry_in_ms 4000"
 
 
 def test_people_see_the_hint_apart_from_the_error() -> None:

@@ -103,7 +103,7 @@ WRONG: list[tuple[str, object]] = [
     ("restart_window_s", 0),
     ("output", "log"),
     ("scratch_max_bytes", 0),
-    ("egress", [0]),
+    ("egress", [-1]),
     ("egress", [65536]),
     ("egress", ["443"]),
     ("egress", [True]),

@@ -205,6 +205,9 @@ def test_request_that_is_answered_with_another_status_is_not_ready(status: bytes
         '{"models": [{"id": "tiny"}]}',
         '["tiny"]',
         '"tiny"',
+        '{"name": "other"}',
+        '{"name": ["tiny"]}',
+        '{"data": [], "name": "tiny"}',
         '{"data": [["tiny"], "tiny", null]}',
         "tiny",
         "[" * 20000,
@@ -216,6 +219,12 @@ def test_model_list_without_the_expected_id_is_not_ready(listing: str) -> None:
     seen = asked(answer, until=Unready.MODEL)
     assert (seen.reasons, seen.running) == ([Unready.MODEL], False)
     assert "POST" not in seen.asked
+
+
+def test_a_v2_model_is_known_by_its_own_name() -> None:
+    model = b'{"name": "tiny"}'
+    answer = f"def answer(line, send): send(reply(b'200 OK', {model!r}) if b' /v2/models/tiny ' in line else good(line))\n"
+    assert asked(answer, models_path="/v2/models/tiny").running
 
 
 def test_model_list_that_is_missing_is_not_ready_even_without_an_expected_id() -> None:
@@ -348,18 +357,21 @@ def test_who_listens_on_a_port_is_read_from_the_kernels_table(tmp_path: Path) ->
 
 @pytest.mark.skipif(not IS_ROOT, reason="only root can listen as somebody else")
 def test_somebody_else_on_the_port_is_asked_nothing() -> None:
-    def scenario() -> list[Unready]:
+    def scenario() -> Unready:
         os.seteuid(NOBODY + 1)
         impostor = socket.create_server(("127.0.0.1", 0))
         os.seteuid(0)
         plan = plan_for(impostor.getsockname()[1], "import time; time.sleep(60)")
         server = spawn(plan, Placement("/model", None, "/"))
+        probe = start_probe(plan)
         try:
-            return watch(start_probe(plan), server, Unready.FOREIGN_PORT)[0]
+            assert readable(probe.fd) and probe.read()
+            return probe.last_reason
         finally:
+            probe.stop()
             server.destroy()
 
-    assert in_child(scenario) == [Unready.FOREIGN_PORT]
+    assert in_child(scenario) is Unready.FOREIGN_PORT
 
 
 def test_a_chunk_of_negative_size_is_no_answer_and_is_not_read_to_its_end() -> None:

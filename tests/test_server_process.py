@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import socket
 import tempfile
 import time
 from collections.abc import Callable
@@ -82,6 +83,33 @@ def test_environment_is_exactly_the_plans_with_placeholders_filled_in() -> None:
     finally:
         del os.environ["KEYTURN_TEST_CANARY"]
     assert seen == b'HOME=/scratch\0MODEL=/model\0JSON={"port": "8080"}\0'
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+def test_each_start_has_a_shared_memory_of_its_own_and_its_scratch_folder_as_tmp() -> None:
+    program = """
+import os
+for folder in ('/tmp', '/dev/shm'):
+    print(sorted(os.listdir(folder)), end=' ')
+    open(folder + '/prompt', 'w').close()
+"""
+    with tempfile.TemporaryDirectory(dir="/run") as scratch, tempfile.NamedTemporaryFile(dir="/dev/shm"):
+        os.chmod(os.path.dirname(scratch), 0o755)
+        os.chown(scratch, NOBODY, NOBODY)
+        place = Placement("/model/file", "/model", scratch, private_mounts=True)
+        outside = set(os.listdir("/tmp")), set(os.listdir("/dev/shm"))
+        assert in_child(lambda: output_of(program, place) + output_of(program, place)) == b"[] [] ['prompt'] [] "
+        assert os.listdir(scratch) == ["prompt"]
+        assert outside == (set(os.listdir("/tmp")), set(os.listdir("/dev/shm")))
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="only root may mount")
+@pytest.mark.parametrize("folder", ["/tmp", "/dev/shm"])
+def test_a_place_that_the_server_is_told_a_path_in_stays_as_it_is(folder: str) -> None:
+    with tempfile.NamedTemporaryFile(dir=folder) as file, tempfile.TemporaryDirectory(dir="/run") as scratch:
+        program = f"import os; print(os.path.exists({file.name!r}))"
+        place = Placement("/model/file", "/model", scratch, private_mounts=True)
+        assert in_child(lambda: output_of(program, place)) == b"True\n"
 
 
 def test_descriptors_are_stdio_and_exactly_the_named_ones() -> None:
@@ -167,6 +195,17 @@ def test_server_cannot_gain_privileges_or_leave_cores_and_has_clean_signals_umas
     assert (found["core"], found["umask"], found["cwd"], found["leads"]) == ([1, 1], 0o077, "/", True)
     python_ignores = (1 << signal.SIGPIPE - 1) | (1 << signal.SIGXFSZ - 1)  # the test program's own interpreter does
     assert (int(str(found["SigBlk"]), 16), int(str(found["SigIgn"]), 16) & ~python_ignores) == (0, 0)
+
+
+def test_server_that_is_no_python_has_the_default_action_of_every_signal() -> None:
+    def scenario() -> bytes:
+        server = spawn(dataclasses.replace(PLAN, argv=("/bin/cat", "/proc/self/status")), PLACE)
+        assert readable(server.pidfd)
+        server.destroy()
+        return server.output.tail()
+
+    ignored = next(line for line in in_child(scenario).splitlines() if line.startswith(b"SigIgn"))
+    assert int(ignored.split()[1], 16) == 0
 
 
 def test_server_that_aborts_leaves_no_core_in_its_scratch_folder() -> None:
@@ -501,6 +540,22 @@ def test_forked_child_runs_no_handler_of_ours_and_has_our_signal_mask() -> None:
         return os.waitstatus_to_exitcode(status), os.read(ours, 1000), mask == {signal.SIGUSR2}
 
     assert in_child(scenario) == (-signal.SIGTERM, repr([signal.SIGUSR2]).encode(), True)
+
+
+def test_forked_child_outlives_a_peer_that_hangs_up() -> None:
+    def scenario() -> int:
+        def child(parent: int) -> None:
+            ours, theirs = socket.socketpair()
+            theirs.close()
+            try:
+                ours.send(b"hello")
+            except BrokenPipeError:
+                os._exit(0)
+
+        _, status = os.waitpid(fork(child), 0)
+        return os.waitstatus_to_exitcode(status)
+
+    assert in_child(scenario) == 0
 
 
 def test_forked_child_tells_nobody_of_its_failure() -> None:

@@ -256,6 +256,34 @@ def test_every_key_is_on_p384(gpus: Silicon) -> None:
         assert field_of_error(evidence, NONCE, [gpus.root]) == (EvidenceFormat.NVIDIA_CHAIN, "public-key")
 
 
+def issued_evidence(gpus: Silicon, issued: list[tuple[ec.EllipticCurvePrivateKey, x509.Certificate]]) -> GpuEvidence:
+    """The report, signed with the last of a chain of certificates that begins with its root."""
+    chain = b"".join(certificate.public_bytes(Encoding.PEM) for _, certificate in reversed(issued))
+    r, s = decode_dss_signature(issued[-1][0].sign(gpus.report.signed_bytes, ec.ECDSA(SHA384())))
+    report = gpus.report.signed_bytes + r.to_bytes(48, "big") + s.to_bytes(48, "big")
+    return replace(gpus.first, report=report, certificate_chain=chain)
+
+
+@pytest.mark.parametrize(("oid", "count"), [(x509.NameOID.COMMON_NAME, 2), (x509.NameOID.ORGANIZATION_NAME, 1)])
+def test_a_boot_rom_that_does_not_have_exactly_one_name_is_malformed(
+    gpus: Silicon, oid: x509.ObjectIdentifier, count: int
+) -> None:
+    issued = [issue("SIMULATED root", None)]
+    for name in ("SIMULATED identity", "SIMULATED provisioner"):
+        issued.append(issue(name, issued[-1]))
+    key, brom = issue("GH100 SIMULATED BROM", issued[-1])
+    subject = x509.Name([x509.NameAttribute(oid, f"GH100 SIMULATED BROM {number}") for number in range(count)])
+    days = brom.not_valid_before_utc, brom.not_valid_after_utc
+    renamed = x509.CertificateBuilder(brom.issuer, subject, key.public_key(), 1, *days, list(brom.extensions))
+    issued.append((key, renamed.sign(issued[-1][0], SHA384())))
+    leaf = x509.load_pem_x509_certificate(certificates(gpus.first.certificate_chain)[0])
+    fwid = leaf.extensions.get_extension_for_oid(COMPOSITE_DEVICE_ID).value
+    assert isinstance(fwid, x509.UnrecognizedExtension)
+    issued.append(issue("GH100 SIMULATED leaf", issued[-1], (fwid,)))
+    evidence = issued_evidence(gpus, issued)
+    assert field_of_error(evidence, NONCE, [issued[0][1]]) == (EvidenceFormat.NVIDIA_CHAIN, "subject")
+
+
 def fwid_extension(value: bytes) -> x509.UnrecognizedExtension:
     return x509.UnrecognizedExtension(COMPOSITE_DEVICE_ID, value)
 
@@ -272,10 +300,7 @@ def test_a_leaf_without_a_readable_firmware_identity_is_malformed(
     for name in ("SIMULATED identity", "SIMULATED provisioner", "GH100 SIMULATED BROM"):
         issued.append(issue(name, issued[-1]))
     issued.append(issue("GH100 SIMULATED leaf", issued[-1], extensions))
-    chain = b"".join(certificate.public_bytes(Encoding.PEM) for _, certificate in reversed(issued))
-    r, s = decode_dss_signature(issued[-1][0].sign(gpus.report.signed_bytes, ec.ECDSA(SHA384())))
-    report = gpus.report.signed_bytes + r.to_bytes(48, "big") + s.to_bytes(48, "big")
-    evidence = replace(gpus.first, report=report, certificate_chain=chain)
+    evidence = issued_evidence(gpus, issued)
     assert field_of_error(evidence, NONCE, [issued[0][1]]) == (EvidenceFormat.NVIDIA_CHAIN, "fwid-extension")
 
 

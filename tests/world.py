@@ -73,8 +73,9 @@ class World:
         gpus: int = 1,
         files: int = 1,
         model_bytes: int = MODEL_BYTES,
-        given: bytes | None = None,
+        given: bytes | dict[str, bytes] | None = None,
         key: bytes = KEY,
+        stem: str = "model",
     ) -> None:
         self.folder = folder
         self.undo = undo
@@ -82,10 +83,11 @@ class World:
         self.silicon = silicon
         self.port, self.broker_port = free_port(), free_port()
         self.behaviour = "serve"
-        self.model = {f"model-{i}.gguf" if files > 1 else "model.gguf": given or os.urandom(model_bytes) for i in range(files)}
+        names = [f"{stem}-{i}.gguf" if files > 1 else f"{stem}.gguf" for i in range(files)]
+        self.model = given if isinstance(given, dict) else {name: given or os.urandom(model_bytes) for name in names}
         source = folder / "source"
-        source.mkdir()
         for name, data in self.model.items():
+            (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(data)
         self.layout = folder / "layout"
         self.manifest_digest = seal_model(source, self.layout, key, KEY_URI, "tiny", 3, lambda *_: None)
@@ -107,7 +109,7 @@ class World:
             "allow_simulated": True,
         }
         self.artifact: dict[str, Any] = {"source": str(self.layout), "manifest_digest": self.manifest_digest, "min_version": 1}
-        model = "{model}" if files == 1 else "{model_dir}/model-1.gguf"
+        model = "{model}" if files == 1 else f"{{model_dir}}/{stem}-1.gguf"
         self.server: dict[str, Any] = {
             "preset": "custom",
             "command": [sys.executable, "-I", str(_TINY_SERVER), model, str(self.port), self.behaviour],
@@ -143,6 +145,8 @@ class World:
                 "ready": False,
             }
         self.broker_flags = ["--unsafe-simulation-roots", str(silicon)]
+        self.cwd: Path | None = None
+        """Where the agent is started; None: where we are."""
         self.host_data: bytes | None = None
         """What the guest is launched with; None: the digest of its configuration."""
 
@@ -184,12 +188,25 @@ class World:
         command += ["--policy", str(self.write_policy()), "--keys", str(made / "keys"), "--token-key", str(made / "token.key")]
         command += ["--tls-cert", str(made / "tls.pem"), "--tls-key", str(made / "tls.key")]
         command += ["--audit", str(self.folder / "audit.jsonl"), *self.broker_flags]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout
+        self.broker_process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout and process.stderr
+        self.undo.callback(process.stderr.close)
         self.undo.callback(process.stdout.close)
         self.undo.callback(process.wait, DEADLINE_S)
         self.undo.callback(process.terminate)
         assert json.loads(process.stdout.readline())["event"] == "listening"
+        assert json.loads(process.stderr.readline())["event"] == "policy_loaded"
+
+    def reload_policy(self) -> None:
+        """What the row says now is what the running broker goes by."""
+        self.write_policy()
+        self.broker_process.send_signal(signal.SIGHUP)
+        assert self.broker_process.stderr
+        assert json.loads(self.broker_process.stderr.readline())["event"] == "policy_loaded"
+
+    def kill_broker(self) -> None:
+        self.broker_process.kill()
+        self.broker_process.wait(DEADLINE_S)
 
     def audit(self) -> list[tuple[str, str, str | None]]:
         """(step, decision, claim or reason) of every audit line."""
@@ -212,18 +229,36 @@ class World:
             broker: whether there is one.
             flags: more of `keyturn run`.
             wrapper: a command that runs the agent.
-            status_file: None: the agent's default; "": one in our folder.
+            status_file: None: the agent's default; "": one in our folder; else its path.
             initdata: the algorithm of an initdata document that carries the configuration; None: the plain file.
         """
+        config = self.prepare(initdata)
+        if broker:
+            self.start_broker()
+        return self.start_agent(config, flags=flags, wrapper=wrapper, status_file=status_file, initdata=initdata)
+
+    def prepare(self, initdata: str | None = None) -> Path:
+        """Write the configuration, and launch the guest with its digest. Arguments and their meaning: see `start`."""
         config = self.write_config()
         if initdata:
             config = self.write_initdata(config, initdata)
         self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), 32))
-        if broker:
-            self.start_broker()
+        return config
+
+    def start_agent(
+        self,
+        config: Path,
+        *,
+        flags: tuple[str, ...] = (),
+        wrapper: tuple[str, ...] = (),
+        status_file: str | None = "",
+        initdata: str | None = None,
+    ) -> "Agent":
+        """The agent on what `prepare` wrote; see `start`."""
         if status_file is not None:
-            flags = ("--status-file", str(self.folder / "status" / "status.json"), *flags)
-        return Agent(self.folder, self.undo, ("--initdata" if initdata else "--config", str(config), *flags), wrapper)
+            flags = ("--status-file", status_file or str(self.folder / "status" / "status.json"), *flags)
+        source = "--initdata" if initdata else "--config"
+        return Agent(self.folder, self.undo, (source, str(config), *flags), wrapper, self.cwd)
 
     def write_initdata(self, config: Path, algorithm: str) -> Path:
         """An initdata document with the configuration in it."""
@@ -249,12 +284,14 @@ class World:
 class Agent:
     """A running `keyturn run`."""
 
-    def __init__(self, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...]) -> None:
+    def __init__(
+        self, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...], cwd: Path | None = None
+    ) -> None:
         self.termination_log = folder / "termination"
         self.status_file = folder / "status" / "status.json"
         command = [*wrapper, sys.executable, "-m", "agent", "run"]
         command += ["--termination-log", str(self.termination_log), *flags]
-        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd)
         self.events: list[dict[str, Any]] = []
         undo.callback(self._kill)
 

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 
 from agent.closed import Ident
 
+MARK_NAME = ".keyturn"
+"""A folder in a given directory: locked while an agent lives, and in it the model until that is complete. Mode 0700."""
+
 
 class DestinationKind(enum.Enum):
     """Where plaintext may lie."""
@@ -33,8 +36,8 @@ class LoadedArtifact:
     Attributes:
         files: in the order of the file table.
         destination: what `descriptors` and `directory` mean.
-        descriptors: TMPFS: one detached read-only mount, to be attached. MEMFD: one sealed file. DIRECTORY: none. They
-            belong to the undo stack of the boot: send them on before it is unwound.
+        descriptors: TMPFS: one detached read-only mount, to be attached. MEMFD: one sealed file. DIRECTORY: the mark,
+            with its lock. They belong to the undo stack of the boot: send them on before it is unwound.
         directory: DIRECTORY: the published folder. Else None.
         noswap: the kernel never swaps this memory.
     """

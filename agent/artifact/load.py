@@ -76,6 +76,7 @@ class _File:
         offset, length = self.layout.ciphertext_range(segment)
         ciphertext = out[:length]
         got = source.read_range(self.sealed.blob_digest, offset, ciphertext)
+        # refusal: test_a_truncated_blob_is_told_with_its_length
         if got != length:
             raise TruncatedArtifactError(self.index, offset + got, self.layout.ciphertext_bytes)
         return ciphertext
@@ -265,6 +266,30 @@ async def load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progr
     return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
 
 
+def read_model(read_blob: Callable[[str, int], bytes], config: ArtifactConfig, key_uri: str) -> ModelConfig:
+    """What the store holds under the promised digest, authenticated. Needs no key.
+
+    Args:
+        read_blob: of a source, patient or not.
+        config: the measured configuration of the artifact.
+        key_uri: the key the broker is asked for.
+
+    Raises:
+        ArtifactUnavailableError: the store does not deliver.
+        ManifestDigestError, MalformedManifestError, MalformedHeaderError: not the promised artifact.
+        ConfigError: the configuration names another key than the manifest.
+        RollbackError: older than the configured minimum.
+    """
+    manifest = parse_manifest(read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
+    model = parse_config(read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+    # refusal: test_the_key_asked_for_must_be_the_one_the_manifest_names
+    if model.key_uri != key_uri:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
+    # refusal: test_a_model_below_the_configured_floor_is_refused_before_any_memory_is_taken
+    _check_floor(model, config.min_version)  # the verdict's floor comes with the key
+    return model
+
+
 def _prepare(
     source: BlobSource,
     config: ArtifactConfig,
@@ -277,22 +302,17 @@ def _prepare(
     memory: MemoryInfo,
 ) -> Prepared:
     # 1. The promised manifest, and the file table it promises.
-    patient = PatientSource(source, config.timeout_s, stop)
-    manifest = parse_manifest(patient.read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
-    model = parse_config(patient.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
-    # 2. The key we ask for is the one it needs, and it is not too old. The verdict's floor comes with the key.
-    if model.key_uri != key_uri:
-        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
-    _check_floor(model, config.min_version)
-    # 3. It fits, into memory that stays memory.
+    model = read_model(PatientSource(source, config.timeout_s, stop).read_blob, config, key_uri)
+    # 2. It fits, into memory that stays memory.
     sizes = [file.size for file in model.files]
+    # refusal: test_a_model_that_does_not_fit_is_refused_before_a_byte_of_it_is_fetched
     check_memory(sizes, config.headroom_mib << 20, memory)
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
     prepared = Prepared(source, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
     for file in model.files:
         destination.create(file.path, file.size)
-    # 4. From here the store works while attestation waits.
+    # 3. From here the store works while attestation waits.
     prepared.start()
     return prepared
 
@@ -301,12 +321,15 @@ def _load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress, 
     model = prepared.model
     # 1. The right key: a wrong one is the authority's affair and must not look like a damaged file.
     with key.secret.view() as secret:
+        # refusal: test_a_wrong_key_is_told_apart_from_damage_and_opens_nothing
         if not hmac.compare_digest(key_commitment(secret, model.key_uri), model.key_commitment):
             raise KeyMismatchError()
         openers = [_opener(model, i, secret) for i in range(len(model.files))]
     # 2. Not older than the authority allows.
+    # refusal: test_a_model_below_the_floor_of_the_verdict_is_refused
     _check_floor(model, floor)
     # 3. Swap reaches neither weights (`prepare`) nor key.
+    # refusal: test_with_swap_the_weights_need_noswap_and_the_key_a_lock
     if prepared.swap_active and not prepared.allow_swap and not key.secret.locked:
         raise SwapActiveError()
     # 4. Every segment of every file.
@@ -359,6 +382,7 @@ class _Opening:
             self._work.join()
         if self._work.errors:
             raise self._work.errors[0]
+        # refusal: test_a_cancelled_load_returns_when_every_thread_has_ended
         if self._left:  # cancelled: nobody hears of this
             raise RuntimeError("a segment was left out")
 

@@ -166,13 +166,16 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
         MalformedManifestError: they are, and break a rule of `FORMAT.md`; `field` says where.
     """
     # 1. The right bytes.
+    # refusal: test_bytes_with_another_digest_are_not_parsed
     if digest_of(manifest_bytes) != expected_digest:
         raise ManifestDigestError()
     # 2. Bounded and well formed.
+    # refusal: test_a_manifest_above_4_mib_is_refused
     if len(manifest_bytes) > MAX_MANIFEST_BYTES:
         raise _malformed("manifest.bytes")
     oci = _decode(manifest_bytes, _OciManifest, "manifest")
     # 3. A sealed model of this format.
+    # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
     _require(oci.schema_version == 2, "schemaVersion")
     _require(oci.media_type == MANIFEST_TYPE, "mediaType")
     _require(oci.artifact_type == ARTIFACT_TYPE, "artifactType")
@@ -183,6 +186,7 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     _require(0 < len(oci.layers) <= MAX_FILES, "layers")
     layers = []
     for i, layer in enumerate(oci.layers):
+        # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
         _require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
         _require(_DIGEST.fullmatch(layer.digest) is not None, f"layers[{i}].digest")
         _require(TITLE in layer.annotations, f"layers[{i}].annotations")
@@ -223,21 +227,26 @@ def parse_config(config_bytes: bytes, manifest: Manifest) -> ModelConfig:
         MalformedHeaderError: a stream header in the file table is not one.
     """
     # 1. The right bytes; their number was bounded with the manifest.
+    # refusal: test_a_config_blob_with_another_size_is_refused test_a_config_blob_with_another_digest_is_refused
     _require(len(config_bytes) == manifest.config_bytes, "config.size")
     _require(digest_of(config_bytes) == manifest.config_digest, "config.digest")
     # 2. One way only to write it: no doubled members, no other spelling of a number or a string.
     raw = _decode(config_bytes, _Config, "config")
+    # refusal: test_a_config_blob_in_any_other_spelling_is_refused test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(_canonical(raw) == config_bytes, "config.canonical")
     # 3. Single values.
     _require(raw.schema == _SCHEMA, "schema")
     check_identity(raw.model_name, raw.version, raw.key_uri)
+    # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(0 < len(raw.files) <= MAX_FILES, "files")
     files = tuple(_parse_file(i, file, raw.version) for i, file in enumerate(raw.files))
     # 4. Paths among themselves.
     check_paths([file.path for file in files])
     # 5. File table and layers say the same.
+    # refusal: test_a_file_dropped_from_the_layers_is_found
     _require(len(files) == len(manifest.layers), "layers")
     for i, (file, layer) in enumerate(zip(files, manifest.layers, strict=True)):
+        # refusal: test_a_size_that_differs_between_layer_and_table_is_found
         _require(layer == Layer(file.path, file.blob_digest, file.layout.ciphertext_bytes), f"layers[{i}]")
     return ModelConfig(
         model_name=Ident(raw.model_name),
@@ -265,6 +274,7 @@ def pack_config(config: ModelConfig) -> bytes:
 
 
 def _parse_file(i: int, raw: _File, version: int) -> SealedFile:
+    # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
     _require(_DIGEST.fullmatch(raw.blob_digest) is not None, f"files[{i}].blob_digest")
     _require(1 <= raw.sealed_version <= version, f"files[{i}].sealed_version")
@@ -279,6 +289,7 @@ def check_identity(model_name: str, version: int, key_uri: str) -> None:
     Raises:
         MalformedManifestError: `field` is `model_name`, `version` or `key_uri`.
     """
+    # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(_NAME.fullmatch(model_name) is not None, "model_name")
     _require(1 <= version <= MAX_VERSION, "version")
     _require(len(key_uri) <= MAX_IDENT_CHARS and _KEY_URI.fullmatch(key_uri) is not None, "key_uri")
@@ -298,16 +309,20 @@ def check_paths(paths: Sequence[str]) -> None:
     for i, path in enumerate(paths):
         field = f"files[{i}].path"
         # isprintable refuses the Unicode categories C and Z but for the space, and with them lone surrogates.
+        # refusal: test_a_path_that_is_not_clean_is_refused
         _require(path.isprintable() and "\\" not in path and unicodedata.is_normalized("NFC", path), field)
         encoded = path.encode()
+        # refusal: test_paths_that_cannot_lie_side_by_side_are_refused test_a_path_that_is_not_clean_is_refused
         _require(len(encoded) <= MAX_PATH_BYTES and encoded > previous, field)
         previous = encoded
         segments = path.split("/")
         for depth, segment in enumerate(segments, start=1):
+            # refusal: test_a_path_that_is_not_clean_is_refused
             _require(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_SEGMENT_BYTES, field)
             prefix = "/".join(segments[:depth])
             entry = (prefix, depth == len(segments))
             folded = unicodedata.normalize("NFC", prefix.casefold())
+            # refusal: test_paths_that_cannot_lie_side_by_side_are_refused
             _require(seen.setdefault(folded, entry) == entry, field)
 
 
@@ -320,14 +335,17 @@ def parse_index(index_bytes: bytes) -> tuple[IndexEntry, ...]:
     Raises:
         MalformedManifestError: not an OCI image index, or above 4 MiB.
     """
+    # refusal: test_an_index_with_a_defect_is_refused
     _require(len(index_bytes) <= MAX_INDEX_BYTES, "index.bytes")
     _decode(index_bytes, dict[str, Any], "index")  # `add_to_index` keeps what the next line skips without a look
     index = _decode(index_bytes, _OciIndex, "index")
+    # refusal: test_an_index_with_a_defect_is_refused
     _require(index.schema_version == 2, "index.schemaVersion")
     entries = []
     for descriptor in index.manifests:
         # Copying tools may drop artifactType from the index: absent means perhaps, other means no.
         if descriptor.media_type == MANIFEST_TYPE and descriptor.artifact_type in (None, ARTIFACT_TYPE):
+            # refusal: test_an_index_with_a_defect_is_refused
             _require(_DIGEST.fullmatch(descriptor.digest) is not None, "index.digest")
             entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
     return tuple(entries)
@@ -367,11 +385,13 @@ def _canonical(value: object) -> bytes:
 
 
 def _unhex(text: str, length: int, field: str) -> bytes:
+    # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(re.fullmatch(f"[0-9a-f]{{{2 * length}}}", text) is not None, field)
     return bytes.fromhex(text)
 
 
 def _require(holds: bool, field: str) -> None:
+    # refusal: test_a_file_dropped_from_the_layers_is_found
     if not holds:
         raise _malformed(field)
 

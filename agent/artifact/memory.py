@@ -10,10 +10,10 @@ import mmap
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Protocol
 
-from agent.artifact import DestinationKind
+from agent.artifact import MARK_NAME, DestinationKind
 from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
@@ -25,8 +25,6 @@ from agent.errors import (
 from agent.guest import mounts
 from agent.guest.memory_info import MemoryInfo
 
-PARTIAL_NAME = ".keyturn-partial"
-"""What a given directory holds until the model is complete: nobody's business, mode 0700."""
 PUBLISHED_NAME = "model"
 
 _FILE_MODE = 0o440
@@ -98,6 +96,7 @@ class DetachedTmpfs:
     def seal_read_only(self) -> None:
         self._tree.seal()
         with translated():
+            # refusal: test_a_tmpfs_is_not_sealed_under_an_open_window
             mounts.set_read_only(self._mount.fd)
 
     def hand_over(self) -> tuple[int, ...]:
@@ -131,6 +130,7 @@ class SealedMemfd:
         self._closed = False
 
     def create(self, path: str, size: int) -> None:
+        # refusal: test_a_memfd_holds_one_file
         if self._created:
             raise DestinationError(DestinationProblem.MANY_FILES)
         self._created = True
@@ -148,6 +148,7 @@ class SealedMemfd:
                 os.fchown(self._fd, -1, self._gid)
             os.fchmod(self._fd, _FILE_MODE)
             seals = fcntl.F_SEAL_WRITE | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL
+            # refusal: test_a_memfd_is_not_sealed_under_an_open_window
             fcntl.fcntl(self._fd, fcntl.F_ADD_SEALS, seals)
 
     def hand_over(self) -> tuple[int, ...]:
@@ -162,14 +163,15 @@ class SealedMemfd:
 class GivenDirectory:
     """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it.
 
-    Nobody cleans up after a SIGKILL here, and others may write: the kernel keeps neither promise for a given directory.
+    After a SIGKILL nobody cleans up here before an agent starts again, and others may write: the kernel keeps neither promise
+    for a given directory. A `.keyturn` that nobody has locked is a dead agent's, and so is the `model` beside it.
     """
 
     kind = DestinationKind.DIRECTORY
     noswap = False  # its owner may have mounted it so, but a mount option is no answer about whoever mounts it next
 
     def __init__(self, path: str, size_bytes: int, gid: int | None) -> None:
-        """Check the folder, and wipe what a killed predecessor left in `.keyturn-partial`.
+        """Check the folder, and wipe what a killed predecessor left.
 
         Args:
             path: an existing, empty directory on tmpfs.
@@ -177,27 +179,27 @@ class GivenDirectory:
             gid: group that may read, or None: our own.
 
         Raises:
-            DestinationError: not a directory, not tmpfs, not empty.
+            DestinationError: not a directory, not tmpfs, not empty, or a living agent's.
             InsufficientMemoryError: the file system is too small.
         """
         self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
         self._gid = gid
         self._closed = False
-        with translated():
-            self._parent = os.open(path, _FOLDER)
-        try:
+        self._parent = _open_given(path)
+        with ExitStack() as undo:
+            undo.callback(os.close, self._parent)
             with translated():
-                if not mounts.is_tmpfs(self._parent):
-                    raise DestinationError(DestinationProblem.NOT_MEMORY)
-                if set(os.listdir(self._parent)) - {PARTIAL_NAME}:
-                    raise DestinationError(DestinationProblem.NOT_EMPTY)
-                self._remove(PARTIAL_NAME)
+                _wipe(self._parent)
                 _check_space(self._parent, size_bytes)
-                os.mkdir(PARTIAL_NAME, 0o700, dir_fd=self._parent)
-                folder = os.open(PARTIAL_NAME, _FOLDER, dir_fd=self._parent)
-        except BaseException:
-            os.close(self._parent)
-            raise
+                os.mkdir(MARK_NAME, 0o700, dir_fd=self._parent)
+                undo.callback(os.rmdir, MARK_NAME, dir_fd=self._parent)
+                self._mark = os.open(MARK_NAME, _FOLDER, dir_fd=self._parent)
+                undo.callback(os.close, self._mark)
+                fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.mkdir(PUBLISHED_NAME, 0o700, dir_fd=self._mark)
+                undo.callback(os.rmdir, PUBLISHED_NAME, dir_fd=self._mark)
+                folder = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=self._mark)
+            undo.pop_all()
         self._tree = _Tree(folder, gid)
 
     def create(self, path: str, size: int) -> None:
@@ -212,10 +214,10 @@ class GivenDirectory:
             if self._gid is not None:
                 os.fchown(self._tree.root, -1, self._gid)
             os.fchmod(self._tree.root, _FOLDER_MODE)
-            os.rename(PARTIAL_NAME, PUBLISHED_NAME, src_dir_fd=self._parent, dst_dir_fd=self._parent)
+            os.rename(PUBLISHED_NAME, PUBLISHED_NAME, src_dir_fd=self._mark, dst_dir_fd=self._parent)
 
     def hand_over(self) -> tuple[int, ...]:
-        return ()
+        return (self._mark,)  # whoever holds it holds the lock
 
     def close(self) -> None:
         if not self._closed:
@@ -223,14 +225,10 @@ class GivenDirectory:
             os.close(self._tree.root)
             try:
                 with translated():
-                    self._remove(PARTIAL_NAME)
-                    self._remove(PUBLISHED_NAME)
+                    _remove_all(self._parent)
             finally:
+                os.close(self._mark)
                 os.close(self._parent)
-
-    def _remove(self, name: str) -> None:
-        with suppress(FileNotFoundError):
-            shutil.rmtree(name, dir_fd=self._parent)
 
 
 class _Tree:
@@ -301,10 +299,29 @@ def choose_destination(
             if kind == "tmpfs" or error.code not in (errno.EPERM, errno.ENOSYS):
                 raise
             destination = _memfd(sizes, gid)
-    if not allow_swap and not destination.noswap and swap_is_active(memory):
+    try:
+        _check_swap(destination.noswap, allow_swap, memory)
+    except BaseException:
         destination.close()
-        raise SwapActiveError()
+        raise
     return destination
+
+
+def check_destination(
+    kind: str, directory: str | None, sizes: Sequence[int], gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+) -> None:
+    """Raise what `choose_destination` would, and leave everything as it is: a given folder may hold somebody's model."""
+    if kind != "directory":
+        choose_destination(kind, directory, sizes, gid, allow_swap=allow_swap, memory=memory).close()
+        return
+    assert directory is not None  # the schema asks for it
+    folder = _open_given(directory)
+    try:
+        with translated():
+            _check_space(folder, in_pages(sizes))
+    finally:
+        os.close(folder)
+    _check_swap(GivenDirectory.noswap, allow_swap, memory)
 
 
 def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) -> None:
@@ -323,6 +340,7 @@ def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) 
     with _figures():
         limits = {MemoryLimit.AVAILABLE: memory.available_bytes(), MemoryLimit.CGROUP: memory.cgroup_available_bytes()}
     for limit, available in limits.items():
+        # refusal: test_the_tighter_limit_bites_and_headroom_counts
         if available is not None and available < needed:
             raise InsufficientMemoryError(limit, needed, available)
 
@@ -344,10 +362,76 @@ def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
     return SealedMemfd(gid)
 
 
+def wipe_predecessor(path: str) -> None:
+    """Remove the plaintext that a killed agent left in a given directory, if it did.
+
+    Raises:
+        DestinationError: as `GivenDirectory`.
+    """
+    folder = _open_given(path)
+    try:
+        with translated():
+            _wipe(folder)
+    finally:
+        os.close(folder)
+
+
+def _open_given(path: str) -> int:
+    """The folder, once it is known to be one that a model may go to: empty, or left by an agent that is dead."""
+    with translated():
+        folder = os.open(path, _FOLDER)
+        try:
+            # refusal: test_a_given_directory_must_be_memory
+            if not mounts.is_tmpfs(folder):
+                raise DestinationError(DestinationProblem.NOT_MEMORY)
+            names = set(os.listdir(folder))
+            if MARK_NAME in names:
+                # refusal: test_a_living_agents_directory_is_left_alone
+                _check_dead(folder)
+                names -= {MARK_NAME, PUBLISHED_NAME}
+            # refusal: test_a_given_directory_must_be_empty
+            if names:
+                raise DestinationError(DestinationProblem.NOT_EMPTY)
+        except BaseException:
+            os.close(folder)
+            raise
+    return folder
+
+
+def _check_dead(folder: int) -> None:
+    mark = os.open(MARK_NAME, _FOLDER, dir_fd=folder)
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DestinationError(DestinationProblem.IN_USE) from None
+    finally:
+        os.close(mark)
+
+
+def _wipe(folder: int) -> None:
+    """What `_open_given` has found to be a dead agent's."""
+    if MARK_NAME in os.listdir(folder):
+        _remove_all(folder)
+
+
+def _remove_all(folder: int) -> None:
+    """The model first: without the mark nobody would know whose it is."""
+    for name in (PUBLISHED_NAME, MARK_NAME):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(name, dir_fd=folder)
+
+
+def _check_swap(noswap: bool, allow_swap: bool, memory: MemoryInfo) -> None:
+    # refusal: test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing
+    if not allow_swap and not noswap and swap_is_active(memory):
+        raise SwapActiveError()
+
+
 def _check_space(fd: int, needed: int) -> None:
     figures = os.fstatvfs(fd)
     available = figures.f_bavail * figures.f_frsize
     # A tmpfs mounted with size=0 has no limit, and says so with no blocks at all.
+    # refusal: test_a_given_directory_must_have_room
     if figures.f_blocks and available < needed:
         raise InsufficientMemoryError(MemoryLimit.DESTINATION, needed, available)
 

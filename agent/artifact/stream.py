@@ -55,6 +55,7 @@ def parse_header(data: bytes, file: int) -> StreamHeader:
     Raises:
         MalformedHeaderError: the length is not 40, or the first byte does not say 40.
     """
+    # refusal: test_a_header_of_another_length_is_malformed test_the_length_byte_of_the_header_is_checked
     if len(data) != HEADER_BYTES or data[0] != HEADER_BYTES:
         raise MalformedHeaderError(file=file)
     return StreamHeader(salt=data[1:33], nonce_prefix=data[33:])
@@ -168,8 +169,10 @@ class SegmentOpener(_Segments):
         """
         self._check_sizes(segment, out, ciphertext)
         try:
+            # refusal: test_we_open_what_tink_seals
             self._aead.decrypt_into(self._nonce(segment), ciphertext, None, out)
         except InvalidTag:
+            # refusal: test_no_unauthentic_plaintext_is_left_in_the_buffer
             out[:] = bytes(len(out))  # GCM decrypts before it knows: what it left in `out` is not authentic
             raise SegmentAuthenticationError(file=self._file, segment=segment) from None
 
@@ -182,6 +185,7 @@ class SegmentSealer(_Segments):
     def seal(self, segment: int, plaintext: memoryview, out: memoryview) -> None:
         """Encrypt one segment into `out`, 16 bytes longer than `plaintext`. Not for several threads."""
         self._check_sizes(segment, plaintext, out)
+        # refusal: test_a_segment_is_sealed_once_and_in_order
         if segment != self._next:
             raise RuntimeError("segments are sealed once and in order")
         self._next += 1

@@ -41,6 +41,7 @@ def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:
     for name in SIMULATION_ROOT_FILES:
         if (directory / name).is_file():
             roots += _load_file(directory / name, key)
+    # refusal: test_a_folder_without_roots_is_refused
     if not roots:
         raise ConfigError(ConfigProblem.NOT_FOUND, key)
     for root in roots:
@@ -48,6 +49,8 @@ def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:
             names = root.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
         except UNREADABLE as error:
             raise ConfigError(ConfigProblem.BAD_VALUE, key) from error
+        # refusal: test_a_root_that_does_not_have_exactly_one_name_is_refused
+        # refusal: test_a_private_root_that_does_not_say_simulated_is_refused
         if len(names) != 1 or SIMULATED_MARK not in str(names[0].value):
             raise ConfigError(ConfigProblem.BAD_VALUE, key)
     return tuple(roots)
@@ -64,6 +67,7 @@ def load_endorsements(directory: Path) -> tuple[x509.Certificate, ...]:
     for path in sorted(directory.glob("*")):
         if path.suffix in (".pem", ".der"):
             found += _load_file(path, key)
+    # refusal: test_a_folder_without_certificates_is_refused
     if not found:
         raise ConfigError(ConfigProblem.NOT_FOUND, key)
     return tuple(found)
@@ -74,6 +78,7 @@ def _load_file(path: Path, key: Ident) -> list[x509.Certificate]:
         with path.open("rb") as stream:
             data = stream.read(MAX_FILE_BYTES)
         ders = [binascii.a2b_base64(match[1]) for match in _PEM.finditer(data)] if path.suffix == ".pem" else [data]
+        # refusal: test_a_file_that_is_no_certificate_is_refused
         if not ders:
             raise ConfigError(ConfigProblem.BAD_VALUE, key)
         return [load_certificate(der) for der in ders]

@@ -17,7 +17,9 @@ from agent.errors import BrokerFailureError
 
 AUDIT_LOG = Ident("AUDIT_LOG")
 """The reason of the failure when a decision cannot be recorded."""
-_UNAVAILABLE = 14  # gRPC status
+_FAILED_PRECONDITION = 9
+"""gRPC status. Not UNAVAILABLE: a full disk does not empty itself, and every attempt costs the guest another collection of
+Evidence."""
 
 
 class AuditStep(enum.Enum):
@@ -104,9 +106,9 @@ class AuditLog:
                 if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # a pipe to a collector has no disk
                     os.fdatasync(self._descriptor)
             except OSError as error:
-                raise BrokerFailureError(_UNAVAILABLE, AUDIT_LOG) from error
+                raise BrokerFailureError(_FAILED_PRECONDITION, AUDIT_LOG) from error
             if self._torn:
-                raise BrokerFailureError(_UNAVAILABLE, AUDIT_LOG)
+                raise BrokerFailureError(_FAILED_PRECONDITION, AUDIT_LOG)
 
     def reopen(self) -> None:
         """Open the path again, after it was rotated away. Raises OSError; the old file then stays in use."""

@@ -101,6 +101,7 @@ class Authority:
 
             # 2. For this handshake: it covers our nonce, the guest's key and all that was sent about devices.
             runtime = RuntimeData(nonce, attestation.tee_pubkey.x, attestation.tee_pubkey.y)
+            # refusal: test_broker_service.py::test_a_second_hello_voids_the_first_nonce
             if snp.report.report_data != report_data(runtime, evidence.additional_evidence):
                 raise EvidenceVerificationError(EvidenceFormat.SNP_REPORT, EvidenceCheck.REPORT_DATA)
 
@@ -159,8 +160,10 @@ class Authority:
             record = replace(record, nonce=Ident(claims.nonce.hex()), simulated=claims.simulated)
 
             # 2. It is for this key. A replica that shares our token key may accept simulated evidence; we do not.
+            # refusal: test_broker_service.py::test_the_token_of_one_key_does_not_open_another
             if claims.key_uri != request.key_uri:
                 raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.key_uri"), None, policy.version)
+            # refusal: test_broker_service.py::test_a_broker_without_simulation_roots_releases_nothing_for_a_simulated_token
             if claims.simulated and not self._anchors.simulation_roots:
                 raise KeyReleaseDeniedError(DenialReason.COLLATERAL, Ident("token.simulated"), None, policy.version)
 
@@ -170,6 +173,7 @@ class Authority:
 
             # 4. So are its values: the Verdict was reached under this version of the policy, and its floor and lease stand in
             #    the token. Evidence is not kept, so after any change the guest must attest again.
+            # refusal: test_broker_service.py::test_a_token_of_an_earlier_policy_is_refused_and_a_new_one_counts
             if claims.policy_version != policy.version:
                 raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.policy_version"), None, policy.version)
 

@@ -55,15 +55,19 @@ class DirectoryKeyStore:
 
     def fetch(self, key_uri: Ident) -> StoredKey:
         match = _KEY_URI.fullmatch(key_uri)
+        # refusal: test_the_version_stands_in_a_sibling_that_no_key_uri_can_name
         if match is None:
             raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
         path = self._directory / match[1]
         key = self._read(path, KEY_BYTES)
+        # refusal: test_a_store_that_is_not_there_has_no_keys
         if key is None:
             raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
+        # refusal: test_a_file_of_another_length_is_refused
         if len(key) != KEY_BYTES:
             raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_LENGTH"))
         version = self._read(path.with_name(f".{path.name}.version"), MAX_VERSION_BYTES)
+        # refusal: test_a_version_that_is_no_positive_number_is_refused
         if version is not None and not _VERSION.fullmatch(version):
             raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_VERSION_FILE"))
         return StoredKey(key, key_uri, int(version or 1))
@@ -72,16 +76,20 @@ class DirectoryKeyStore:
         """At most `limit` + 1 bytes of a file that is ours alone; None when there is none."""
         try:
             real = path.resolve(strict=True)
+            # refusal: test_a_link_out_of_the_store_is_refused
             if not real.is_relative_to(self._directory.resolve(strict=True)):
                 raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_OUTSIDE_STORE"))
             # The resolved path has no links left; O_NONBLOCK, because a FIFO must not hang the broker.
             descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 status = os.fstat(descriptor)
+                # refusal: test_a_folder_is_no_key
                 if not stat.S_ISREG(status.st_mode):
                     raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_TYPE"))
+                # refusal: test_a_file_of_another_user_is_refused
                 if status.st_uid not in (0, os.geteuid()):  # whoever owns it can change it, and the mode
                     raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_OWNER"))
+                # refusal: test_a_file_that_others_may_use_is_refused
                 if status.st_mode & 0o077:
                     raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_MODE"))
                 return os.read(descriptor, limit + 1)

@@ -124,7 +124,7 @@ class SnpRow(_Section, frozen=True):
 
 
 class GpuRow(_Section, frozen=True):
-    """Reference values of the GPUs. `ready` is the ready state at attestation: true where the image's init sets it."""
+    """Reference values of the GPUs. `ready`: the ready state when a boot attests first, true where its init sets it."""
 
     count: Annotated[int, msgspec.Meta(ge=0, le=16)] | None = None
     driver_versions: tuple[_Version, ...] = ()
@@ -174,14 +174,19 @@ class PolicyTable:
             KeyReleaseDeniedError: otherwise.
         """
         row = self.rows.get(key_uri)
+        # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
         if row is None:
             raise self.denial(DenialReason.POLICY, Claim.ROW)
+        # refusal: test_a_missing_field_matches_nothing
         if row.revoked is None:
             raise self.denial(DenialReason.REFERENCE_VALUE, Claim.REVOKED)
+        # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
         if row.revoked:
             raise self.denial(DenialReason.POLICY, Claim.REVOKED)
+        # refusal: test_a_missing_field_matches_nothing
         if row.not_after is None:
             raise self.denial(DenialReason.REFERENCE_VALUE, Claim.NOT_AFTER)
+        # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
         if now > row.not_after:
             raise self.denial(DenialReason.POLICY, Claim.NOT_AFTER)
         return row
@@ -225,20 +230,25 @@ def appraise(
     matched: list[str] = []
 
     def one_of(claim: Claim, values: Sequence[_Measurement | _HostData | _Version | _Digest], got: str) -> None:
+        # refusal: test_an_empty_list_matches_nothing
         if not values:
             raise table.denial(DenialReason.REFERENCE_VALUE, claim)
         for value in values:
             if value.value == got:
                 matched.append(value.id)
                 return
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         raise table.denial(DenialReason.CLAIM, claim, values[0].id)
 
     def equal(claim: Claim, value: int | None, got: int) -> None:
+        # refusal: test_a_missing_field_matches_nothing
         if value is None:
             raise table.denial(DenialReason.REFERENCE_VALUE, claim)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(claim, value == got)
 
     def require(claim: Claim, holds: bool) -> None:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         if not holds:
             raise table.denial(DenialReason.CLAIM, claim)
 
@@ -247,6 +257,7 @@ def appraise(
 
     # 2. The guest: what was launched, with which configuration, and who else may look into it.
     report = snp.report
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
     one_of(Claim.MEASUREMENT, row.snp.measurements, report.measurement.hex())
     one_of(Claim.HOST_DATA, row.snp.host_data, report.host_data.hex())
     equal(Claim.DEBUG, row.snp.debug, report.policy.debug)
@@ -255,6 +266,7 @@ def appraise(
 
     # 3. The firmware: the one that signed, and the one under which the guest was launched, which may be older.
     minimum = next((entry for entry in row.snp.minimum_tcb if entry.product == snp.product.value), None)
+    # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if minimum is None:
         raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_PRODUCT)
     for tcb in (report.reported_tcb, report.launch_tcb):
@@ -262,28 +274,41 @@ def appraise(
     matched.append(minimum.id)
 
     # 4. The GPUs: first that they are different ones, so that a doubled one is not taken for a wrong number.
+    # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if len({gpu.leaf_key_sha256 for gpu in gpus}) != len(gpus):
         raise table.denial(DenialReason.DEVICE, Claim.GPU_DUPLICATE)
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
     equal(Claim.GPU_COUNT, row.gpu.count, len(gpus))
     for gpu in gpus:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.DRIVER_VERSION, row.gpu.driver_versions, gpu.driver_version)
         one_of(Claim.VBIOS_VERSION, row.gpu.vbios_versions, gpu.vbios_version)
 
     # 5. What the agent says of itself. Without GPUs there is no place for it, and HOST_DATA covers the configuration.
+    # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if gpus and keyturn is None:
         raise table.denial(DenialReason.DEVICE, Claim.KEYTURN)
     if keyturn is not None:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.ENVIRONMENT, keyturn.environment == PRODUCTION_ENVIRONMENT)
         require(Claim.DEVTOOLS, keyturn.devtools == 0)
+        # refusal: test_an_empty_list_matches_nothing
         if not row.gpu.modes:
             raise table.denial(DenialReason.REFERENCE_VALUE, Claim.MODES)
         mode = _MODES.get((keyturn.cc_feature, keyturn.multi_gpu_mode))
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, mode in row.gpu.modes)
         # The one mode that the GPU itself signs; drivers before 580 leave it out.
         flags = {gpu.feature_flag for gpu in gpus} - {None}
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, all((flag == _FLAG_PROTECTED_PCIE) == (mode is GpuMode.PROTECTED_PCIE) for flag in flags))
-        equal(Claim.READY, row.gpu.ready, keyturn.ready)
+        # Whoever renews a lease has passed the gate, and the state is never set back.
+        ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        equal(Claim.READY, ready, keyturn.ready)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.MANIFEST, row.manifest_digests, keyturn.manifest_digest)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.COMMAND, row.server_command_digests, keyturn.server_command_digest)
     return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(matched)))
 
@@ -296,10 +321,13 @@ def _appraise_tcb(table: PolicyTable, minimum: MinimumTcb, got: TcbVersion) -> N
         (Claim.TCB_MICROCODE, minimum.microcode, got.microcode),
     )
     for claim, lowest, level in levels:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
         if level < lowest:
             raise table.denial(DenialReason.CLAIM, claim, minimum.id)
+    # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if got.fmc is not None and minimum.fmc is None:
         raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_FMC, minimum.id)
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
     if minimum.fmc is not None and (got.fmc is None or got.fmc < minimum.fmc):
         raise table.denial(DenialReason.CLAIM, Claim.TCB_FMC, minimum.id)
 
@@ -313,6 +341,7 @@ def parse_policy(data: bytes) -> PolicyTable:
     file = parse_toml(data, _PolicyFile, SCHEMA)
     rows: dict[str, Row] = {}
     for index, row in enumerate(file.row):
+        # refusal: test_a_broken_policy_is_refused_with_its_place
         if row.key_uri in rows:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].key_uri"))
         _check_unique(f"row[{index}]", row)
@@ -334,8 +363,10 @@ def _check_unique(where: str, row: Row) -> None:
     seen: set[str] = set()
     for name, values in lists.items():
         for value in values:
+            # refusal: test_a_broken_policy_is_refused_with_its_place
             if value.id in seen:
                 raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.{name}"))
             seen.add(value.id)
+    # refusal: test_a_broken_policy_is_refused_with_its_place
     if len({entry.product for entry in row.snp.minimum_tcb}) != len(row.snp.minimum_tcb):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.snp.minimum_tcb"))

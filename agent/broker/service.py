@@ -41,7 +41,7 @@ from agent.errors import (
 )
 from agent.evidence import NONCE_BYTES, Nonce
 from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, grpc_wire
-from agent.handshake.grpc_status import DETAILS_KEY, Failure, pack_failure
+from agent.handshake.grpc_status import DETAILS_KEY, OVERLOADED, Denial, Failure, pack_failure
 
 SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
 _RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
@@ -179,6 +179,7 @@ class BrokerServer:
             message = await stream.read()
             if isinstance(message, Attestation):
                 # 2. The Attestation, in time, is judged with the nonce of this stream's last Challenge.
+                # refusal: test_an_expired_nonce_is_a_typed_failure
                 if self._monotonic() >= expires_at:
                     raise _broker_failure(grpc.StatusCode.FAILED_PRECONDITION, "NONCE_EXPIRED")
                 patience.reschedule(asyncio.get_running_loop().time() + self._limits.verdict_timeout_s)
@@ -219,6 +220,7 @@ class BrokerServer:
     async def _admitted(self, context: _Context) -> AsyncIterator[None]:
         """Counts an open call. One too many is turned away unread and leaves no audit line: a flood must not fill the disk."""
         host, limits = peer_host(context.peer()), self._limits
+        # refusal: test_one_open_call_too_many_is_turned_away_on_any_connection_until_another_ends
         if self._open_calls.total() >= limits.open_calls or self._open_calls[host] >= limits.open_calls_of_host:
             await _abort(context, _overloaded(), None)
         self._open_calls[host] += 1
@@ -230,6 +232,7 @@ class BrokerServer:
 
     @contextlib.contextmanager
     def _slot(self) -> Iterator[None]:
+        # refusal: test_a_broker_without_a_free_slot_asks_guests_to_come_back_and_records_it
         if self._slots_taken >= self._limits.slots:
             raise _overloaded()
         self._slots_taken += 1
@@ -272,9 +275,11 @@ class _AttestStream:
         if not isinstance(data, bytes):  # grpc.aio.EOF
             raise RemoteProtocolError(ProtocolProblem.CLOSED, self.state)
         message = grpc_wire.parse_attest_request(data, self.state)
+        # refusal: test_another_request_id_on_the_same_stream_is_a_protocol_failure
         if self.hello is not None and message.request_id != self.hello.request_id:
             raise RemoteProtocolError(ProtocolProblem.REQUEST_ID, self.state)
         if isinstance(message, Hello):
+            # refusal: test_another_key_on_the_same_stream_is_a_protocol_failure
             if self.hello is not None and message != self.hello:  # another key or TEE is another handshake
                 raise RemoteProtocolError(ProtocolProblem.MALFORMED, self.state)
             self.hello = message
@@ -294,10 +299,12 @@ def peer_host(peer: str) -> str:
 
 
 def _failure(error: AgentError, request_id: Ident | None) -> Failure:
-    """How a failure looks on the wire. A denial of the key keeps its claim: `policy.revoked` is POLICY_REVOKED."""
+    """How a failure looks on the wire. A denial says what a denied Verdict would; its word is the claim in capitals."""
     match error:
         case KeyReleaseDeniedError():
-            return Failure(_code(grpc.StatusCode.PERMISSION_DENIED), Ident(error.claim.upper().replace(".", "_")), request_id)
+            word = Ident(error.claim.upper().replace(".", "_"))
+            denial = Denial(error.reason, error.claim, error.reference_value_id, error.policy_version)
+            return Failure(_code(grpc.StatusCode.PERMISSION_DENIED), word, request_id, denial=denial)
         case TokenError():
             return Failure(_code(grpc.StatusCode.UNAUTHENTICATED), failure_reason(error), request_id)
         case RemoteProtocolError():
@@ -325,7 +332,7 @@ def _broker_failure(status: grpc.StatusCode, reason: str) -> BrokerFailureError:
 
 
 def _overloaded() -> BrokerFailureError:
-    return _broker_failure(grpc.StatusCode.UNAVAILABLE, "OVERLOADED")
+    return _broker_failure(grpc.StatusCode.UNAVAILABLE, OVERLOADED)
 
 
 def _internal(error: Exception) -> InternalError:

@@ -28,6 +28,7 @@ class TokenKey:
         """Raises ConfigError when `pem` is not an unencrypted private key on P-256."""
         try:
             key = ECKey.import_key(pem)
+            # refusal: test_a_public_key_cannot_sign
             if not key.is_private:
                 raise ValueError
             self.public_pem = key.as_pem(private=False).decode()

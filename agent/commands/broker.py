@@ -146,6 +146,7 @@ def _read(path: str, key: str, *, private: bool = False) -> bytes:
     try:
         with Path(path).open("rb") as stream:
             status = os.fstat(stream.fileno())
+            # refusal: test_a_private_key_that_others_can_read_is_refused test_a_private_key_of_another_user_is_refused
             if private and (status.st_mode & 0o077 or status.st_uid not in (0, os.geteuid())):
                 raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
             return stream.read(MAX_FILE_BYTES)

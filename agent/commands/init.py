@@ -36,10 +36,10 @@ def run(args: argparse.Namespace) -> NoReturn:
 
 
 def _supervise(hints: dict[str, str]) -> BootReport:
-    def worker(channel: Channel) -> int:
+    def worker(channel: Channel, served_version: int | None) -> int:
         from agent.worker import work
 
-        return work(channel, find_in_guest, open_hardware)
+        return work(channel, find_in_guest, open_hardware, served_version)
 
     asked = hints.get("keyturn.health")
     address = None if asked is None else health_address(asked)

@@ -12,6 +12,7 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
+    from agent.sim.machine import SimulatedMachine
 
 
 def add_parser(verbs: Any, summary: str) -> None:
@@ -26,7 +27,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.set_defaults(parser=parser)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", metavar="FILE", help="configuration, - for standard input; HOST_DATA is its SHA-256")
+    source.add_argument(
+        "--config",
+        metavar="FILE",
+        help="configuration, - for standard input; HOST_DATA is its SHA-256. Keep the file: a lease is renewed with it",
+    )
     source.add_argument(
         "--initdata", metavar="FILE", help="initdata document with an entry keyturn.toml; HOST_DATA is the document's digest"
     )
@@ -54,10 +59,10 @@ def run(args: argparse.Namespace) -> int:
 
     find = _config_finder(args)
 
-    def worker(channel: Channel) -> int:
+    def worker(channel: Channel, served_version: int | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware)
+        return work(channel, find, open_hardware, served_version)
 
     hints = HostHints(status_file or None, termination_log, address)
     return Supervisor("run", hints, worker).run()
@@ -84,19 +89,37 @@ def health_address(text: str) -> tuple[str, int] | None:
 
 def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
+    return open_tee(cfg), open_gpus(cfg)
+
+
+def open_tee(cfg: "MeasuredConfig") -> "Attester":
+    """The CPU TEE."""
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).attester()
+    from agent.evidence import Tee
+    from agent.evidence.detect import open_interface
+
+    return open_interface(Tee(cfg.tee.attester))
+
+
+def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
+    """The GPUs; None when there shall be none."""
+    if not cfg.gpu.count:
+        return None
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).gpu_system()
+    from agent.evidence.gpu import NvmlGpuSystem
+
+    return NvmlGpuSystem()
+
+
+def _simulated_machine(directory: str) -> "SimulatedMachine":
     from pathlib import Path
 
     from agent.errors import SimulationRefusal, SimulationRefusedError
 
-    if cfg.simulation is None:
-        from agent.evidence import Tee
-        from agent.evidence.detect import open_tee
-        from agent.evidence.gpu import NvmlGpuSystem
-
-        return open_tee(Tee(cfg.tee.attester)), NvmlGpuSystem() if cfg.gpu.count else None
     try:
         from agent.sim.machine import SimulatedMachine
     except ModuleNotFoundError:
         raise SimulationRefusedError(SimulationRefusal.NOT_INSTALLED) from None
-    machine = SimulatedMachine.load(Path(cfg.simulation.machine))
-    return machine.attester(), machine.gpu_system() if cfg.gpu.count else None
+    return SimulatedMachine.load(Path(directory))

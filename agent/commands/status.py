@@ -52,6 +52,9 @@ def _for_people(status: dict[str, Any]) -> str:
         f"  {stage['name']:<12} {stage['state']:<8} {'' if stage['ms'] is None else stage['ms']} ms"
         for stage in status["stages"]
     ]
+    if lease := status["lease"]:
+        until = f", until {lease['ends_at']}" if lease["ends_at"] else ""
+        lines.append(f"lease: {lease['s']} s{until}, renewals: {lease['renewals']}")
     if status["waiting_for"]:
         lines.append(f"waiting for: {status['waiting_for']}")
     if error := status["error"]:

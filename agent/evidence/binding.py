@@ -44,6 +44,7 @@ class KeyturnClaims:
     Attributes:
         cc_feature, environment, devtools, multi_gpu_mode: NVML's integers (`GpuModes`).
         ready: the GPU ready state when the evidence was collected.
+        renewal: this agent has passed the gate in this boot before, and asks for a new lease; then `ready` is its own work.
         manifest_digest, server_command_digest: `sha256:` and 64 lower-case hex digits.
     """
 
@@ -52,6 +53,7 @@ class KeyturnClaims:
     devtools: int
     multi_gpu_mode: int
     ready: bool
+    renewal: bool
     driver_version: str
     manifest_digest: str
     server_command_digest: str
@@ -153,6 +155,7 @@ def _parse_claims(value: object) -> KeyturnClaims:
         devtools=integer(members, "devtools", 0, MAX_MODE),
         multi_gpu_mode=integer(members, "multi_gpu_mode", 0, MAX_MODE),
         ready=boolean(members, "ready"),
+        renewal=boolean(members, "renewal"),
         driver_version=_matching(_VERSION, string(members, "driver_version")),
         manifest_digest=_matching(_DIGEST, string(members, "manifest_digest")),
         server_command_digest=_matching(_DIGEST, string(members, "server_command_digest")),
@@ -160,6 +163,7 @@ def _parse_claims(value: object) -> KeyturnClaims:
 
 
 def _object(value: object, required: set[str], optional: frozenset[str] | set[str] = frozenset()) -> dict[str, object]:
+    # refusal: test_text_that_is_not_exactly_ours_is_malformed
     if not isinstance(value, dict) or not required <= value.keys() <= required | optional:
         raise ValueError
     return value

@@ -5,7 +5,7 @@ with. Device calls run in the calling thread; the caller never abandons them (`w
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError
 from agent.evidence import (
@@ -19,11 +19,13 @@ from agent.evidence import (
     RuntimeData,
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
-from agent.evidence.gate import SecuredDevices, check_inventory, secure
+from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
 from agent.evidence.snp_abi import parse_report
 from agent.guest.initdata import fit
 from agent.handshake import Verdict
 from agent.verify.nvidia import parse_chain
+
+_ONLY_CHECK_MEASURED = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,13 @@ class Devices:
 
     Attributes:
         inventory: the GPUs as they were before attestation; None without GPUs.
+        expected_ready: their ready state, and whose work it is.
     """
 
     attester: Attester
     gpus: GpuSystem | None
     inventory: GpuInventory | None
-    ready_preset: bool
+    expected_ready: ExpectedReady
     manifest_digest: str
     server_command_digest: str
 
@@ -53,8 +56,10 @@ class Devices:
         text = ""
         if self.gpus and self.inventory:
             evidence = self.gpus.collect(device_nonce(data))
+            # refusal: test_a_missing_gpu_is_never_a_shorter_list
             if len(evidence) != len(self.inventory.gpus):
                 raise GpuCountError(len(self.inventory.gpus), len(evidence))
+            # refusal: test_no_evidence_is_made_of_one_gpu_that_answers_for_two
             check_distinct(evidence)
             modes = self.inventory.modes
             claims = KeyturnClaims(
@@ -63,6 +68,7 @@ class Devices:
                 devtools=modes.devtools,
                 multi_gpu_mode=modes.multi_gpu_mode,
                 ready=self.inventory.ready,
+                renewal=self.expected_ready is ExpectedReady.OURS,
                 driver_version=self.inventory.driver_version,
                 manifest_digest=self.manifest_digest,
                 server_command_digest=self.server_command_digest,
@@ -75,49 +81,74 @@ class Devices:
 
     def secure(self, verdict: Verdict) -> SecuredDevices:
         """The GPU gate, once, after the Verdict: see `gate.secure`."""
-        return secure(verdict, self.gpus, self.inventory, self.ready_preset)
+        return secure(verdict, self.gpus, self.inventory, self.expected_ready)
 
 
-def open_devices(
-    attester: Attester,
-    gpus: GpuSystem | None,
-    *,
-    gpu_count: int,
-    ready_preset: bool,
-    config_digest: bytes,
-    manifest_digest: str,
-    server_command_digest: str,
-) -> Devices:
-    """Check that this configuration may decide, then what must hold of the GPUs before attestation.
+@dataclass(frozen=True, slots=True)
+class MeasuredGuest:
+    """Proof that the configuration is the one this guest was launched with; only `check_measured` makes one."""
 
-    One report is asked for here, for its HOST_DATA: before it is compared, nothing the configuration says is acted upon but
-    the opening of a connection.
+    attester: Attester
+    made_by: InitVar[object]
+
+    def __post_init__(self, made_by: object) -> None:
+        if made_by is not _ONLY_CHECK_MEASURED:
+            raise RuntimeError("only check_measured() makes a MeasuredGuest")
+
+
+def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
+    """Ask for one report, and compare its HOST_DATA.
+
+    Before, nothing the configuration says is acted upon but the opening of a connection.
 
     Args:
         attester: the CPU TEE.
-        gpus: None exactly when `gpu_count` is 0.
-        gpu_count: configured number of GPUs.
-        ready_preset: the image's init sets the ready state.
         config_digest: over the measured configuration, or over the initdata document that came with it, 32, 48 or 64 bytes;
             HOST_DATA must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
             is no initdata: HOST_DATA must be zero.
+
+    Raises:
+        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
+        DeviceError, MalformedEvidenceError, EvidenceBindingError: the device misbehaved.
+    """
+    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
+    # refusal: test_a_longer_digest_is_compared_as_host_data_holds_it
+    if host_data != fit(config_digest, len(host_data)):
+        raise ConfigNotMeasuredError
+    return MeasuredGuest(attester, made_by=_ONLY_CHECK_MEASURED)
+
+
+def open_devices(
+    guest: MeasuredGuest,
+    gpus: GpuSystem | None,
+    *,
+    gpu_count: int,
+    expected_ready: ExpectedReady,
+    manifest_digest: str,
+    server_command_digest: str,
+) -> Devices:
+    """Check what must hold of the GPUs before attestation.
+
+    Args:
+        guest: whose configuration may decide.
+        gpus: None exactly when `gpu_count` is 0.
+        gpu_count: configured number of GPUs.
+        expected_ready: the ready state of the GPUs, and whose work it is.
         manifest_digest: what the evidence says will be loaded.
         server_command_digest: what the evidence says will be run.
 
     Raises:
-        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
-        DeviceError, MalformedEvidenceError, EvidenceBindingError: a device misbehaved.
+        DeviceError: a device misbehaved.
         GpuCountError, GpuModeError, GpuFaultError, VmRestartRequiredError: as `gate.check_inventory`.
     """
-    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
-    if host_data != fit(config_digest, len(host_data)):
-        raise ConfigNotMeasuredError
     inventory = None
     if gpus:
         inventory = gpus.inspect()
-        check_inventory(inventory, gpu_count, ready_preset)
+        # refusal: test_ready_before_the_boot_is_found_when_devices_are_opened
+        check_inventory(inventory, gpu_count, expected_ready)
+        # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
-    return Devices(attester, gpus, inventory, ready_preset, manifest_digest, server_command_digest)
+    return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
 def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
@@ -128,5 +159,6 @@ def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
         MalformedEvidenceError: a chain does not parse.
     """
     keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    # refusal: test_one_gpu_answering_for_two_is_refused
     if len(keys) != len(evidence):
         raise GpuCountError(len(evidence), len(keys))

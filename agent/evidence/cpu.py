@@ -76,6 +76,7 @@ def snp_evidence(report: bytes, table: bytes, report_data: ReportData) -> Eviden
             with an empty report.
         EvidenceBindingError: the report carries other data.
     """
+    # refusal: test_a_report_over_other_data_is_refused
     if parse_report(report).report_data != report_data:
         raise EvidenceBindingError(EvidenceFormat.SNP_REPORT)
     return Evidence(Tee.SNP, report, certificate_chain(table))
@@ -147,6 +148,7 @@ def tdx_evidence(blob: bytes, report_data: ReportData) -> Evidence:
     if end > len(blob):
         raise _malformed_quote("length", len(blob), end)
     at = start + _REPORT_DATA_AT
+    # refusal: test_a_quote_over_other_data_is_refused test_data_behind_the_end_of_a_quote_is_not_in_it
     if body_end < at + len(report_data) or blob[at : at + len(report_data)] != report_data:
         raise EvidenceBindingError(EvidenceFormat.TDX_QUOTE)
     return Evidence(Tee.TDX, blob[:end])

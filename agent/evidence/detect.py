@@ -55,7 +55,7 @@ class Places:
     tpm: Path = Path("/dev/tpmrm0")
 
 
-def open_tee(tee: Tee, places: Places | None = None) -> Attester:
+def open_interface(tee: Tee, places: Places | None = None) -> Attester:
     """The attester for this TEE.
 
     Raises:
@@ -64,6 +64,7 @@ def open_tee(tee: Tee, places: Places | None = None) -> Attester:
     """
     at = places or Places()
     # 1. Below a paravisor the processor is a confidential one, and neither its device nor its report is ours.
+    # refusal: test_a_guest_below_a_paravisor_is_refused_whatever_else_it_has
     if below_paravisor(at):
         raise NoAttesterError(Ident(tee.value), Absence.PARAVISOR)
 
@@ -89,8 +90,9 @@ def _interfaces(at: Places) -> dict[Tee, tuple[Callable[[], Attester], ...]]:
     }
 
 
-def hinted(at: Places) -> Tee | None:
+def hinted(places: Places | None = None) -> Tee | None:
     """Which TEE's guest this seems to be, by its device nodes and by what the kernel says of the processor."""
+    at = places or Places()
     flags = _flags(at.cpuinfo)
     if at.tdx_guest.exists() or b"tdx_guest" in flags:
         return Tee.TDX

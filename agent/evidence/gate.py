@@ -19,6 +19,14 @@ _MULTI_GPU_MODES = (1, 2)  # protected PCIe, NVLE
 _ONLY_SECURE = object()
 
 
+class ExpectedReady(enum.Enum):
+    """What the ready state has to be when the GPUs are looked at, and whose work that is."""
+
+    UNSET = "unset"  # 0: this boot's gate is still to come
+    PRESET = "preset"  # 1: by the image's init, as the measured configuration says
+    OURS = "ours"  # 1: this boot has passed the gate, and renews its lease
+
+
 class ReadyState(enum.Enum):
     """Who set the ready state that this boot relies on."""
 
@@ -41,45 +49,54 @@ class SecuredDevices:
     made_by: InitVar[object]
 
     def __post_init__(self, made_by: object) -> None:
+        # refusal: test_nobody_else_makes_secured_devices
         if made_by is not _ONLY_SECURE:
             raise RuntimeError("only secure() makes SecuredDevices")
 
 
-def check_inventory(inventory: GpuInventory, count: int, ready_preset: bool) -> None:
+def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady) -> None:
     """Check what must hold before attestation, and again before the gate.
 
     Args:
         inventory: as just read.
         count: configured number of GPUs, 1 or more.
-        ready_preset: the measured configuration says that the image's init sets the ready state.
+        expected: the ready state.
 
     Raises:
         GpuModeError: a mode in which the GPUs protect nothing, or one we do not know.
         GpuCountError: a GPU is missing, extra, or listed twice.
-        VmRestartRequiredError: ready is already 1 and not preset.
-        GpuFaultError: ready is to be preset and is not.
+        VmRestartRequiredError: ready is 1 and should not be.
+        GpuFaultError: ready is 0 and should not be.
     """
     # Devtools first: it also changes the environment and sets ready by itself.
     modes = inventory.modes
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.devtools != 0:
         raise GpuModeError(GpuMode.DEVTOOLS, modes.devtools, 0)
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.environment != _PRODUCTION:
         raise GpuModeError(GpuMode.ENVIRONMENT, modes.environment, _PRODUCTION)
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.multi_gpu_mode not in (_SINGLE_GPU, *_MULTI_GPU_MODES):
         raise GpuModeError(GpuMode.MULTI_GPU, modes.multi_gpu_mode, _SINGLE_GPU)
     # The driver shows the feature as off in protected PCIe mode.
+    # refusal: test_modes_that_protect_nothing_are_refused
     if modes.cc_feature != _CC_ON and modes.multi_gpu_mode not in _MULTI_GPU_MODES:
         raise GpuModeError(GpuMode.CC_FEATURE, modes.cc_feature, _CC_ON)
 
     distinct = len({gpu.uuid for gpu in inventory.gpus})
+    # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if len(inventory.gpus) != count:
         raise GpuCountError(count, len(inventory.gpus))
+    # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if distinct != count:
         raise GpuCountError(count, distinct)
 
-    if inventory.ready and not ready_preset:
+    # refusal: test_a_ready_state_somebody_else_set_needs_a_new_vm
+    if inventory.ready and expected is ExpectedReady.UNSET:
         raise VmRestartRequiredError
-    if ready_preset and not inventory.ready:
+    # refusal: test_a_ready_state_that_was_set_must_be_set
+    if not inventory.ready and expected is not ExpectedReady.UNSET:
         raise GpuFaultError(GpuFault.READY_NOT_SET)
 
 
@@ -89,38 +106,45 @@ def check_unchanged(before: GpuInventory, after: GpuInventory) -> None:
     Raises:
         GpuFaultError: something did.
     """
+    # refusal: test_any_change_since_attestation_is_a_fault
     if before != after:
         raise GpuFaultError(GpuFault.INVENTORY_CHANGED)
 
 
-def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | None, ready_preset: bool) -> SecuredDevices:
-    """Pass the gate.
+def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | None, expected: ExpectedReady) -> SecuredDevices:
+    """Pass the gate. A boot does so once: with `ExpectedReady.OURS` it is a RuntimeError.
 
     Args:
         verdict: accepted, over Evidence collected after `before` was read; asked for so that nobody comes here without one.
         system: the GPUs; None when the configuration has none.
         before: their inventory as attested; None when the configuration has none.
-        ready_preset: the measured configuration says that the image's init sets the ready state.
+        expected: the ready state as attested.
 
     Raises:
         DeviceError: the driver refused.
         GpuModeError, GpuCountError, VmRestartRequiredError: as `check_inventory`.
         GpuFaultError: a fault since boot, a change since attestation, or ready does not read back as 1.
     """
+    # refusal: test_a_boot_that_has_passed_the_gate_does_not_pass_it_again
+    if expected is ExpectedReady.OURS:
+        raise RuntimeError("the gate is passed once")
     if system is None or before is None:
         assert system is None and before is None, "a GPU system and its inventory come together"
         return SecuredDevices(ReadyState.NO_GPU, None, made_by=_ONLY_SECURE)
 
     # 1. The same GPUs, in the same modes, in the same ready state as attested, and these are still acceptable.
     now = system.inspect()
+    # refusal: test_a_machine_that_changed_since_attestation_does_not_pass
     check_unchanged(before, now)
-    check_inventory(now, len(before.gpus), ready_preset)
+    # refusal: test_an_agent_that_starts_again_after_the_gate_needs_a_new_vm
+    check_inventory(now, len(before.gpus), expected)
 
     # 2. No fault so far.
+    # refusal: test_a_fault_since_attestation_does_not_pass
     system.check_faults()
 
     # 3. The one step, last: what fails after it costs the VM.
-    if ready_preset:
+    if expected is ExpectedReady.PRESET:
         return SecuredDevices(ReadyState.PRESET, now, made_by=_ONLY_SECURE)
     system.set_ready()
     return SecuredDevices(ReadyState.SET_BY_AGENT, now, made_by=_ONLY_SECURE)

@@ -61,8 +61,28 @@ _MAX_KERNEL_RECORD_BYTES = 8 << 10
 # The first can turn the ready check off and devtools on, the second the encrypted session.
 _WEAKENING_KEYS = re.compile(rb"RmConfidentialCompute|RmConfComputeSpdmPolicy", re.IGNORECASE)
 
+_GPU_NODE = re.compile(r"/dev/nvidia[0-9]+")
+
 # pynvml keeps its library, and the function pointers of it, in module globals.
 _pynvml_lock = threading.Lock()
+
+
+def is_held(proc: Path = Path("/proc")) -> bool:
+    """Does another process hold a GPU open, as nvidia-persistenced does?
+
+    A GPU in confidential-computing mode initialises once per reset, so whoever opens it and is the last to close it makes it
+    unusable. What cannot be seen (another PID namespace, another user) counts as not held.
+    """
+    for folder in proc.glob("[0-9]*/fd"):
+        if folder.parent.name == str(os.getpid()):
+            continue
+        try:
+            links = [os.readlink(link) for link in folder.iterdir()]
+        except OSError:  # it ended, or is not ours to look at
+            continue
+        if any(_GPU_NODE.fullmatch(link) for link in links):
+            return True
+    return False
 
 
 def open_nvml(candidates: tuple[Path, ...] = NVML_LIBRARIES) -> ctypes.CDLL:
@@ -116,6 +136,7 @@ class NvmlGpuSystem:
             GpuModeError: registry keys are set that weaken confidential computing.
             NoAttesterError: a GPU is of an architecture that has no attestation.
         """
+        # refusal: test_parameters_that_cannot_be_read_are_a_device_error
         self._check_registry_keys()
         with self._nvml():
             return GpuInventory(
@@ -146,9 +167,11 @@ class NvmlGpuSystem:
         tail = b""
         for chunk in _read_kernel_log(self._kernel_log):
             window = tail + chunk
+            # refusal: test_a_confidential_computing_fault_is_a_fault
             if _CC_FATAL in window:
                 raise GpuFaultError(GpuFault.CC_FATAL)
             for match in _XID.finditer(window):
+                # refusal: test_a_log_that_only_blocks_has_ended
                 if int(match[1]) in FATAL_XIDS:
                     raise GpuFaultError(GpuFault.FATAL_XID, int(match[1]))
             tail = window[-_LONGEST_MATCH_BYTES:]
@@ -162,6 +185,7 @@ class NvmlGpuSystem:
         """
         with self._nvml():
             _call("nvmlSystemSetConfComputeGpusReadyState", pynvml.NVML_CC_ACCEPTING_CLIENT_REQUESTS_TRUE)
+            # refusal: test_ready_is_set_once_and_read_back
             if not _ready():
                 raise GpuFaultError(GpuFault.READY_NOT_SET)
 
@@ -173,6 +197,7 @@ class NvmlGpuSystem:
             except OSError as exc:
                 raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
             found = len(_WEAKENING_KEYS.findall(text))
+            # refusal: test_registry_keys_that_weaken_confidential_computing_are_refused
             if found:
                 raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
 
@@ -205,6 +230,7 @@ def _handles() -> Iterator[Any]:
 
 def _architecture(handle: Any) -> str:
     number = _call("nvmlDeviceGetArchitecture", handle)
+    # refusal: test_an_architecture_without_attestation_is_no_attester
     if number not in _ARCHITECTURES:
         raise NoAttesterError(Ident(f"nvml-architecture-{number}"))
     return _ARCHITECTURES[number]
@@ -244,8 +270,10 @@ def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
     report = bytes(answer.attestationReport[: answer.attestationReportSize])
 
     parsed = parse_report(report)
+    # refusal: test_a_gpu_that_signs_another_nonce_is_not_believed
     if parsed.requester_nonce != nonce:
         raise EvidenceBindingError(EvidenceFormat.NVIDIA_REPORT)
+    # refusal: test_a_size_outside_the_buffer_is_malformed
     verify_report_signature(parsed, parse_chain(chain))
     return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
 

@@ -159,11 +159,13 @@ class SevGuest:
         finally:
             self._last_ended = self._now()
         status, report = parse_report_response(response.raw)
+        # refusal: test_what_a_failure_means_and_that_it_is_never_asked_again
         if status:
             raise DeviceError(_FIRMWARE, name, status)
         return report
 
     def _keep_distance(self, name: Ident) -> None:
+        # refusal: test_the_requests_of_a_boot_are_bounded
         if self._requests >= MAX_REQUESTS:
             raise DeviceError(_INTERFACE, Ident("request-limit"), MAX_REQUESTS)
         self._requests += 1

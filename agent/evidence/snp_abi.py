@@ -174,6 +174,7 @@ def parse_report(data: bytes) -> SnpReport:
         MalformedEvidenceError: wrong length, a version outside 2 to 5, a reserved bit that is set, a value outside its
             range, or a report the host asked for itself (vmpl 0xffffffff), which says nothing about who runs inside.
     """
+    # refusal: test_a_wrong_length_is_refused
     if len(data) != REPORT_BYTES:
         raise _malformed("length", len(data), REPORT_BYTES)
     (
@@ -185,10 +186,13 @@ def parse_report(data: bytes) -> SnpReport:
         launch_tcb, launch_mitigations, current_mitigations, reserved_208, r, s, reserved_330,
     ) = _REPORT.unpack(data)  # fmt: skip
 
+    # refusal: test_an_unknown_version_is_refused
     if version not in PARSED_VERSIONS:
         raise _malformed("version", version)
+    # refusal: test_a_flipped_bit_is_refused_exactly_where_it_is_reserved_or_has_one_legal_value
     if policy & ~_POLICY_BITS or not policy & _POLICY_MUST_BE_ONE:
         raise _malformed("policy", policy)
+    # refusal: test_a_report_the_host_asked_for_is_refused
     if vmpl > 3:
         raise _malformed("vmpl", vmpl)
     if algorithm != SIGNATURE_ALGORITHM_ECDSA_P384_SHA384:
@@ -321,6 +325,7 @@ def _malformed(field: str, got: int | None = None, expected: int | None = None) 
 
 
 def _must_be_zero(field: str, value: int) -> None:
+    # refusal: test_a_flipped_bit_is_refused_exactly_where_it_is_reserved_or_has_one_legal_value
     if value:
         raise _malformed(field)
 
@@ -330,6 +335,7 @@ def _parse_tcb(field: str, data: bytes, turin: bool) -> TcbVersion:
         tcb = TcbVersion(fmc=data[0], bootloader=data[1], tee=data[2], snp=data[3], microcode=data[7])
     else:
         tcb = TcbVersion(bootloader=data[0], tee=data[1], snp=data[6], microcode=data[7])
+    # refusal: test_the_cpuid_family_selects_the_turin_layout
     if tcb.pack() != data:  # the bytes between are reserved
         raise _malformed(field)
     return tcb
@@ -387,6 +393,7 @@ def parse_certificate_table(data: bytes) -> tuple[tuple[CertificateKind, bytes],
     table_bytes = (len(entries) + 1) * _ENTRY.size
     found: list[tuple[CertificateKind, bytes]] = []
     for guid, offset, length in entries:
+        # refusal: test_a_malformed_certificate_table_is_refused
         if offset < table_bytes or offset + length > len(data):
             raise _malformed_table("table_entry", offset + length, len(data))
         try:

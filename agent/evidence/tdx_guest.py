@@ -135,6 +135,7 @@ class TdxGuest:
         report = bytes(argument[REPORT_DATA_BYTES:])
         if report[0] != _TDREPORT_TYPE:
             raise MalformedEvidenceError(EvidenceFormat.TDX_REPORT, Ident("type"), report[0], _TDREPORT_TYPE)
+        # refusal: test_a_report_over_other_data_is_refused
         if report[_REPORT_DATA] != report_data:
             raise EvidenceBindingError(EvidenceFormat.TDX_REPORT)
         return report
@@ -152,6 +153,7 @@ class TdxGuest:
             code = errno.ETIMEDOUT if isinstance(exc, TimeoutError) else exc.errno or 0
             kind = DeviceError if code in (errno.EAFNOSUPPORT, errno.EACCES, errno.EPERM) else DeviceUnavailableError
             raise kind(_QGS, Ident("exchange"), code) from exc
+        # refusal: test_an_error_of_the_service_is_told_and_final
         if response.error:
             raise DeviceError(_QGS, Ident("GET_QUOTE"), response.error)
         if not response.quote:

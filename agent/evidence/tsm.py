@@ -106,6 +106,7 @@ class _Tsm(ABC):
             raise self._refused("mkdir", exc) from exc
         try:
             provider = self._read(entry, "provider", MAX_TEXT_BYTES)
+            # refusal: test_another_provider_or_none_is_no_attester test_another_provider_or_none_is_no_tdx_attester
             if provider != PROVIDERS[self.tee]:
                 other = provider in PROVIDERS.values()
                 raise NoAttesterError(Ident(self.tee.value), Absence.OTHER_TEE if other else Absence.NO_INTERFACE)
@@ -117,6 +118,7 @@ class _Tsm(ABC):
 
     def _check_generation(self, entry: Path, expected: int) -> None:
         """The blobs belong to our writes and to nobody else's. The code is the kernel's own for an answer that is stale."""
+        # refusal: test_a_report_after_somebody_elses_write_is_not_taken
         if self._read_number(entry, "generation") != expected:
             raise DeviceUnavailableError(_CONFIGFS_TSM, Ident("generation"), errno.EWOULDBLOCK)
 
@@ -210,6 +212,7 @@ class TsmTdx(_Tsm):
             self._write(entry, "inblob", report_data)
             quote = self._read(entry, "outblob", MAX_QUOTE_BYTES)
             # Kernels before January 2026 answer a failure of the host, and a timeout, with an empty quote and no error.
+            # refusal: test_an_empty_quote_is_a_failure_of_the_host
             if not quote:
                 raise DeviceUnavailableError(_CONFIGFS_TSM, Ident("outblob"), errno.ENODATA)
             self._check_generation(entry, generation + 1)

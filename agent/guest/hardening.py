@@ -37,6 +37,7 @@ def harden_agent() -> None:
     Raises:
         OSError: the kernel refused.
     """
+    # refusal: test_agent_is_not_dumpable_has_no_core_no_new_privileges_and_a_narrow_umask
     _prctl(_PR_SET_DUMPABLE, 0)
     forbid_core()
     _forbid_new_privileges()
@@ -45,6 +46,7 @@ def harden_agent() -> None:
 
 def become_subreaper() -> None:
     """Let orphans among our descendants become our children, so that none can outlive us unseen. Not inherited by fork."""
+    # refusal: test_orphans_of_a_subreaper_become_its_children
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
@@ -58,6 +60,7 @@ def forbid_core(core_pattern: Path = _CORE_PATTERN) -> None:
         OSError: EPERM, the hard limit is already 0, we may not raise it, and cores go to a pipe.
     """
     try:
+        # refusal: test_core_limit_that_cannot_be_raised_to_one_is_an_error_only_where_cores_go_to_a_pipe
         resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
     except ValueError:  # how Python reports EPERM here; only a hard limit of 0 is below 1
         if core_pattern.read_bytes().startswith(b"|"):
@@ -70,7 +73,9 @@ def die_with_parent(parent: int) -> None:
     Args:
         parent: process id of the parent, taken before the fork.
     """
+    # refusal: test_confined_child_dies_with_its_parent_although_it_changed_its_user
     _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # refusal: test_child_of_a_parent_that_died_before_the_call_kills_itself
     if os.getppid() != parent:  # it died before the call above, so no signal will come
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -91,27 +96,34 @@ def confine_child(uid: int | None, gid: int | None, parent: int, kept: Collectio
         OSError: the kernel refused a step.
     """
     os.umask(0o077)
-    _close_descriptors_except(kept)
+    # refusal: test_confined_child_holds_exactly_the_kept_descriptors
+    close_descriptors_except(kept)
     forbid_core()
     _drop_privileges(uid, gid)
+    # refusal: test_confined_child_dies_with_its_parent_although_it_changed_its_user
     die_with_parent(parent)
 
 
 def _drop_privileges(uid: int | None, gid: int | None) -> None:
     for capability in range(_CAPABILITY_BITS):
         try:
+            # refusal: test_confined_child_is_another_user_without_groups_and_has_no_capability_in_any_set
             _prctl(_PR_CAPBSET_DROP, capability)
         except OSError:
             # EINVAL: the kernel's last capability was the one before. EPERM: we lack CAP_SETPCAP and the bounding set stays;
             # it limits only what an exec may gain, and with no_new_privs below an exec gains nothing.
             break
     if gid is not None:
+        # refusal: test_confined_child_is_another_user_without_groups_and_has_no_capability_in_any_set
         os.setgroups([])
+        # refusal: test_confined_child_is_another_user_without_groups_and_has_no_capability_in_any_set
         os.setresgid(gid, gid, gid)
     if uid is not None:
+        # refusal: test_confined_child_is_another_user_without_groups_and_has_no_capability_in_any_set
         os.setresuid(uid, uid, uid)
     # Needed when the user stays the same. An empty inheritable set empties the ambient set too: capabilities(7), "Ambient".
     header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
+    # refusal: test_confined_child_that_keeps_its_user_has_no_capabilities_either
     if _LIBC.capset(header, (ctypes.c_uint32 * 6)()) != 0:
         raise OSError(ctypes.get_errno(), "capset")
     _forbid_new_privileges()
@@ -119,10 +131,12 @@ def _drop_privileges(uid: int | None, gid: int | None) -> None:
 
 def _forbid_new_privileges() -> None:
     """Set-id bits and file capabilities have no effect below this process any more."""
+    # refusal: test_confined_child_that_keeps_its_user_has_no_capabilities_either
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
-def _close_descriptors_except(kept: Collection[int]) -> None:
+def close_descriptors_except(kept: Collection[int]) -> None:
+    """Close every descriptor of this process but these."""
     first = 0
     for descriptor in sorted(kept):
         _close_range(first, descriptor - 1)

@@ -57,6 +57,7 @@ def parse_initdata(document: bytes, source: Ident) -> Initdata:
     Raises:
         InitdataError: it cannot be used; never with a value of it.
     """
+    # refusal: test_every_defect_of_a_document_has_its_name
     if len(document) > MAX_DOCUMENT_BYTES:
         raise InitdataError(source, InitdataProblem.TOO_LARGE)
     import hashlib  # only where there is a document
@@ -68,12 +69,15 @@ def parse_initdata(document: bytes, source: Ident) -> Initdata:
         raise InitdataError(source, InitdataProblem.NOT_UTF8) from None  # the exception holds the document
     except (RecursionError, ValueError):  # ValueError: TOMLDecodeError, or an integer of thousands of digits
         raise InitdataError(source, InitdataProblem.NOT_TOML) from None
+    # refusal: test_every_defect_of_a_document_has_its_name
     if tree.get("version") != _VERSION:
         raise InitdataError(source, InitdataProblem.VERSION)
     algorithm = tree.get("algorithm")
+    # refusal: test_every_defect_of_a_document_has_its_name
     if algorithm not in _ALGORITHMS:
         raise InitdataError(source, InitdataProblem.ALGORITHM)
     entries = tree.get("data")
+    # refusal: test_every_defect_of_a_document_has_its_name
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
         raise InitdataError(source, InitdataProblem.DATA)
     return Initdata(hashlib.new(algorithm, document).digest(), entries)
@@ -110,6 +114,7 @@ def find_device(root: Path = Path("/")) -> bytes | None:
     found = None
     for name in filter(_WHOLE_DISK.fullmatch, names):
         document = read_device(root / "dev" / name)
+        # refusal: test_two_documents_are_a_conflict
         if found is not None and document is not None and document != found:
             raise ConfigConflictError(DEVICE, DEVICE)
         found = document if found is None else found
@@ -183,6 +188,7 @@ def _gunzip(compressed: bytes) -> bytes:
     if len(document) > MAX_DOCUMENT_BYTES:
         raise InitdataError(DEVICE, InitdataProblem.TOO_LARGE)
     # Go's reader goes on with a second member and Rust's GzDecoder does not: there must be none.
+    # refusal: test_every_defect_of_a_device_has_its_name
     if not stream.eof or stream.unused_data:
         raise InitdataError(DEVICE, InitdataProblem.GZIP)
     return document

@@ -28,6 +28,7 @@ _MOUNT_ATTR_NOSUID = 0x2
 _MOUNT_ATTR_NODEV = 0x4
 _MOUNT_ATTR_NOEXEC = 0x8
 _MOVE_MOUNT_F_EMPTY_PATH = 0x4
+_MS_BIND = 0x1000
 _MS_REC = 0x4000
 _MS_PRIVATE = 1 << 18
 _MNT_DETACH = 2
@@ -132,6 +133,16 @@ def mount(kind: str, target: str, flags: int, options: str) -> None:
     """
     source, where, data = (ctypes.c_char_p(os.fsencode(text)) for text in (kind, target, options))
     _check(_LIBC.mount(source, where, source, ctypes.c_ulong(flags), data))
+
+
+def bind(source: str, target: str) -> None:
+    """Show the directory `source` at the directory `target` too, under the flags of its own mount.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    what, where = (ctypes.c_char_p(os.fsencode(path)) for path in (source, target))
+    _check(_LIBC.mount(what, where, None, ctypes.c_ulong(_MS_BIND), None))
 
 
 def detach(target: str) -> None:

@@ -84,7 +84,7 @@ def _mount(kind: str, target: str, flags: int, options: str) -> None:
         mounts.mount(kind, target, flags, options)
     except OSError as error:
         if error.errno != errno.EBUSY:  # mounted before
-            raise GuestInitError(GuestPart.MOUNT, Ident(target), error.errno or 0) from error
+            raise GuestInitError(GuestPart.MOUNT, Ident(target.lstrip("/")), error.errno or 0) from error
 
 
 def _open_console() -> None:

@@ -3,7 +3,7 @@
 gRPC tells a refused connection, a foreign CA, a wrong name and an expired certificate apart in prose only (grpcio 1.85:
 all are UNAVAILABLE, measured). So an unavailable endpoint is asked once more with a plain TLS handshake under the same
 CA and name: deterministic answers where the cause is still there, and a retryable one where it is gone.
-Imported only when a call failed.
+`doctor` asks the same way. Imported only when a call failed.
 """
 
 import asyncio
@@ -21,7 +21,9 @@ from agent.errors import (
     BrokerFailureError,
     BrokerIdentityError,
     BrokerUnreachableError,
+    DenialReason,
     IdentityProblem,
+    KeyReleaseDeniedError,
     ProtocolProblem,
     RemoteProtocolError,
     Unreachable,
@@ -29,8 +31,13 @@ from agent.errors import (
 from agent.handshake import grpc_status
 
 # OpenSSL x509_vfy.h, X509_V_ERR_…
-_VALIDITY_ERRORS = (9, 10)  # CERT_NOT_YET_VALID, CERT_HAS_EXPIRED
-_NAME_ERRORS = (62, 64)  # HOSTNAME_MISMATCH, IP_ADDRESS_MISMATCH
+_PROBLEMS = {
+    9: IdentityProblem.NOT_YET_VALID,  # CERT_NOT_YET_VALID
+    10: IdentityProblem.EXPIRED,  # CERT_HAS_EXPIRED
+    62: IdentityProblem.NAME,  # HOSTNAME_MISMATCH
+    64: IdentityProblem.NAME,  # IP_ADDRESS_MISMATCH
+}
+_UNSPECIFIED = Ident("unspecified")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +63,19 @@ async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout
     trailing: Any = exc.trailing_metadata() or ()  # pairs; the stubs say otherwise
     details = next((value for key, value in trailing if key == grpc_status.DETAILS_KEY), None)
     failure = grpc_status.parse_failure(details, status) if isinstance(details, bytes) else None
-    overloaded = code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
-    if failure is not None and overloaded and failure.retry_after_s is not None:
-        return BrokerUnreachableError(Unreachable.OVERLOADED), failure.retry_after_s
+    wait_s = 0.0
 
     error: AgentError
     match code:
+        case grpc.StatusCode.RESOURCE_EXHAUSTED if failure is not None and failure.retry_after_s is not None:
+            error, wait_s = BrokerUnreachableError(Unreachable.OVERLOADED), failure.retry_after_s
+        case grpc.StatusCode.UNAVAILABLE if failure is not None:
+            # Somebody behind the measured name says what is wrong: too many guests, or a part of the broker that is down.
+            overloaded = failure.reason == grpc_status.OVERLOADED
+            error = BrokerUnreachableError(Unreachable.OVERLOADED) if overloaded else BrokerFailureError(status, failure.reason)
+            wait_s = failure.retry_after_s or 0.0
+        case grpc.StatusCode.PERMISSION_DENIED:
+            error = _denied(failure)
         case grpc.StatusCode.UNAVAILABLE:
             error = await _look_again(peer, timeout_s)
         case grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -73,37 +87,51 @@ async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout
         case grpc.StatusCode.UNIMPLEMENTED if failure is None:  # a gRPC server, but no key broker of this version
             error = RemoteProtocolError(ProtocolProblem.VERSION, state)
         case _:
-            error = BrokerFailureError(status, failure.reason if failure else Ident("unspecified"))
-    return error, 0.0
+            error = BrokerFailureError(status, failure.reason if failure else _UNSPECIFIED)
+    return error, wait_s
+
+
+def _denied(failure: grpc_status.Failure | None) -> KeyReleaseDeniedError:
+    """Final in whatever words: a gateway that stands in for the broker, or a broker of another make, has its own."""
+    if failure is not None and (denial := failure.denial) is not None:
+        return KeyReleaseDeniedError(denial.reason, denial.claim, denial.reference_value_id, denial.policy_version)
+    word = failure.reason if failure is not None else _UNSPECIFIED
+    return KeyReleaseDeniedError(DenialReason.UNSPECIFIED, word, None, _UNSPECIFIED)
 
 
 async def _look_again(peer: Peer, timeout_s: float) -> AgentError:
+    try:
+        await check_peer(peer, timeout_s)
+    except AgentError as error:
+        return error
+    return BrokerUnreachableError(Unreachable.RESET)  # it answers now: the cause is gone
+
+
+async def check_peer(peer: Peer, timeout_s: float) -> None:
+    """Connect, and let whoever answers prove the measured identity; nothing else is said.
+
+    Raises:
+        BrokerUnreachableError: nobody answers within `timeout_s`.
+        BrokerIdentityError: somebody else does.
+    """
     host, _, port = peer.endpoint.rpartition(":")
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # as gRPC: the measured CA need not be self-signed
     context.set_alpn_protocols(["h2"])
-    error: AgentError = BrokerUnreachableError(Unreachable.RESET)  # it answers now: the cause is gone
     try:
         context.load_verify_locations(cadata=peer.ca_pem)
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host.strip("[]"), port, ssl=context, server_hostname=peer.server_name)
         writer.transport.abort()
     except ssl.SSLCertVerificationError as exc:
-        error = BrokerIdentityError(_problem(exc.verify_code))
+        raise BrokerIdentityError(_PROBLEMS.get(exc.verify_code, IdentityProblem.CHAIN)) from None
     except (ssl.SSLEOFError, ConnectionResetError):
-        error = BrokerUnreachableError(Unreachable.RESET)
+        raise BrokerUnreachableError(Unreachable.RESET) from None
     except ssl.SSLError:
-        error = BrokerIdentityError(IdentityProblem.TLS)
+        raise BrokerIdentityError(IdentityProblem.TLS) from None
     except ConnectionRefusedError:
-        error = BrokerUnreachableError(Unreachable.REFUSED)
+        raise BrokerUnreachableError(Unreachable.REFUSED) from None
     except socket.gaierror:
-        error = BrokerUnreachableError(Unreachable.NAME)
+        raise BrokerUnreachableError(Unreachable.NAME) from None
     except OSError:  # TimeoutError, no route
-        error = BrokerUnreachableError(Unreachable.TIMEOUT)
-    return error
-
-
-def _problem(verify_code: int) -> IdentityProblem:
-    if verify_code in _VALIDITY_ERRORS:
-        return IdentityProblem.VALIDITY
-    return IdentityProblem.NAME if verify_code in _NAME_ERRORS else IdentityProblem.CHAIN
+        raise BrokerUnreachableError(Unreachable.TIMEOUT) from None

@@ -178,8 +178,10 @@ class Handshake:
         """
         state = self._state
         self._state = State.FAILED  # whatever raises below leaves it there
+        # refusal: test_a_message_out_of_order_is_a_protocol_error_and_sticks
         if (state, type(event)) not in _NEXT:
             self._out_of_order(state, event)
+        # refusal: test_an_answer_to_another_request_is_a_protocol_error_and_sticks
         if isinstance(event, Message) and event.request_id != self._hello.request_id:
             raise RemoteProtocolError(ProtocolProblem.REQUEST_ID, Ident(state.value))
         action = self._accept(state, event, now)
@@ -187,6 +189,7 @@ class Handshake:
         return action
 
     def _out_of_order(self, state: State, event: Event) -> NoReturn:
+        # refusal: test_a_message_out_of_order_is_a_protocol_error_and_sticks
         if isinstance(event, Message | Closed):
             raise RemoteProtocolError(ProtocolProblem.UNEXPECTED_MESSAGE, Ident(state.value))
         raise RuntimeError(f"{type(event).__name__} fed in state {state.value}")
@@ -202,6 +205,7 @@ class Handshake:
             case Accepted():
                 return self._verified(event, now)
             case Denied():
+                # refusal: test_a_denial_carries_the_closed_reason_and_sticks
                 raise KeyReleaseDeniedError(event.reason, event.claim, event.reference_value_id, event.policy_version)
             case KeyResponse():
                 return Done(SealedKey(event.jwe, event.key_id, event.key_version))
@@ -209,8 +213,10 @@ class Handshake:
                 if state is State.AWAIT_EVIDENCE:
                     self._nonce = None
                     return SendHello(self._hello)
+                # refusal: test_an_answer_that_does_not_come_is_retryable_and_sticks
                 raise BrokerUnreachableError(Unreachable.TIMEOUT)
             case Closed():
+                # refusal: test_a_stream_that_ends_too_early_is_a_protocol_error
                 raise RemoteProtocolError(ProtocolProblem.CLOSED, Ident(state.value))
             case _:
                 assert_never(event)
@@ -225,6 +231,7 @@ class Handshake:
             key_uri=self._hello.key_uri,
             now=now,
         )
+        # refusal: test_a_simulated_verdict_counts_only_where_it_is_allowed
         if claims.simulated and not self._trust.allow_simulation:
             raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
         verdict = Verdict(self._hello.request_id, accepted.token, claims, accepted.reference_value_ids)

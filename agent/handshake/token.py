@@ -36,6 +36,7 @@ def parse_token_key(pem: str) -> ec.EllipticCurvePublicKey:
         key = serialization.load_pem_public_key(pem.encode())
     except (ValueError, UnsupportedAlgorithm) as exc:
         raise ValueError("not a PEM public key") from exc
+    # refusal: test_only_p256_public_keys_can_be_pinned
     if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise ValueError("not a P-256 key")
     return key
@@ -64,10 +65,13 @@ def verify_token(
         TokenError: names the check that does not hold.
     """
     claims = read_token(token, keys, now)
+    # refusal: test_a_token_of_another_handshake_is_refused
     if claims.nonce != nonce:
         raise TokenError(TokenCheck.NONCE)
+    # refusal: test_a_token_of_another_handshake_is_refused
     if claims.tee_pubkey != tee_pubkey:
         raise TokenError(TokenCheck.TEE_PUBKEY)
+    # refusal: test_a_token_of_another_handshake_is_refused
     if claims.key_uri != key_uri:
         raise TokenError(TokenCheck.KEY_URI)
     return claims
@@ -86,6 +90,7 @@ def read_token(token: str, keys: tuple[ec.EllipticCurvePublicKey, ...], now: int
     """
     # 1. Three canonical base64url parts of bounded size.
     try:
+        # refusal: test_what_is_no_compact_jws_is_a_format_error
         if len(token) > MAX_TOKEN_BYTES:
             raise ValueError
         signed, _, signature_part = token.rpartition(".")
@@ -96,12 +101,14 @@ def read_token(token: str, keys: tuple[ec.EllipticCurvePublicKey, ...], now: int
         raise TokenError(TokenCheck.FORMAT) from None
 
     # 2. One algorithm, and no member that could bring a key or change the meaning of the rest.
+    # refusal: test_a_header_that_is_not_exactly_ours_is_an_algorithm_error
     if header != {"alg": "ES256", "typ": "JWT"}:
         raise TokenError(TokenCheck.ALGORITHM)
 
     # 3. Signed by an authority key. Nothing in the payload is read before this.
     if not keys:
         raise RuntimeError("no authority keys: the configuration must not get this far")
+    # refusal: test_a_stranger_signs_in_vain
     if not any(_signed_by(key, signed.encode("ascii"), signature) for key in keys):
         raise TokenError(TokenCheck.SIGNATURE)
 
@@ -109,8 +116,10 @@ def read_token(token: str, keys: tuple[ec.EllipticCurvePublicKey, ...], now: int
     claims, not_before = _parse_claims(payload)
 
     # 5. Of now.
+    # refusal: test_expiry_has_no_leeway
     if now >= claims.expires_at:
         raise TokenError(TokenCheck.EXPIRED)
+    # refusal: test_a_clock_ahead_of_ours_has_sixty_seconds
     if max(claims.issued_at, not_before) > now + CLOCK_SKEW_S:
         raise TokenError(TokenCheck.NOT_YET_VALID)
     return claims
@@ -132,9 +141,11 @@ def _parse_claims(payload: bytes) -> tuple[TokenClaims, int]:
     try:
         members = parse_object(payload, MAX_TOKEN_BYTES)
         jwk = members.get("tee-pubkey")
+        # refusal: test_a_claim_that_is_not_exactly_ours_is_a_claims_error
         if not _REQUIRED <= members.keys() <= _REQUIRED | _OPTIONAL or not isinstance(jwk, dict):
             raise ValueError
         tee_pubkey, nonce = parse_point(jwk), parse_b64(string(members, "nonce"))
+        # refusal: test_a_claim_that_is_not_exactly_ours_is_a_claims_error
         if members["iss"] != ISSUER or jwk != pack_jwk(tee_pubkey) or len(nonce) != NONCE_BYTES:
             raise ValueError
         claims = TokenClaims(

@@ -36,12 +36,14 @@ class Placement:
         model_dir: path of the directory; None when the model is a memfd.
         scratch: a writable, executable directory for caches, owned by the server's user.
         descriptors: kept open across exec under the same numbers, all above 2 (the memfd behind `/proc/self/fd/N`).
+        private_mounts: we may mount, so each start of the server gets a /tmp and a /dev/shm that nobody else sees.
     """
 
     model: str
     model_dir: str | None
     scratch: str
     descriptors: tuple[int, ...] = ()
+    private_mounts: bool = False
 
     def __post_init__(self) -> None:
         if any(descriptor <= 2 for descriptor in self.descriptors):
@@ -77,14 +79,14 @@ class ServerPlan:
         uid, gid: who the server runs as, without supplementary groups. None = whoever the agent is, which then must not
             be root; 0 = root on purpose, without capabilities.
         health_codes: statuses of GET `health_path` that mean healthy.
-        models_path: must answer a health code too and, with a `model_id`, list it among `data[].id`. None = not asked.
+        models_path: must answer a health code too and, with a `model_id`, name it: `data[].id` or `name`. None = not asked.
         probe: the first request, or None.
         authorization: value of the Authorization header of every question, or None.
         ready_timeout_s: from each start to ready.
         stop_timeout_s: from SIGTERM to SIGKILL.
         max_restarts: within any `restart_window_s`.
         scratch_max_bytes: size of the scratch tmpfs.
-        egress: TCP ports it may connect to, on any address, the loopback included.
+        egress: TCP ports it may connect to, on any address, the loopback included; 0 for all that the kernel gives out.
     """
 
     argv: tuple[str, ...]
@@ -132,7 +134,7 @@ class ServerPlan:
             "max_restarts": self.max_restarts >= 0,
             "restart_window_s": self.restart_window_s >= 1,
             "scratch_max_bytes": self.scratch_max_bytes >= 1,
-            "egress": all(1 <= port <= 65535 for port in self.egress),
+            "egress": all(0 <= port <= 65535 for port in self.egress),
         }
         for field, good in checks.items():
             if not good:

@@ -4,6 +4,10 @@ Owns the table of presets and the one way from configuration to `ServerPlan`. A 
 the real server; everything else is `custom`, which assumes the OpenAI paths. Runs nothing.
 Contracts measured with llama-server (llama.cpp, 2026-10): refused, then 503 while loading, then 200 on `/health`;
 `/v1/models` lists the alias; with an API key `/health` and `/v1/models` stay open and everything else answers 401.
+vLLM 0.32 and Triton 2.51: `tests/test_heavy_servers.py` boots both, `tests/transcripts/` has what they answered. Both refuse
+until the model is loaded. `/health` of vLLM answers 200 over an engine that dies on its first request, and so do
+`/v2/health/ready` and `/v2/models/M/ready` of Triton over a backend process: the one request finds it. A Triton that is not
+ready answers 400, and `/v2/models/M` 404 until a version of M is ready, also with `--strict-readiness=false`.
 """
 
 import enum
@@ -11,6 +15,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem
@@ -34,6 +39,8 @@ class Preset:
         embedding_arguments: added to `command` for a model that is probed with an embedding.
         environment: beside `_ENVIRONMENT`.
         api_key_variable: the variable in which the server takes an API key; the probe then shows that key.
+        models_path: names the models that are served; `{model_id}` in this and the other paths is the configured id.
+        embedding_path: None: the server has no request for embeddings that fits every model.
         probe: used when the configuration names none.
     """
 
@@ -42,8 +49,10 @@ class Preset:
     environment: Mapping[str, str]
     api_key_variable: str | None
     health_path: str | None
+    models_path: str
     completion_path: str
     completion: Mapping[str, object]
+    embedding_path: str | None
     probe: ProbeKind
 
 
@@ -72,8 +81,43 @@ PRESETS: Mapping[str, Preset] = {
         },
         api_key_variable="LLAMA_API_KEY",
         health_path="/health",
+        models_path="/v1/models",
         completion_path="/completion",
         completion={"prompt": "ready", "n_predict": 1},
+        embedding_path="/v1/embeddings",
+        probe=ProbeKind.COMPLETION,
+    ),
+    "vllm": Preset(
+        command=("vllm", "serve", "{model_dir}", "--host", "{host}", "--port", "{port}", "--served-model-name", "{model_id}"),
+        embedding_arguments=("--runner", "pooling"),
+        environment={
+            "VLLM_NO_USAGE_STATS": "1",
+            # Processes of one server meet on the loopback, not on an address that the network can reach.
+            "VLLM_HOST_IP": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo",
+        },
+        api_key_variable="VLLM_API_KEY",
+        health_path="/health",
+        models_path="/v1/models",
+        completion_path="/v1/completions",
+        completion={"prompt": "ready", "max_tokens": 1},
+        embedding_path="/v1/embeddings",
+        probe=ProbeKind.COMPLETION,
+    ),
+    "triton": Preset(
+        # One port: gRPC would listen on every address, whatever the host.
+        command=(
+            *("tritonserver", "--model-repository", "{model_dir}", "--http-address", "{host}", "--http-port", "{port}"),
+            *("--allow-grpc", "false", "--allow-metrics", "false"),
+        ),
+        embedding_arguments=(),
+        environment={},
+        api_key_variable=None,
+        health_path="/v2/health/ready",
+        models_path="/v2/models/{model_id}",
+        completion_path="/v2/models/{model_id}/generate",
+        completion={"text_input": "ready", "max_tokens": 1},
+        embedding_path=None,
         probe=ProbeKind.COMPLETION,
     ),
     "custom": Preset(
@@ -82,8 +126,10 @@ PRESETS: Mapping[str, Preset] = {
         environment={},
         api_key_variable=None,
         health_path=None,
+        models_path="/v1/models",
         completion_path="/v1/completions",
         completion={"prompt": "ready", "max_tokens": 1},
+        embedding_path="/v1/embeddings",
         probe=ProbeKind.NONE,
     ),
 }
@@ -135,7 +181,7 @@ def server_plan(
             gid=gid,
             health_path=path,
             health_codes=frozenset({200}),
-            models_path=None if model_id is None else "/v1/models",
+            models_path=None if model_id is None else _path(preset.models_path, model_id),
             model_id=model_id,
             probe=_probe_request(preset, kind, model_id),
             # llama-server takes several keys, separated by commas; any of them will do.
@@ -165,10 +211,23 @@ def command_digest(argv: tuple[str, ...]) -> str:
 def _probe_request(preset: Preset, kind: ProbeKind, model_id: str | None) -> ProbeRequest | None:
     if kind is ProbeKind.NONE:
         return None
-    model = {} if model_id is None else {"model": model_id}
-    embedding: Mapping[str, object] = {"input": "ready"}
-    path, body = ("/v1/embeddings", embedding) if kind is ProbeKind.EMBEDDING else (preset.completion_path, preset.completion)
-    return ProbeRequest(path, json.dumps({**body, **model}), frozenset({200}))
+    body: Mapping[str, object] = {"input": "ready"}
+    path = preset.embedding_path
+    if kind is ProbeKind.COMPLETION:
+        path, body = preset.completion_path, preset.completion
+    if path is None:
+        raise _error(ConfigProblem.BAD_VALUE, "probe")
+    if "{model_id}" not in path and model_id is not None:
+        body = {**body, "model": model_id}
+    return ProbeRequest(_path(path, model_id), json.dumps(body), frozenset({200}))
+
+
+def _path(path: str, model_id: str | None) -> str:
+    if "{model_id}" not in path:
+        return path
+    if model_id is None:
+        raise _error(ConfigProblem.MISSING_KEY, "model_id")
+    return path.replace("{model_id}", quote(model_id, safe=""))
 
 
 def _error(problem: ConfigProblem, key: str) -> ConfigError:

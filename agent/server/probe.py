@@ -77,6 +77,7 @@ def start_probe(plan: ServerPlan) -> Probe:
         null = os.open(os.devnull, os.O_RDWR)
         for standard in (0, 1, 2):
             os.dup2(null, standard)
+        # refusal: test_probe_has_no_more_rights_than_the_server_and_no_descriptor_of_the_agent
         hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report})
         told, pause_s = None, FIRST_PAUSE_S
         while (reason := _why_not_ready(plan)) is not None:
@@ -101,6 +102,7 @@ def _why_not_ready(plan: ServerPlan) -> Unready | None:
     owners = _listeners(plan.port)
     if not owners:
         return Unready.NO_ANSWER
+    # refusal: test_somebody_else_on_the_port_is_asked_nothing
     if not owners <= {os.geteuid(), 0}:
         return Unready.FOREIGN_PORT
     # 2. It speaks HTTP, and says that it is healthy.
@@ -114,7 +116,7 @@ def _why_not_ready(plan: ServerPlan) -> Unready | None:
         answer = _ask(plan, plan.models_path, None, QUESTION_TIMEOUT_S)
         if answer is None or answer[0] not in plan.health_codes:
             return Unready.MODEL
-        if plan.model_id is not None and plan.model_id not in _listed_models(answer[1]):
+        if plan.model_id is not None and plan.model_id not in _named_models(answer[1]):
             return Unready.MODEL
     # 4. It survives and answers a request: a server can be healthy until its first one.
     if plan.probe is not None:
@@ -137,14 +139,16 @@ def _listeners(port: int, tables: tuple[str, ...] = ("/proc/net/tcp", "/proc/net
     return owners
 
 
-def _listed_models(body: bytes) -> list[object]:
-    """`data[].id` of an OpenAI model list; nothing when it is not one."""
+def _named_models(body: bytes) -> list[object]:
+    """`data[].id` of an OpenAI model list, or `name` of a KServe V2 model; nothing when it is neither."""
     try:
-        listing = json.loads(body)
+        answer = json.loads(body)
     except (ValueError, RecursionError):
         return []
-    data = listing.get("data") if isinstance(listing, dict) else None
-    return [item.get("id") for item in data if isinstance(item, dict)] if isinstance(data, list) else []
+    if not isinstance(answer, dict):
+        return []
+    data = answer.get("data")
+    return [item.get("id") for item in data if isinstance(item, dict)] if isinstance(data, list) else [answer.get("name")]
 
 
 def _ask(plan: ServerPlan, path: str, body: str | None, timeout_s: float) -> tuple[int, bytes] | None:

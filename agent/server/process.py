@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection
 from contextlib import ExitStack
 
 from agent.errors import ServerStartError, ServerStuckError
-from agent.guest import hardening, landlock
+from agent.guest import hardening, landlock, mounts
 from agent.server import Output, Placement, ServerPlan
 from agent.server.policy import Exited
 
@@ -25,6 +25,9 @@ RING_BYTES = 64 << 10
 _DRAIN_BYTES = 1 << 20
 _RESCAN_S = 0.1
 _FAILED_IN_CHILD = 127
+_TEMPORARY = "/tmp"  # noqa: S108  # where the server's own folder is shown
+_SHARED_MEMORY = "/dev/shm"  # noqa: S108  # where the server's own is mounted
+_IGNORED_BY_PYTHON = (signal.SIGPIPE, signal.SIGXFSZ)
 
 
 class OutputRing:
@@ -144,11 +147,12 @@ def spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
 
     It runs in a session of its own with everything `hardening.confine_child` takes away, in `/`, with default signals, the
     plan's environment and nothing else, the named descriptors and nothing else, in a domain of `landlock.confine` where the
-    kernel has Landlock. The kernel kills it when this process dies.
+    kernel has Landlock, with a /tmp and a /dev/shm of its own where we may mount. The kernel kills it when this process dies.
 
     Raises:
         ServerStartError: with the errno of the first step that failed, from pipe(2) to execve(2); nothing is left of it.
     """
+    # refusal: test_server_that_would_be_root_by_omission_is_a_bug
     if os.geteuid() == 0 and plan.uid is None:
         raise RuntimeError("a server must not be root by omission")
     try:
@@ -184,10 +188,16 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
                         os.dup2(output_end, 2)
                     for descriptor in place.descriptors:
                         os.set_inheritable(descriptor, True)
+                    if place.private_mounts:
+                        _own_places(place, (*argv, *environment.values(), place.model_dir or ""))
+                    # refusal: test_descriptors_are_stdio_and_exactly_the_named_ones
                     hardening.confine_child(plan.uid, plan.gid, parent, {0, 1, 2, report_end, *place.descriptors})
                     if abi:
+                        # refusal: test_guest_landlock.py::test_a_server_writes_in_its_scratch_folder_and_nowhere_else
                         landlock.confine(abi, place.scratch, place.model_dir, plan.egress)
                     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+                    for number in _IGNORED_BY_PYTHON:  # other programs expect the default, and an ignored signal stays so
+                        signal.signal(number, signal.SIG_DFL)
                     os.execvpe(argv[0], argv, environment)
                 except OSError as error:
                     code = error.errno or 0
@@ -209,11 +219,31 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
     return ServerProcess(pid, pidfd, output, started_at, abi)
 
 
+def _own_places(place: Placement, texts: Collection[str]) -> None:
+    """Let /tmp be the scratch folder and /dev/shm a new, empty one, for this process and what it starts, until the last ends.
+
+    Some servers use no other places, whatever TMPDIR says. What they leave there can hold prompts, and others could read it.
+    A place stays as it is when an argument, a variable or the model is a path in it.
+    """
+    mounts.enter_private_mount_namespace()
+    if _may_cover(_TEMPORARY, texts):
+        mounts.bind(place.scratch, _TEMPORARY)
+    if _may_cover(_SHARED_MEMORY, texts):
+        size = os.statvfs(_SHARED_MEMORY)
+        made = mounts.detached_tmpfs(size.f_blocks * size.f_frsize, 0, 0o1777, huge_pages=False)
+        mounts.attach(made.fd, _SHARED_MEMORY)
+        os.close(made.fd)
+
+
+def _may_cover(target: str, texts: Collection[str]) -> bool:
+    return os.path.isdir(target) and not any(f"{target}/" in text for text in texts)
+
+
 def fork(inside: Callable[[int], None]) -> int:
     """Fork a child that runs `inside(our process id)` and then ends, whatever happens, with status 127.
 
-    In the child all signals have their default action from the first moment: no handler of ours runs there. Its signal mask
-    is ours.
+    In the child all signals have their default action from the first moment, but for the two that Python ignores: no handler
+    of ours runs there, and a peer that hangs up is an OSError and not the end of the child. Its signal mask is ours.
 
     Returns:
         The child's process id.
@@ -224,7 +254,7 @@ def fork(inside: Callable[[int], None]) -> int:
         pid = os.fork()
         if pid == 0:
             try:
-                for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
+                for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, *_IGNORED_BY_PYTHON}:
                     signal.signal(number, signal.SIG_DFL)
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
                 inside(parent)

@@ -220,6 +220,7 @@ def create_silicon(directory: Path, gpus: int = 8) -> None:
 
 def refuse_on_real_tee(root: Path = Path("/")) -> None:
     """Raises SimulationRefusedError when a TEE device of the real kind exists below `root`."""
+    # refusal: test_simulation_is_refused_where_a_real_tee_exists
     if any((root / path).exists() for path in REAL_TEE_PATHS):
         raise SimulationRefusedError(SimulationRefusal.REAL_TEE_PRESENT)
 

@@ -97,6 +97,7 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     leaf, brom = chain.certificates[:2]
 
     # 2.
+    # refusal: test_another_nonce_does_not_verify
     if report.requester_nonce != nonce:
         raise _failed(EvidenceCheck.NONCE)
 
@@ -104,25 +105,30 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     extra_root = _verify_chain(chain, roots, now)
 
     # 4.
+    # refusal: test_one_flipped_bit_breaks_the_signature
     verify_report_signature(report, chain)
 
     # 5. Drivers before 550 do not report the field; from 550 on its absence is a failure, never a reason to skip.
     driver_version = report.driver_version
+    # refusal: test_a_report_without_its_versions_is_malformed
     if driver_version is None:
         raise _malformed_report("driver-version")
     if report.fwid is not None:
+        # refusal: test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify
         if report.fwid != _fwid_of_certificate(leaf):
             raise _failed(EvidenceCheck.FWID)
+    # refusal: test_a_driver_that_must_report_its_firmware_and_does_not_fails
     elif _major(driver_version) >= _FIRST_DRIVER_WITH_FWID:
         raise _failed(EvidenceCheck.FWID)
 
     # 6.
     vbios_version = report.vbios_version
+    # refusal: test_a_report_without_its_versions_is_malformed
     if vbios_version is None:
         raise _malformed_report("vbios-version")
     hwmodel = _common_name(brom)
-    arch = _ARCH_OF_CHIP.get(hwmodel[:2])
-    if arch is None or arch != evidence.arch:
+    # refusal: test_the_architecture_is_the_one_of_the_certificate
+    if _ARCH_OF_CHIP.get(hwmodel[:2]) != evidence.arch:
         raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
 
     return GpuClaims(
@@ -131,7 +137,7 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
         leaf_key_sha256=chain.leaf_key_sha256,
         ueid=str(leaf.serial_number),
         hwmodel=hwmodel,
-        arch=arch,
+        arch=evidence.arch,
         feature_flag=report.feature_flag,
         simulated=extra_root and "SIMULATED" in _common_name(chain.certificates[-1]),
     )
@@ -145,6 +151,7 @@ def parse_chain(chain: bytes) -> GpuChain:
     Raises:
         MalformedEvidenceError: it is not five certificates with keys on P-384.
     """
+    # refusal: test_a_chain_is_five_certificates
     if len(chain) > MAX_CHAIN_BYTES:
         raise _malformed_chain("length", len(chain), MAX_CHAIN_BYTES)
     try:
@@ -152,9 +159,11 @@ def parse_chain(chain: bytes) -> GpuChain:
         keys = [certificate.public_key() for certificate in certificates]
     except UNREADABLE as exc:
         raise _malformed_chain("certificate") from exc
+    # refusal: test_a_chain_is_five_certificates
     if len(certificates) != CHAIN_CERTIFICATES:
         raise _malformed_chain("number-of-certificates", len(certificates), CHAIN_CERTIFICATES)
     leaf_key = keys[0]
+    # refusal: test_every_key_is_on_p384
     if not all(isinstance(key, ec.EllipticCurvePublicKey) and isinstance(key.curve, ec.SECP384R1) for key in keys):
         raise _malformed_chain("public-key")
     assert isinstance(leaf_key, ec.EllipticCurvePublicKey)
@@ -169,6 +178,7 @@ def verify_report_signature(report: GpuReport, chain: GpuChain) -> None:
     """
     r, s = (int.from_bytes(half, "big") for half in (report.signature[:48], report.signature[48:]))
     try:
+        # refusal: test_one_flipped_bit_breaks_the_signature
         chain.leaf_key.verify(encode_dss_signature(r, s), report.signed_bytes, ec.ECDSA(hashes.SHA384()))
     except InvalidSignature as exc:
         raise _failed(EvidenceCheck.REPORT_SIGNATURE) from exc
@@ -179,9 +189,11 @@ def _verify_chain(chain: GpuChain, roots: Sequence[x509.Certificate], now: datet
     certificates = chain.certificates
     root = certificates[-1]
     pinned = fingerprint(root) == NVIDIA_DEVICE_ROOT_SHA256
+    # refusal: test_a_simulated_gpu_is_nothing_to_production
     if not pinned and root not in roots:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
     # The library does not look at the dates of a trust anchor, and does not tell dates from other failures.
+    # refusal: test_certificates_are_checked_at_the_given_time
     if not all(certificate.not_valid_before_utc <= now <= certificate.not_valid_after_utc for certificate in certificates):
         raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY)
     policy = PolicyBuilder().store(Store([root])).time(now).max_chain_depth(CHAIN_CERTIFICATES)
@@ -190,6 +202,7 @@ def _verify_chain(chain: GpuChain, roots: Sequence[x509.Certificate], now: datet
     except (VerificationError, *UNREADABLE) as exc:  # it reads names and extensions only on the way
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN) from exc
     # The path found must be the whole chain: no certificate is along for the ride.
+    # refusal: test_certificates_out_of_order_or_repeated_are_no_chain
     if tuple(verified.chain) != certificates:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
     return not pinned
@@ -242,6 +255,7 @@ def _fwid_of_certificate(leaf: x509.Certificate) -> bytes:
                     return fwids[0].digest
     except UNREADABLE as exc:
         raise _malformed_chain("fwid-extension") from exc
+    # refusal: test_a_leaf_without_a_readable_firmware_identity_is_malformed
     raise _malformed_chain("fwid-extension")
 
 
@@ -250,13 +264,15 @@ def _common_name(certificate: x509.Certificate) -> str:
         names = certificate.subject.get_attributes_for_oid(x509.NameOID.COMMON_NAME)
     except UNREADABLE as exc:
         raise _malformed_chain("subject") from exc
-    if len(names) != 1 or not isinstance(names[0].value, str):
+    # refusal: test_a_boot_rom_that_does_not_have_exactly_one_name_is_malformed
+    if len(names) != 1:
         raise _malformed_chain("subject")
-    return names[0].value
+    return str(names[0].value)  # the library refuses bytes in a common name
 
 
 def _major(driver_version: str) -> int:
     major = re.match(r"([0-9]{1,4})\.", driver_version)
+    # refusal: test_a_report_without_its_versions_is_malformed
     if major is None:
         raise _malformed_report("driver-version")
     return int(major[1])

@@ -84,11 +84,13 @@ def verify_snp(
     report = parse_report(evidence.report)
 
     # 2. Its version names the processor.
+    # refusal: test_a_simulated_version_2_report_is_refused_and_versions_4_and_5_are_not
     if report.version not in ACCEPTED_VERSIONS:
         raise _failed(EvidenceCheck.REPORT_VERSION, EvidenceFormat.SNP_REPORT)
     product = product_of(report)
 
     # 3. It is signed at all: with the chip key masked, or no key chosen, the firmware leaves the signature zero.
+    # refusal: test_an_unsigned_report_is_refused_before_its_signature_is_looked_at
     if report.mask_chip_key or report.signing_key not in _LEAF_NAMES:
         raise _failed(EvidenceCheck.SIGNING_KEY, EvidenceFormat.SNP_REPORT)
 
@@ -100,37 +102,47 @@ def verify_snp(
     root = _first(c for c in (*map(_read, roots), *known) if c.subject == intermediate.issuer and c.fingerprint in trusted)
 
     # 5. The root is that of this processor generation: AMD has one per generation.
+    # refusal: test_a_spoiled_chain_is_refused
     if not root.common_name.endswith(f"-{product.value}"):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
     # 6. Root and intermediate may issue certificates; no certificate says something critical that we do not understand.
+    # refusal: test_a_spoiled_chain_is_refused
     if not (root.may_issue and intermediate.may_issue):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    # refusal: test_a_spoiled_chain_is_refused
     if not root.critical | intermediate.critical | leaf.critical <= _UNDERSTOOD_CRITICAL:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
     # 7. Each is signed by the next, RSASSA-PSS with SHA-384 whatever it declares. The root's signature of itself would
     #    prove nothing: it is trusted by its fingerprint.
+    # refusal: test_a_root_of_the_same_name_with_another_key_is_not_trusted
     _check_issued(intermediate, by=root)
+    # refusal: test_a_spoiled_chain_is_refused
     _check_issued(leaf, by=intermediate)
 
     # 8. All three are valid now.
+    # refusal: test_intermediate_and_root_must_be_valid_too
     if not all(c.not_before <= now <= c.not_after for c in (leaf, intermediate, root)):
         raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY)
 
     # 9. The leaf is for the TCB the report claims: the chip derives its key from it, so an older TCB has another key.
+    # refusal: test_a_turin_chip_needs_a_certificate_for_its_fmc_level
     if leaf.tcb() != report.reported_tcb:
         raise _failed(EvidenceCheck.CERTIFICATE_TCB)
 
     # 10. A VCEK is for this very chip. A VLEK belongs to a cloud provider's fleet and names none.
+    # refusal: test_a_report_of_another_chip_than_the_certificate_is_refused
     if report.signing_key is SigningKey.VCEK and leaf.chip_id() != report.chip_id:
         raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
 
     # 11. The leaf's key signed the report.
+    # refusal: test_a_spoiled_chain_is_refused
     if not isinstance(leaf.key, ec.EllipticCurvePublicKey) or not isinstance(leaf.key.curve, ec.SECP384R1):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
     signature = encode_dss_signature(report.signature_r, report.signature_s)
     try:
+        # refusal: test_a_flipped_signature_bit_is_refused
         leaf.key.verify(signature, evidence.report[:SIGNED_BYTES], ec.ECDSA(SHA384()))
     except InvalidSignature as exc:
         raise _failed(EvidenceCheck.REPORT_SIGNATURE, EvidenceFormat.SNP_REPORT) from exc
@@ -190,6 +202,7 @@ class _Certificate:
         value = self.amd_extensions.get(HWID_EXTENSION, b"")
         if value[:2] in (b"\x04\x40", b"\x04\x08") and len(value) == 2 + value[1]:  # newer ones are a DER OCTET STRING
             value = value[2:]
+        # refusal: test_a_malformed_leaf_extension_is_named
         if len(value) not in (8, 64):
             raise _malformed("hwid_extension", len(value))
         return value.ljust(64, b"\0")
@@ -200,6 +213,7 @@ class _Certificate:
                 return value
             case (2, 2, 0, value) if value >= 0x80:
                 return value
+        # refusal: test_a_malformed_leaf_extension_is_named
         raise _malformed("tcb_extension")
 
 
@@ -235,6 +249,7 @@ def _may_issue(extensions: x509.Extensions) -> bool:
         usage = extensions.get_extension_for_class(x509.KeyUsage).value
     except x509.ExtensionNotFound:
         return False
+    # refusal: test_a_spoiled_chain_is_refused
     return constraints.ca and usage.key_cert_sign
 
 
@@ -251,14 +266,17 @@ def _choose_leaf(report: SnpReport, known: Sequence[_Certificate]) -> _Certifica
 def _first(candidates: Iterable[_Certificate]) -> _Certificate:
     for candidate in candidates:
         return candidate
+    # refusal: test_the_certificate_must_be_of_the_kind_the_report_names
     raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
 
 def _check_issued(certificate: _Certificate, by: _Certificate) -> None:
+    # refusal: test_a_spoiled_chain_is_refused
     if not isinstance(by.key, rsa.RSAPublicKey):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
     signed = certificate.certificate
     try:
+        # refusal: test_a_root_of_the_same_name_with_another_key_is_not_trusted
         by.key.verify(signed.signature, signed.tbs_certificate_bytes, _PSS, SHA384())
     except InvalidSignature as exc:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN) from exc

@@ -43,10 +43,9 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
-    LeaseEndedError,
     MalformedEvidenceError,
 )
-from agent.events import BootStarted, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
+from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import (
     CompositeEvidence,
     Evidence,
@@ -79,6 +78,7 @@ from agent.handshake import (
     grpc_wire,
 )
 from agent.handshake.token import read_token
+from agent.lease import Lease
 from agent.publish import HandedModel
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
@@ -274,7 +274,7 @@ def gpu_certificate(data: bytes) -> None:
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
 
 
-CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, "580.65.06", DIGEST, DIGEST)
+CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 
 
 def additional_evidence(data: bytes) -> None:
@@ -350,7 +350,11 @@ def grpc_failure(data: bytes) -> None:
 
 
 def grpc_failure_seeds() -> list[bytes]:
-    return [grpc_status.pack_failure(grpc_status.Failure(14, Ident("KEY_STORE_UNAVAILABLE"), ID, 1.5))]
+    denial = grpc_status.Denial(DenialReason.CLAIM, Ident("snp.tcb"), Ident("tcb-1"), Ident("7"))
+    return [
+        grpc_status.pack_failure(grpc_status.Failure(14, Ident("KEY_STORE_IO"), ID, 1.5)),
+        grpc_status.pack_failure(grpc_status.Failure(14, Ident("SNP_TCB"), ID, None, denial)),
+    ]
 
 
 def _sign(payload: bytes) -> str:
@@ -604,6 +608,7 @@ def worker_record_seeds() -> list[bytes]:
         BootStarted(Ident("0.1.0"), Ident("guest")),
         StageEnded(Stage.LOAD, 12, 34),
         VerdictAccepted(ID, KEY_URI, Ident("p1"), True, None),
+        LeaseRenewed(60, Ident("2026-11-26T12:01:00Z")),
         ConfigError(ConfigProblem.NOT_TOML, None, 3),
         MalformedEvidenceError(EvidenceFormat.SNP_REPORT, Ident("length"), 1, 1184),
     )
@@ -635,14 +640,13 @@ PLAN = ServerPlan(
 
 def handed_model(data: bytes) -> None:
     model = HandedModel.of(json.loads(data), (7,))
-    assert HandedModel.of(model.record(), (7,)).plan == model.plan
+    assert HandedModel.of(model.record(), (7,)) == model
 
 
 def handed_model_seeds() -> list[bytes]:
-    lease = LeaseEndedError(60)
     models = (
-        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), lease, 12.5),
-        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), None, 0.0),
+        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5)),
+        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None),
     )
     return [json.dumps(each.record()).encode() for each in models]
 
@@ -657,12 +661,12 @@ def server_plan_seeds() -> list[bytes]:
 
 
 def model_list(data: bytes) -> None:
-    for listed in probe._listed_models(data):
+    for listed in probe._named_models(data):
         assert PLAN.model_id != listed or listed == "tiny"
 
 
 def model_list_seeds() -> list[bytes]:
-    return [b'{"data": [{"id": "other"}, {"id": "tiny"}]}']
+    return [b'{"data": [{"id": "other"}, {"id": "tiny"}]}', b'{"name": "tiny", "versions": ["1"]}']
 
 
 def server_answer(data: bytes) -> None:

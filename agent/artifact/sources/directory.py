@@ -45,6 +45,7 @@ class DirectorySource:
     def _read_all(self, path: str, max_bytes: int) -> bytes:
         data = bytearray(max_bytes + 1)
         got = self._read(path, 0, memoryview(data))
+        # refusal: test_artifact_sources.py::test_a_blob_above_the_bound_is_not_read
         if got > max_bytes:
             raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
         return bytes(data[:got])
@@ -54,6 +55,7 @@ class DirectorySource:
             # The folder may be the host's: no links out of it, no waiting for a FIFO's other end.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self._root)
             try:
+                # refusal: test_artifact_sources.py::test_a_blob_that_is_no_file_is_refused_and_never_waited_for
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
                 done = 0

@@ -1,0 +1,236 @@
+"""Faults of the store and of the sealed model, and an evil store: it drops, mixes, cuts and keeps old files."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import rfc8785
+
+from agent.artifact.seal import seal_model
+from agent.errors import (
+    ArtifactUnavailableError,
+    ConfigError,
+    KeyMismatchError,
+    MalformedHeaderError,
+    MalformedManifestError,
+    ManifestDigestError,
+    RollbackError,
+    SealError,
+    SealProblem,
+    SegmentAuthenticationError,
+    StoreProblem,
+    TruncatedArtifactError,
+)
+from tests.faults.table import SERVED, Attempts, Fault, FaultWorld
+from tests.range_server import Fault as Store
+from tests.range_server import RangeServer, make_certificate
+from tests.world import KEY_URI, World, free_port
+
+ONCE = Attempts.ONCE
+
+
+def blob(world: World, digest: str) -> Path:
+    return world.layout / "blobs" / digest.replace(":", "/")
+
+
+def rewrite(path: Path, change: Callable[[bytes], bytes]) -> None:
+    data = change(path.read_bytes())
+    path.chmod(0o600)
+    path.write_bytes(data)
+
+
+def weights(world: World, index: int = 0) -> Path:
+    manifest = json.loads(blob(world, world.manifest_digest).read_bytes())
+    return blob(world, manifest["layers"][index]["digest"])
+
+
+def _weights(change: Callable[[bytes], bytes]) -> Callable[[FaultWorld], None]:
+    return lambda world: rewrite(weights(world), change)
+
+
+def manifest_replaced(world: FaultWorld) -> None:
+    name = world.canaries.file_name.encode()
+    rewrite(
+        blob(world, world.manifest_digest), lambda data: data.replace(b"sealed", b"saeled").replace(name, name[::-1]) + b" "
+    )
+
+
+def manifest_not_in_store(world: FaultWorld) -> None:
+    world.artifact["manifest_digest"] = "sha256:" + "33" * 32
+    world.row["manifest_digests"] = [{"id": "none", "value": world.artifact["manifest_digest"]}]
+
+
+def _measured_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[FaultWorld], None]:
+    """A manifest that is malformed and yet the one the configuration names: the provider's fault, not the store's."""
+
+    def arrange(world: FaultWorld) -> None:
+        manifest = json.loads(blob(world, world.manifest_digest).read_bytes())
+        change(manifest)
+        data = json.dumps(manifest).encode()
+        world.artifact["manifest_digest"] = "sha256:" + hashlib.sha256(data).hexdigest()
+        world.row["manifest_digests"] = [{"id": "changed", "value": world.artifact["manifest_digest"]}]
+        blob(world, world.artifact["manifest_digest"]).write_bytes(data)
+
+    return arrange
+
+
+def header_of_another_format(world: FaultWorld) -> None:
+    """In the config blob, which the manifest names by its digest."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        data = blob(world, manifest["config"]["digest"]).read_bytes()
+        model = json.loads(data)
+        model["files"][0]["header"] = "29" + model["files"][0]["header"][2:]
+        data = rfc8785.dumps(model)
+        digest = hashlib.sha256(data).hexdigest()
+        manifest["config"] |= {"digest": f"sha256:{digest}", "size": len(data)}
+        blob(world, manifest["config"]["digest"]).write_bytes(data)
+
+    _measured_manifest(change)(world)
+
+
+def wrong_key(world: FaultWorld) -> None:
+    world.key_file.write_bytes(bytes(32))
+
+
+def key_of_another_length(world: FaultWorld) -> None:
+    world.key_file.write_bytes(world.canaries.key[:31])
+
+
+def below_the_signed_floor(world: FaultWorld) -> None:
+    world.row["min_model_version"] = 4
+
+
+def below_the_measured_floor(world: FaultWorld) -> None:
+    world.artifact["min_version"] = 9
+
+
+def other_key_uri(world: FaultWorld) -> None:
+    world.broker_config["key_uri"] = "kbs:///models/other/1"
+    world.row["key_uri"] = "kbs:///models/other/1"
+    other = world.key_file.parent.parent / "other" / "1"
+    other.parent.mkdir(parents=True)
+    shutil.copy(world.key_file, other)
+
+
+def two_files_mixed(world: FaultWorld) -> None:
+    shutil.copy(weights(world, 1), weights(world, 0))
+
+
+def old_file(world: FaultWorld) -> None:
+    """The same file of an older release, sealed with the same key under the same name."""
+    old = world.folder / "old"
+    seal_model(world.folder / "source", old, world.canaries.key, KEY_URI, "tiny", 2, lambda *_: None)
+    manifest = json.loads((old / "index.json").read_bytes())["manifests"][0]["digest"]
+    layer = json.loads((old / "blobs" / manifest.replace(":", "/")).read_bytes())["layers"][0]["digest"]
+    shutil.copy(old / "blobs" / layer.replace(":", "/"), weights(world))
+
+
+def old_manifest(world: FaultWorld) -> None:
+    """The store answers with the older release's manifest where the newer one was asked for."""
+    old = world.folder / "old"
+    digest = seal_model(world.folder / "source", old, world.canaries.key, KEY_URI, "tiny", 2, lambda *_: None)
+    shutil.copy(old / "blobs" / digest.replace(":", "/"), blob(world, world.manifest_digest))
+
+
+def nobody_listens(world: FaultWorld) -> None:
+    world.artifact |= {"source": f"http://127.0.0.1:{free_port()}", "timeout_s": 2}
+
+
+def foreign_store_certificate(world: FaultWorld) -> None:
+    _, other = make_certificate(world.folder)
+    certificate, _ = make_certificate(world.folder / "machine")
+    server = world.undo.enter_context(RangeServer(world.layout, certificate=certificate))
+    world.artifact |= {"source": server.url, "ca_pem": other}
+
+
+def _store(fault: Store) -> Callable[[FaultWorld], None]:
+    def arrange(world: FaultWorld) -> None:
+        world.artifact |= {"source": world.undo.enter_context(RangeServer(world.layout, fault)).url, "timeout_s": 2}
+
+    return arrange
+
+
+def _unavailable(fault: Store, problem: StoreProblem, status: int | None = None) -> Fault:
+    fields: dict[str, object] = {"problem": problem}
+    if status is not None:
+        fields["status"] = status
+    return Fault(f"store that answers {fault.name.lower().replace('_', ' ')}", ArtifactUnavailableError, _store(fault), fields)
+
+
+def _seal(name: str, problem: SealProblem, folder: Callable[[FaultWorld], Path], out: str = "sealed") -> Fault:
+    def drive(world: FaultWorld) -> object:
+        at = folder(world)
+        return seal_model(at, world.folder / out, world.canaries.key, KEY_URI, "tiny", 3, lambda *_: None)
+
+    return Fault(name, SealError, fields={"problem": problem}, drive=drive)
+
+
+ROWS = [
+    # --- the store ----------------------------------------------------------------------------------------------------
+    Fault("store where nobody listens", ArtifactUnavailableError, nobody_listens, {"problem": StoreProblem.UNREACHABLE}),
+    Fault(
+        "store behind a foreign certificate", ArtifactUnavailableError, foreign_store_certificate, {"problem": StoreProblem.TLS}
+    ),
+    Fault("manifest not in the store", ArtifactUnavailableError, manifest_not_in_store, {"problem": StoreProblem.NOT_FOUND}),
+    _unavailable(Store.NOT_FOUND, StoreProblem.NOT_FOUND, 404),
+    _unavailable(Store.FORBIDDEN, StoreProblem.REFUSED, 403),
+    _unavailable(Store.BROKEN, StoreProblem.SERVER_ERROR, 500),
+    _unavailable(Store.TEAPOT, StoreProblem.BAD_ANSWER, 418),
+    _unavailable(Store.REDIRECT_LOOP, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.REDIRECT_AWAY, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.REDIRECT_NOWHERE, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.GARBAGE, StoreProblem.UNREACHABLE),
+    _unavailable(Store.GZIP, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.DRIP_HEAD, StoreProblem.TIMEOUT),
+    _unavailable(Store.NO_RANGES, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.WRONG_START, StoreProblem.BAD_ANSWER),
+    _unavailable(Store.NO_CONTENT_RANGE, StoreProblem.BAD_ANSWER),
+    # --- the sealed model ---------------------------------------------------------------------------------------------
+    Fault("manifest replaced", ManifestDigestError, manifest_replaced),
+    Fault("manifest of the older release", ManifestDigestError, old_manifest),
+    Fault("file dropped from the manifest", MalformedManifestError, _measured_manifest(lambda m: m.update(layers=[]))),
+    Fault("manifest of another kind", MalformedManifestError, _measured_manifest(lambda m: m.update(artifactType="a/b"))),
+    Fault("manifest for another key", ConfigError, other_key_uri, {"key": "broker.key_uri"}),
+    Fault(
+        "segment flipped",
+        SegmentAuthenticationError,
+        _weights(lambda data: data[:2_000_000] + bytes([data[2_000_000] ^ 1]) + data[2_000_001:]),
+        {"file": 0, "segment": 1},
+        SERVED,
+        ONCE,
+    ),
+    Fault(
+        "two segments that changed places",
+        SegmentAuthenticationError,
+        _weights(lambda data: data[: 1 << 20] + data[2 << 20 : 3 << 20] + data[1 << 20 : 2 << 20] + data[3 << 20 :]),
+        {"file": 0},
+        SERVED,
+        ONCE,
+    ),
+    Fault("two files mixed", SegmentAuthenticationError, two_files_mixed, {"file": 0}, SERVED, ONCE, files=2),
+    Fault("file of an older release", SegmentAuthenticationError, old_file, {"file": 0}, SERVED, ONCE),
+    Fault("blob one byte short", TruncatedArtifactError, _weights(lambda data: data[:-1]), {"file": 0}, SERVED, ONCE),
+    Fault("blob that is empty", TruncatedArtifactError, _weights(lambda data: b""), {"file": 0}, SERVED, ONCE),
+    Fault("blob dropped from the store", ArtifactUnavailableError, lambda world: weights(world).unlink(), {}, SERVED, ONCE),
+    Fault(
+        "plain weights in the place of sealed ones",
+        SegmentAuthenticationError,
+        lambda world: rewrite(weights(world), lambda data: world.canaries.model(len(data))),
+        {"file": 0, "segment": 0},
+        SERVED,
+        ONCE,
+    ),
+    Fault("stream header of another format", MalformedHeaderError, header_of_another_format, {"file": 0}),
+    Fault("wrong key", KeyMismatchError, wrong_key, audit=SERVED, attempts=ONCE),
+    Fault("model below the signed floor", RollbackError, below_the_signed_floor, {"version": 3, "floor": 4}, SERVED, ONCE),
+    Fault("model below the measured floor", RollbackError, below_the_measured_floor, {"version": 3, "floor": 9}),
+    # --- sealing ------------------------------------------------------------------------------------------------------
+    _seal("model folder that is not there", SealProblem.MODEL_MISSING, lambda world: world.folder / "absent"),
+    _seal("model folder without files", SealProblem.EMPTY, lambda world: world.cwd or world.folder),
+    _seal("output inside the model", SealProblem.INSIDE, lambda world: world.folder / "source", "source/sealed"),
+    _seal("output that is no layout", SealProblem.NOT_A_LAYOUT, lambda world: world.folder / "source", "broker"),
+]

@@ -1,0 +1,136 @@
+"""Faults of the CPU's evidence, of the GPUs, their modes and their latch."""
+
+from collections.abc import Callable
+
+from agent.errors import (
+    DeviceError,
+    EvidenceBindingError,
+    EvidenceCheck,
+    EvidenceFormat,
+    EvidenceVerificationError,
+    GpuCountError,
+    GpuFault,
+    GpuFaultError,
+    GpuMode,
+    GpuModeError,
+    KeyReleaseDeniedError,
+    MalformedEvidenceError,
+    VmRestartRequiredError,
+)
+from agent.evidence import ReportData
+from agent.evidence.snp_abi import parse_report
+from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
+
+NEVER, ONCE = Attempts.NEVER, Attempts.ONCE
+
+
+def _gpu(**knobs: object) -> Callable[[FaultWorld], None]:
+    def arrange(world: FaultWorld) -> None:
+        for name, value in knobs.items():
+            assert hasattr(world.machine.gpu, name)
+            setattr(world.machine.gpu, name, value)
+
+    return arrange
+
+
+def _cpu(**knobs: object) -> Callable[[FaultWorld], None]:
+    def arrange(world: FaultWorld) -> None:
+        for name, value in knobs.items():
+            assert hasattr(world.machine, name)
+            setattr(world.machine, name, value)
+
+    return arrange
+
+
+def _row(part: str, **values: object) -> Callable[[FaultWorld], None]:
+    """Another policy at the broker than this guest fulfils."""
+
+    def arrange(world: FaultWorld) -> None:
+        table = {"row": world.row, "snp": world.row_snp, "gpu": world.row_gpu}[part]
+        table.update(values)
+
+    return arrange
+
+
+def _denied(name: str, arrange: Callable[[FaultWorld], object], claim: str) -> Fault:
+    audit: list[Audit] = [("attest", "denied", claim)]
+    return Fault(name, KeyReleaseDeniedError, arrange, {"claim": claim}, audit, ONCE)
+
+
+def no_row(world: FaultWorld) -> None:
+    world.row = {}
+
+
+def one_gpu_twice(world: FaultWorld) -> None:
+    world.machine.gpu.count = world.gpu["count"] = world.row_gpu["count"] = 2
+    world.machine.gpu.repeat_first_gpu = True
+
+
+def ready_is_preset(world: FaultWorld) -> None:
+    world.gpu["ready_state"] = "preset"
+
+
+def _nvml(call: str, code: int = 999, *, name: str, attempts: Attempts = NEVER, audit: list[Audit] | None = None) -> Fault:
+    fields = {"call": call, "code": code}
+    return Fault(name, DeviceError, _gpu(fail_calls={call: code}), fields, audit if attempts is not NEVER else [], attempts)
+
+
+def short_report(world: FaultWorld) -> object:
+    return parse_report(world.machine.attester().collect(ReportData(bytes(64))).report[:-1])
+
+
+ROWS = [
+    # --- the CPU ------------------------------------------------------------------------------------------------------
+    Fault("foreign nonce in the CPU report", EvidenceBindingError, _cpu(wrong_report_data=True), audit=[], attempts=NEVER),
+    Fault("device that fails with EIO", DeviceError, _cpu(errno=5), {"code": 5}, [], NEVER),
+    Fault("device that says EBUSY", DeviceError, _cpu(errno=16), {"code": 16}, [], NEVER),
+    Fault("device that is gone", DeviceError, _cpu(errno=6), {"code": 6}, [], NEVER),
+    _denied("CPU report with a wrong signature", _cpu(flip_signature_bit=True), "snp.report-signature"),
+    _denied("chip id that is not the certificate's", _cpu(chip_id=b"\x11" * 64), "snp.certificate-chip-id"),
+    _denied("debug policy", _cpu(policy=0x30000 | 1 << 19), "snp.policy.debug"),
+    _denied("evidence asked for from another VMPL", _cpu(vmpl=2), "snp.vmpl"),
+    _denied("wrong measurement", _row("snp", measurements=[{"id": "image-0", "value": "11" * 48}]), "snp.measurement"),
+    _denied("wrong HOST_DATA", _row("snp", host_data=[{"id": "config-0", "value": "22" * 32}]), "snp.host_data"),
+    _denied(
+        "TCB below the minimum",
+        _row(
+            "snp",
+            minimum_tcb=[{"id": "tcb-2", "product": "Genoa", "bootloader": 200, "tee": 0, "snp": 0, "microcode": 0}],
+        ),
+        "snp.tcb.bootloader",
+    ),
+    _denied("key URI without a row", no_row, "policy.row"),
+    _denied("revoked row", _row("row", revoked=True), "policy.revoked"),
+    Fault("CPU report one byte short", MalformedEvidenceError, fields={"got": 1183, "expected": 1184}, drive=short_report),
+    # --- the GPUs -----------------------------------------------------------------------------------------------------
+    Fault("foreign nonce in the GPU report", EvidenceBindingError, _gpu(wrong_nonce=True)),
+    Fault(
+        "GPU report with a wrong signature",
+        EvidenceVerificationError,
+        _gpu(flip_signature_bit=True),
+        {"format": EvidenceFormat.NVIDIA_REPORT, "check": EvidenceCheck.REPORT_SIGNATURE},
+    ),
+    Fault("missing GPU", GpuCountError, _gpu(count=0), {"got": 0, "expected": 1}, [], NEVER),
+    Fault("extra GPU", GpuCountError, _gpu(count=2), {"got": 2, "expected": 1}, [], NEVER),
+    Fault("one GPU sent twice", GpuCountError, one_gpu_twice, gpus=2),
+    _denied("policy that wants two GPUs", _row("gpu", count=2), "gpu.count"),
+    _denied(
+        "policy that wants another driver", _row("gpu", driver_versions=[{"id": "d", "value": "1.2.3"}]), "gpu.driver_version"
+    ),
+    _denied(
+        "policy that wants another VBIOS", _row("gpu", vbios_versions=[{"id": "v", "value": "1.2.3"}]), "gpu.vbios_version"
+    ),
+    Fault("ready already 1", VmRestartRequiredError, _gpu(ready=1), audit=[], attempts=NEVER),
+    Fault("ready preset and not set", GpuFaultError, ready_is_preset, {"fault": GpuFault.READY_NOT_SET}, [], NEVER),
+    Fault("devtools mode", GpuModeError, _gpu(devtools=1), {"mode": GpuMode.DEVTOOLS, "got": 1}, [], NEVER),
+    Fault("simulation environment of the GPU", GpuModeError, _gpu(environment=1), {"mode": GpuMode.ENVIRONMENT}, [], NEVER),
+    Fault("confidential computing off", GpuModeError, _gpu(cc_feature=0), {"mode": GpuMode.CC_FEATURE}, [], NEVER),
+    Fault("unknown multi-GPU mode", GpuModeError, _gpu(multi_gpu_mode=9), {"mode": GpuMode.MULTI_GPU}, [], NEVER),
+    Fault("GPU with a fatal error latched", DeviceError, _gpu(fatal_latched=True), {"code": 27}),
+    Fault("ready that does not stay", GpuFaultError, _gpu(ready_falls_back_after=0), audit=SERVED, attempts=ONCE),
+    _nvml("nvmlSystemGetDriverVersion", name="driver that does not tell its version"),
+    _nvml("nvmlSystemGetConfComputeSettings", name="driver without confidential computing"),
+    _nvml("nvmlDeviceGetConfComputeGpuCertificate", name="GPU without a certificate", attempts=Attempts.EITHER),
+    _nvml("nvmlDeviceGetConfComputeGpuAttestationReport", name="GPU without a report", attempts=Attempts.EITHER),
+    _nvml("nvmlSystemSetConfComputeGpusReadyState", name="ready state that is refused", attempts=ONCE, audit=SERVED),
+]

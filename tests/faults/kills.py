@@ -1,0 +1,137 @@
+"""The kill matrix: SIGKILL of worker, supervisor or server at every stage boundary and at any moment.
+
+Nobody can clean up after a SIGKILL but the kernel and the next start. With an own tmpfs or a sealed memfd nothing may be left
+two seconds later; a given directory is empty once an agent has been started again.
+"""
+
+import os
+import random
+import shutil
+import signal
+import time
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from agent.errors import AgentError, ServerExitedError, WorkerLostError
+from tests.faults.table import WRITTEN, FaultWorld, Finding
+from tests.faults.watch import Before, Watcher, descendants
+from tests.range_server import Fault, RangeServer
+from tests.world import Agent
+
+_STAGES = ("config_found", "local_checks_passed", "requested", "destination_chosen", "verdict_accepted", "gate_passed")
+BOUNDARIES = {
+    "worker": _STAGES,
+    "supervisor": ("boot_started", *_STAGES, "worker_ended", "server_started", "server_ready"),
+    "server": ("server_started", "server_ready"),
+}
+LONGEST_BOOT_S = 1.2
+"""A random kill comes within this time: a boot of these tests is over then, mostly, and the server serves."""
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One run.
+
+    Attributes:
+        at: the event after which it is killed, or seconds after the start.
+        destination: of the configuration.
+    """
+
+    victim: str
+    at: str | float
+    destination: str
+
+    def __str__(self) -> str:
+        return f"{self.victim} {'at' if isinstance(self.at, str) else 'after'} {self.at}, {self.destination}"
+
+
+def matrix() -> list[Kill]:
+    """Every victim at every boundary."""
+    return [
+        Kill(victim, event, destination)
+        for destination in ("tmpfs", "memfd", "directory")
+        for victim, events in BOUNDARIES.items()
+        for event in events
+        if destination != "directory" or event in ("gate_passed", "server_started", "server_ready")
+    ]
+
+
+def at_random(count: int, seed: str) -> list[Kill]:
+    """Any victim at any moment."""
+    draw = random.Random(seed)
+    return [
+        Kill(draw.choice(list(BOUNDARIES)), round(draw.uniform(0, LONGEST_BOOT_S), 3), draw.choice(("tmpfs", "memfd")))
+        for _ in range(count)
+    ]
+
+
+def run(kill: Kill, folder: Path, silicon: Path) -> Finding:
+    """Kill, and see what is left."""
+    with ExitStack() as undo:
+        world = FaultWorld(folder, silicon, undo)
+        world.artifact["destination"] = kill.destination
+        world.server["max_restarts"] = 0
+        given = Path("/dev/shm") / f"keyturn-kill-{os.getpid()}"
+        if kill.destination == "directory":
+            given.mkdir()
+            undo.callback(shutil.rmtree, given, ignore_errors=True)
+            world.artifact["directory"] = str(given)
+        if kill.victim == "worker" and isinstance(kill.at, str):  # or it would have ended before it is killed
+            world.artifact["source"] = undo.enter_context(RangeServer(world.layout, Fault.DRIP_BODY)).url
+        config = world.prepare()
+        world.start_broker()
+        before = Before(world.folder)
+        agent = world.start_agent(config, flags=("--health", f"127.0.0.1:{world.health_port}"))
+        watcher = Watcher(agent.process.pid, agent.status_file, world.health_port, world.canaries)
+        watcher.start()
+        try:
+            error = _kill(kill, agent)
+        finally:
+            watcher.stop()
+        residue = before.residue(WRITTEN, in_process=False)
+        if kill.destination == "directory":
+            world.start_agent(config).wait()  # a second boot in one guest: it ends at the gate, and cleans up before
+            residue += [f"file {path.name} of the given directory" for path in given.rglob("*")]
+        leaks = watcher.leaks | before.leaks(world.canaries)
+    cls = error or AgentError
+    found = [line for line in residue if not line.startswith(_HALF_A_STATUS)]
+    return Finding("kills", str(kill), cls.__name__, cls.owner.value if error else "", 0, found, sorted(leaks))
+
+
+_HALF_A_STATUS = "file status/.status.json."
+"""A status that was being written. It holds what the status holds."""
+
+
+def _kill(kill: Kill, agent: Agent) -> type[AgentError] | None:
+    """Returns the error that the agent ended with; None where it was the victim, or its victim had ended before."""
+    if isinstance(kill.at, str):
+        agent.wait_for(kill.at)
+    else:
+        time.sleep(kill.at)
+    if kill.victim == "supervisor":
+        agent.process.kill()
+        agent.process.communicate()
+        return None
+    if not _kill_child(agent.process.pid, of_server=kill.victim == "server"):
+        assert not isinstance(kill.at, str), "its victim was not there"
+        agent.stop()
+        return None
+    if kill.victim == "worker" and not isinstance(kill.at, str):  # or was it the one that asks whether the server is ready?
+        outcome = agent.stop()
+        return WorkerLostError if outcome.status else None
+    outcome = agent.wait()
+    expected = WorkerLostError if kill.victim == "worker" else ServerExitedError
+    assert outcome.failure["class"] == expected.__name__
+    assert outcome.failure["fields"]["signal"] == signal.SIGKILL
+    return expected
+
+
+def _kill_child(pid: int, *, of_server: bool) -> bool:
+    """Kill a process below `pid`: the server has a session of its own, the worker has not."""
+    for child in descendants(pid):
+        with suppress(ProcessLookupError):
+            if (os.getsid(child) != os.getsid(pid)) == of_server:
+                os.kill(child, signal.SIGKILL)
+                return True
+    return False
