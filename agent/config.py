@@ -39,7 +39,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
-    attester: Literal["snp", "simulated-snp"]
+    attester: Literal["snp", "tdx", "simulated-snp"]
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
 
 
@@ -198,7 +198,7 @@ EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is wha
 schema = "{SCHEMA}"
 
 [tee]
-attester = "snp"                 # the CPU TEE; "simulated-snp" only on development machines
+attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-snp" only on development machines
 
 [gpu]
 count = 1                        # evidence of exactly this many distinct GPUs, 0 for none
@@ -236,7 +236,8 @@ probe = "completion"             # one request that must succeed before ready
 
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
-    "tee.attester": "which CPU TEE gives evidence: snp, or simulated-snp by name on a machine without a TEE",
+    "tee.attester": "which CPU TEE gives evidence: snp or tdx, through the first interface of it that this guest has "
+    "(configfs-tsm, else the device node); or simulated-snp by name on a machine without a TEE. Never another in its place",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",

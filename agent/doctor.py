@@ -187,10 +187,14 @@ def _configuration(guest: Guest) -> None:
 
 
 def _tee(guest: Guest) -> None:
-    from agent.evidence.tsm import TsmSnp
+    from agent.evidence import Tee
+    from agent.evidence.detect import hinted, open_interface
 
     with _signals_wait():
-        guest.tee = TsmSnp() if guest.measured is None else guest.open_tee(guest.config)
+        if guest.measured is None:  # of which TEE nobody says: look for the one it seems to be
+            guest.tee = open_interface(hinted() or Tee.SNP)
+        else:
+            guest.tee = guest.open_tee(guest.config)
 
 
 def _host_data(guest: Guest) -> None:

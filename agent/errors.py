@@ -6,7 +6,8 @@ AgentError
 ├── GuestInitError                                                        operator × guest
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
-│   └── EvidenceVerificationError                                         host × evidence
+│   └── DeviceUnavailableError · AttestationKeyLostError
+│       EvidenceVerificationError                                         host × evidence
 ├── GpuCountError · GpuModeError · GpuFaultError                          host × gpu
 ├── VmRestartRequiredError                                                operator × gate
 ├── NoRouteError · BrokerUnreachableError · BrokerIdentityError           operator × broker
@@ -230,6 +231,16 @@ class GuestInitError(AgentError):
 # --- devices and evidence ---------------------------------------------------------------------------------------------
 
 
+class Absence(enum.Enum):
+    """Why the configured attester has no device, as far as the guest can see."""
+
+    NO_INTERFACE = "no interface of it is there"
+    NO_DRIVER = "the processor says that this guest is one, but no driver gives access"
+    NO_QUOTE_SERVICE = "no provider in configfs-tsm, and no port of a quote service in /etc/tdx-attest.conf"
+    OTHER_TEE = "this guest is of another TEE"
+    PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
+
+
 @dataclasses.dataclass(eq=False)
 class NoAttesterError(AgentError):
     owner = Owner.OPERATOR
@@ -238,9 +249,10 @@ class NoAttesterError(AgentError):
         "run in a confidential guest whose image has the TEE driver and mounts configfs; simulators are configured by name"
     )
     attester: Ident
+    reason: Absence = Absence.NO_INTERFACE
 
     def what(self) -> str:
-        return f"no device for attester {self.attester}"
+        return f"no device for attester {self.attester}: {self.reason.value}"
 
 
 class SimulationRefusal(enum.Enum):
@@ -273,6 +285,22 @@ class DeviceError(AgentError):
 
     def what(self) -> str:
         return f"{self.interface}: {self.call} failed with code {self.code}"
+
+
+@dataclasses.dataclass(eq=False)
+class DeviceUnavailableError(DeviceError):
+    """The device could not answer now, and was asked as often as its interface allows. `code` is the last answer's."""
+
+    next_step = (
+        "find who else in this guest asks for evidence; with TDX see that the host's quote service runs; then boot again"
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class AttestationKeyLostError(DeviceError):
+    """A request ended so that the kernel gave up the key to the SNP firmware, or it had done so before (VMPCK)."""
+
+    next_step = "restart the guest: only that brings the key to its firmware back; the host's log may say what it refused"
 
 
 class EvidenceFormat(enum.Enum):

@@ -56,6 +56,14 @@ class WaitingFor(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class AttesterOpened(Event):
+    """The CPU TEE that gives evidence, and through which of its interfaces."""
+
+    tee: Ident
+    interface: Ident
+
+
+@dataclasses.dataclass(frozen=True)
 class LocalChecksPassed(Event):
     """Phase 1 is over: configuration measured, devices good. From here on the boot needs the network."""
 

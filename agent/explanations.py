@@ -162,7 +162,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     # --- devices and evidence -----------------------------------------------------------------------------------------
     errors.NoAttesterError: Explanation(
-        "The device that must give evidence is not there: no SEV-SNP provider behind configfs-tsm, no NVML library for "
+        "The device that must give evidence is not there: no interface of the configured CPU TEE, no NVML library for "
         "the configured GPUs, or a GPU of an architecture that cannot attest. A driver that is late was waited for, "
         "`tee.wait_s` seconds. There is no fallback, since a guest that cannot prove what it is gets no key.",
         (
@@ -172,25 +172,28 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "AMD SEV SEV-ES SEV-SNP`."
             ),
             (
-                "Guest kernel 6.7 or newer with CONFIG_SEV_GUEST and CONFIG_TSM_REPORTS, `sev-guest` loaded and "
-                "configfs mounted: the folder `/sys/kernel/config/tsm/report` must exist. Another TEE's provider there "
-                "counts as none."
+                "Guest kernel with CONFIG_SEV_GUEST or CONFIG_TDX_GUEST_DRIVER, the driver loaded. Best is 6.7 or newer "
+                "with CONFIG_TSM_REPORTS and configfs mounted, so that `/sys/kernel/config/tsm/report` exists; else "
+                "`/dev/sev-guest` will do, or `/dev/tdx_guest` with a port in `/etc/tdx-attest.conf`."
+            ),
+            (
+                "This guest is of another TEE: set `tee.attester` to the one it is of. Below a Hyper-V paravisor, as on "
+                "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
                 "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder, or "
-                "`gpu.count` must be 0."
+                "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest."
             ),
-            "Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest.",
             "A driver that loads late: raise `tee.wait_s`.",
         ),
-        "Nothing is held back here. Which paths were tried stands in `agent/evidence/tsm.py` and `agent/evidence/gpu.py`.",
+        "Nothing is held back here. Which paths were tried stands in `agent/evidence/detect.py` and `agent/evidence/gpu.py`.",
     ),
     errors.SimulationRefusedError: Explanation(
         "Simulated silicon was asked for where it has no place: beside a real TEE device, or in an installation without "
         "simulators. Or the broker's verdict says that it was reached over simulated evidence, and the configuration "
         "does not allow that. Whoever counts on a real device must never get a simulated one in its place.",
         (
-            "For real work set `tee.attester` to snp and take the section with `simulation.machine` out.",
+            "For real work set `tee.attester` to snp or tdx and take the section with `simulation.machine` out.",
             (
                 "A real TEE device exists: `/dev/sev-guest`, `/dev/tdx_guest` or `/sys/kernel/config/tsm/report`. "
                 "Simulate on a machine that has none of them."
@@ -207,19 +210,19 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing is held back: that something is simulated is always said, in status, events, tokens and audit log.",
     ),
     errors.DeviceError: Explanation(
-        "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm and "
-        "kernel-parameters, and an NVML return code for nvml. A call that reached the device is not repeated, because a "
-        "second try can latch a GPU in a fatal state or cost an SNP guest its attestation key.",
+        "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
+        "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
+        "0x12001 on the quote service's, and an NVML return code for nvml. It is final, because a second try can latch a "
+        "GPU in a fatal state or cost an SNP guest its attestation key.",
         (
-            "configfs-tsm with code 1 or 13: the agent is not root, or its container has configfs read-only.",
+            "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
             (
-                "configfs-tsm with code 110 (ETIMEDOUT): the firmware was busy or throttled this guest for a minute; "
-                "look for other programs that ask for reports. Code 16 or 11: something else in the guest wrote into "
-                "our requests three times."
+                "configfs-tsm with code 22 at outblob, or sev-firmware: look for `sev-guest` lines in the guest's kernel "
+                "log, then update firmware and kernel of the host. Status 22 is a privilege level below the guest's own."
             ),
             (
-                "configfs-tsm with code 5 or 22 at outblob: look for `sev-guest` lines in the guest's kernel log, then "
-                "update firmware and kernel of the host."
+                "qgs: the quote service of the host refused; its own log says why. Mostly the platform is not "
+                "registered, or the service is older than the guest's kernel."
             ),
             (
                 "nvml: look the number up in `nvmlReturn_t` of the driver's `nvml.h`; 9 means that the driver is not "
@@ -228,6 +231,48 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
         ),
         "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
+    ),
+    errors.DeviceUnavailableError: Explanation(
+        "The CPU TEE could not give evidence, and was asked again as often as its interface allows. With SNP something in "
+        "the guest got in the way before the firmware was asked. With TDX the host's quote service failed, timed out or "
+        "gave an empty quote: four requests with growing pauses, or as many as fit into 105 seconds.",
+        (
+            (
+                "configfs-tsm with code 11, 2 or 17: another program in this guest writes into our requests; "
+                "`tee.attester` is for one program at a time. Code 12: the guest is out of memory."
+            ),
+            (
+                "configfs-tsm with code 16 (EBUSY): the host still owns the last quote. With 5, 61 or 110 the service "
+                "failed: see that `qgsd` runs on the host, and that QEMU has its `quote-generation-socket`."
+            ),
+            (
+                "qgs with code 111 or 110: nothing listens at the vsock port that the image's `/etc/tdx-attest.conf` "
+                "names, or it is too slow; 104: it hung up, as an old service does over what it cannot read."
+            ),
+            "Boot again when the host is mended; nothing in the guest is lost by a request that failed so.",
+        ),
+        "Only numbers and names of calls are told. What a quote service writes into its answer is the host's word.",
+    ),
+    errors.AttestationKeyLostError: Explanation(
+        "A request to the SNP firmware ended in a way after which its key (VMPCK) may not be used again, so the kernel "
+        "gave it up; or that had happened before and every request ends with code 25 (ENOTTY). No evidence can be had "
+        "from this guest until it is started again.",
+        (
+            (
+                "Restart the guest. If it happens again, the guest's kernel log has a line with `Disabling VMPCK` and "
+                "above it what firmware or hypervisor said."
+            ),
+            (
+                "Code 110 (ETIMEDOUT), or ghcb with code 2: the host throttled this guest. Look for other programs in the "
+                "guest that ask for reports. A guest kernel before 6.3 loses its key the first time; take a newer one."
+            ),
+            (
+                "Was a process that asks for reports killed in the middle? Give pods a termination grace period of 90 s, "
+                "so that `keyturn run` can wait for its request."
+            ),
+            "sev-firmware or ghcb with another code, and code 5 or 74: the host must look at firmware and hypervisor.",
+        ),
+        "Only numbers and names of calls are told. The kernel log of the guest has more; it can hold what the host chose.",
     ),
     errors.MalformedEvidenceError: Explanation(
         "A report, a certificate chain or the bundle of GPU evidence does not have the layout its specification gives "

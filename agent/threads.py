@@ -1,11 +1,16 @@
 """Blocking work beside the worker's event loop: threads that are always joined."""
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
+from contextvars import ContextVar
 from typing import TypeVar
 
 _T = TypeVar("_T")
+
+_cancelled: ContextVar[threading.Event | None] = ContextVar("cancelled", default=None)
 
 
 async def in_thread(work: Callable[[], _T], on_cancel: Callable[[], None] = lambda: None) -> _T:
@@ -18,10 +23,17 @@ async def in_thread(work: Callable[[], _T], on_cancel: Callable[[], None] = lamb
         work: what may block.
         on_cancel: called when the caller is cancelled; makes `work` end early, where that is allowed.
     """
-    running = asyncio.create_task(asyncio.to_thread(work))
+    cancelled = threading.Event()
+
+    def in_this_thread() -> _T:
+        _cancelled.set(cancelled)  # in a context of the thread's own
+        return work()
+
+    running = asyncio.create_task(asyncio.to_thread(in_this_thread))
     try:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
+        cancelled.set()
         on_cancel()
         while not running.done():
             with suppress(asyncio.CancelledError):  # cancelled again: the thread still has to end
@@ -29,3 +41,16 @@ async def in_thread(work: Callable[[], _T], on_cancel: Callable[[], None] = lamb
         if not running.cancelled():
             running.exception()  # retrieved, or asyncio would write it out
         raise
+
+
+def pause(seconds: float) -> bool:
+    """Wait inside the work of `in_thread`, between two requests to a device.
+
+    Returns:
+        False, and at once, when its caller has been cancelled: then nothing new may begin.
+    """
+    cancelled = _cancelled.get()
+    if cancelled is None:
+        time.sleep(seconds)
+        return True
+    return not cancelled.wait(seconds)

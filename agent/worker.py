@@ -19,7 +19,7 @@ from agent.closed import Ident
 from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
-from agent.events import ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
+from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
 from agent.evidence.gate import ExpectedReady
 from agent.guest.network import has_route, wait_for_route
@@ -201,6 +201,7 @@ async def _open(
     if hardware is None:
         raise absent[-1]
     attester, gpus = hardware
+    notify(AttesterOpened(Ident(attester.tee.value), attester.interface))
 
     def look_at_them() -> "Devices":
         guest = check_measured(attester, measured.digest)

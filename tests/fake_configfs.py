@@ -1,38 +1,41 @@
-"""A configfs-tsm like the kernel's, without a TEE: a FUSE server that speaks the protocol of /dev/fuse itself.
-
-It lives in a child process with a mount namespace of its own, and is reached through `/proc/PID/root`: no mount of it is ever
-seen by another process, and its end, which also a deadline brings, fails every request that still waits.
+"""A configfs-tsm like the kernel's, without a TEE, behind /dev/fuse (`fuse.py`).
 
 What it knows of the kernel stands in the recorded behaviour of Linux 6.12, and a test compares both. It does not know SVSM
-(`service_*`, `manifestblob`), that a read blocks every other entry's, and `pread`. A closed inblob is taken over at FUSE's
+(`service_*`, `manifestblob`) and `pread`. A closed inblob is taken over at FUSE's
 flush, which comes with every close: FUSE's release, where the kernel does it, is not waited for.
 """
 
 import contextlib
-import ctypes
-import enum
 import errno
 import os
 import pickle
 import select
-import signal
 import socket
 import stat
 import struct
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import pytest
+from tests.children import readable
+from tests.fuse import (
+    FOPEN_DIRECT_IO,
+    FOPEN_NONSEEKABLE,
+    IN_HEADER,
+    MAX_WRITE_BYTES,
+    NO_REPLY,
+    PAGE_BYTES,
+    ROOT_NODE,
+    Op,
+    pack_attributes,
+    pack_init,
+    reply,
+    served,
+)
 
-from agent.guest.hardening import die_with_parent
-from agent.guest.mounts import enter_private_mount_namespace
-from tests.children import IS_ROOT, readable
-
-LIFE_S = 60
 MAX_INBLOB_BYTES = 64
 MAX_PRIVLEVEL = 3
-PAGE_BYTES = 4096
 
 MakeReport = Callable[[bytes, int], bytes]
 """What the firmware answers to 64 bytes and a privilege level."""
@@ -51,6 +54,7 @@ class Faults:
         intruders: somebody else writes this inblob into the entry, between our writes and the next report.
         flip_report_data: the firmware signs other data than it was asked to.
         lose_inblob: the kernel does not take over what was written, and says nothing.
+        delay_s: how long the firmware takes. Everybody else's calls wait too, as they do behind the kernel's lock.
     """
 
     provider: str | None = "sev_guest"
@@ -63,6 +67,7 @@ class Faults:
     intruders: tuple[bytes, ...] = ()
     flip_report_data: bool = False
     lose_inblob: bool = False
+    delay_s: float = 0.0
 
 
 @dataclass
@@ -185,6 +190,7 @@ class _Tsm:
         entry.outblob = None
         if len(entry.inblob) != MAX_INBLOB_BYTES:
             raise OSError(errno.EINVAL, "")
+        time.sleep(self.faults.delay_s)
         self._begin("firmware", entry)
         data = bytes((entry.inblob[0] ^ self.faults.flip_report_data,)) + entry.inblob[1:]
         entry.outblob = self.make(data, entry.privlevel) if self.faults.report is None else self.faults.report
@@ -203,7 +209,8 @@ class FakeConfigfs:
         self._control.send(pickle.dumps(faults))
 
     def calls(self) -> list[str]:
-        """What was asked since the last time, `firmware` for each request to the firmware, `inblob N` for each value closed."""
+        """What was asked since the last time, `firmware` for each request to the firmware, `inblob N` for each value closed,
+        `interrupt` for each signal that met somebody who waits."""
         self._control.send(pickle.dumps(None))
         assert readable(self._control.fileno())
         calls: list[str] = pickle.loads(self._control.recv(1 << 20))
@@ -217,77 +224,12 @@ class FakeConfigfs:
 @contextlib.contextmanager
 def fake_configfs(mountpoint: Path, make: MakeReport) -> Iterator[FakeConfigfs]:
     """A mounted fake at a path of this process, or a skip."""
-    if not IS_ROOT:
-        pytest.skip("mounting FUSE needs root")
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        pytest.skip("this machine has no /dev/fuse")
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    parent = os.getpid()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            ours.close()
-            die_with_parent(parent)
-            signal.alarm(LIFE_S)
-            device = _mount(mountpoint)
-            theirs.send(b"mounted")
-            _FuseServer(_Tsm(make), device, theirs).serve()
-        finally:
-            os._exit(1)
-    theirs.close()
-    try:
-        assert readable(ours.fileno()) and ours.recv(16), "the fake does not start"
-        yield FakeConfigfs(Path(f"/proc/{pid}/root{mountpoint}"), ours)
-    finally:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        ours.close()
+    with served(mountpoint, lambda device, control: _FuseServer(_Tsm(make), device, control).serve()) as (root, control):
+        yield FakeConfigfs(root, control)
 
 
-def _mount(mountpoint: Path) -> int:
-    enter_private_mount_namespace()
-    device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
-    options = f"fd={device},rootmode=40000,user_id={os.geteuid()},group_id={os.getegid()}"
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"fake-configfs", os.fsencode(mountpoint), b"fuse", 0, options.encode()) != 0:
-        raise OSError(ctypes.get_errno(), "mount")
-    return device
+# --- FUSE -------------------------------------------------------------------------------------------------------------
 
-
-# --- FUSE, include/uapi/linux/fuse.h ----------------------------------------------------------------------------------
-
-
-class _Op(enum.IntEnum):
-    LOOKUP = 1
-    FORGET = 2
-    GETATTR = 3
-    SETATTR = 4
-    MKDIR = 9
-    UNLINK = 10
-    RMDIR = 11
-    OPEN = 14
-    READ = 15
-    WRITE = 16
-    RELEASE = 18
-    FLUSH = 25
-    INIT = 26
-    OPENDIR = 27
-    READDIR = 28
-    RELEASEDIR = 29
-    INTERRUPT = 36
-    BATCH_FORGET = 42
-
-
-_NO_REPLY = {_Op.FORGET, _Op.INTERRUPT, _Op.BATCH_FORGET}
-_MAJOR, _MINOR = 7, 31
-_FUSE_ATOMIC_O_TRUNC = 1 << 3
-_FOPEN_DIRECT_IO = 1 << 0  # sizes are 0: the page cache would read nothing
-_FOPEN_NONSEEKABLE = 1 << 2
-_MAX_WRITE_BYTES = 128 << 10
-_ROOT_NODE = 1
-
-_IN_HEADER = struct.Struct("<IIQQIIIHH")
-_OUT_HEADER = struct.Struct("<IiQ")
 _TRANSFER_BYTES = 40  # fuse_read_in and fuse_write_in; both begin with handle, offset, size
 
 
@@ -317,61 +259,60 @@ class _FuseServer:
                 else:
                     self.tsm.faults = faults
             else:
-                self._answer(os.read(self.device, _MAX_WRITE_BYTES + PAGE_BYTES))
+                self._answer(os.read(self.device, MAX_WRITE_BYTES + PAGE_BYTES))
 
     def _answer(self, request: bytes) -> None:
-        _, opcode, unique, node, *_ = _IN_HEADER.unpack_from(request)
-        if opcode in _NO_REPLY:
+        _, opcode, unique, node, *_ = IN_HEADER.unpack_from(request)
+        if opcode == Op.INTERRUPT:
+            self.tsm.calls.append("interrupt")
+        if opcode in NO_REPLY:
             return
         try:
-            reply, code = self._do(opcode, node, request[_IN_HEADER.size :]), 0
+            reply(self.device, unique, self._do(opcode, node, request[IN_HEADER.size :]))
         except OSError as exc:
-            reply, code = b"", exc.errno or errno.EIO
-        os.write(self.device, _OUT_HEADER.pack(_OUT_HEADER.size + len(reply), -code, unique) + reply)
+            reply(self.device, unique, b"", exc.errno or errno.EIO)
 
     def _do(self, opcode: int, node: int, body: bytes) -> bytes:
-        entry, attribute = self.nodes[node - _ROOT_NODE] if node else (None, "")
+        entry, attribute = self.nodes[node - ROOT_NODE] if node else (None, "")
         match opcode:
-            case _Op.INIT:
-                return struct.pack(
-                    "<4I2H2I2H8I", _MAJOR, _MINOR, 0, _FUSE_ATOMIC_O_TRUNC, 0, 0, _MAX_WRITE_BYTES, 1, 0, 0, *[0] * 8
-                )
-            case _Op.LOOKUP:
+            case Op.INIT:
+                return pack_init()
+            case Op.LOOKUP:
                 return self._lookup(entry, _text(body))
-            case _Op.GETATTR | _Op.SETATTR:
+            case Op.GETATTR | Op.SETATTR:
                 return bytes(16) + self._attributes_of(node)
-            case _Op.MKDIR if entry is None:
+            case Op.MKDIR if entry is None:
                 self.tsm.mkdir(_text(body[8:]))
                 return self._lookup(None, _text(body[8:]))
-            case _Op.RMDIR if entry is None:
+            case Op.RMDIR if entry is None:
                 self.tsm.rmdir(_text(body))
                 return b""
-            case _Op.MKDIR | _Op.RMDIR | _Op.UNLINK:
+            case Op.MKDIR | Op.RMDIR | Op.UNLINK:
                 raise OSError(errno.EPERM, "")
-            case _Op.OPENDIR:
+            case Op.OPENDIR:
                 return bytes(16)
-            case _Op.READDIR:
+            case Op.READDIR:
                 return self._listing(entry) if struct.unpack_from("<QQ", body)[1] == 0 else b""
-            case _Op.OPEN:
+            case Op.OPEN:
                 (flags,) = struct.unpack_from("<I", body)
                 self.tsm.open(attribute, flags & os.O_ACCMODE)
                 self.files.append(_Open())
-                return struct.pack("<QII", len(self.files) - 1, _FOPEN_DIRECT_IO | _FOPEN_NONSEEKABLE, 0)
-            case _Op.READ | _Op.WRITE | _Op.FLUSH:
+                return struct.pack("<QII", len(self.files) - 1, FOPEN_DIRECT_IO | FOPEN_NONSEEKABLE, 0)
+            case Op.READ | Op.WRITE | Op.FLUSH:
                 assert entry is not None
                 return self._transfer(opcode, entry, attribute, body)
-            case _Op.RELEASE | _Op.RELEASEDIR:
+            case Op.RELEASE | Op.RELEASEDIR:
                 return b""
         raise OSError(errno.ENOSYS, "")
 
     def _transfer(self, opcode: int, entry: _Entry, attribute: str, body: bytes) -> bytes:
         handle, offset, size = struct.unpack_from("<QQI", body)
         file = self.files[handle]
-        if opcode == _Op.READ:
+        if opcode == Op.READ:
             if file.content is None:
                 file.content = self.tsm.read(entry, attribute)
             return bytes(file.content[offset : offset + size])
-        if opcode == _Op.WRITE:
+        if opcode == Op.WRITE:
             data = body[_TRANSFER_BYTES:]
             if attribute == "inblob":
                 file.written = file.written or b""  # from here on the close has something to take over
@@ -391,14 +332,14 @@ class _FuseServer:
         if found[0] is None or (entry is not None and (entry.removed or name not in self.tsm.attributes())):
             raise OSError(errno.ENOENT, "")
         self.nodes.append(found)
-        node = _ROOT_NODE + len(self.nodes) - 1
+        node = ROOT_NODE + len(self.nodes) - 1
         return struct.pack("<4Q2I", node, 0, 0, 0, 0, 0) + self._attributes_of(node)  # nothing may be cached
 
     def _attributes_of(self, node: int) -> bytes:
-        attribute = self.nodes[node - _ROOT_NODE][1]
+        attribute = self.nodes[node - ROOT_NODE][1]
         mode, size = _MODES.get(attribute, (0, 0))
         mode = stat.S_IFREG | mode if attribute else stat.S_IFDIR | 0o755
-        return struct.pack("<6Q10I", node, size, 0, 0, 0, 0, 0, 0, 0, mode, 1, os.geteuid(), os.getegid(), 0, PAGE_BYTES, 0)
+        return pack_attributes(node, size, mode)
 
     def _listing(self, entry: _Entry | None) -> bytes:
         names = list(self.tsm.entries) if entry is None else self.tsm.attributes()

@@ -64,6 +64,8 @@ def test_a_boot_serves_exactly_the_sealed_weights_and_leaves_nothing(world: Worl
     assert all(stage["state"] == "done" for stage in status["stages"])
     assert outcome.status == 0
     assert outcome.names()[-3:] == ["server_ended", "wiped", "stopped"]
+    opened = next(event for event in outcome.events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == ("snp", "simulated-snp")
     assert world.audit() == [ATTESTED, RELEASED]
     assert gone(server)
     assert str(world.folder) not in Path("/proc/self/mountinfo").read_text()

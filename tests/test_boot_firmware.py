@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.evidence import Evidence, ReportData, Tee
+from agent.evidence.cpu import certificate_chain
 from agent.evidence.snp_abi import REPORT_BYTES, CertificateKind, parse_certificate_table, parse_report
-from agent.evidence.tsm import certificate_chain
 from agent.sim.machine import SimulatedMachine
 from agent.verify.snp import verify_snp
 from tests.boot.firmware import (

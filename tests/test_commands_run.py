@@ -8,7 +8,7 @@ import pytest
 from agent.cli import main
 from agent.commands.run import open_hardware
 from agent.config import EXAMPLE, parse
-from agent.errors import AgentError
+from agent.errors import NoAttesterError
 from agent.sim.machine import SimulatedMachine
 
 
@@ -35,6 +35,7 @@ def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMac
     attester, gpus = open_hardware(parse(simulated.encode()).config)
     assert type(attester).__name__ == "SimulatedSnp"
     assert gpus is not None
-    with pytest.raises(AgentError) as caught:
-        open_hardware(parse(EXAMPLE.encode()).config)
-    assert caught.value.exit_status == 11
+    for tee in ("snp", "tdx"):
+        with pytest.raises(NoAttesterError) as caught:
+            open_hardware(parse(EXAMPLE.replace('attester = "snp"', f'attester = "{tee}"').encode()).config)
+        assert (caught.value.attester, caught.value.exit_status) == (tee, 11)

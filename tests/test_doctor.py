@@ -18,7 +18,7 @@ class Counting(Attester):
 
     def __init__(self, real: Attester) -> None:
         self._real = real
-        self.tee = real.tee
+        self.tee, self.interface = real.tee, real.interface
         self.asked = 0
 
     def collect(self, report_data: ReportData) -> Evidence:

@@ -13,6 +13,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "boot_started": ["version", "mode"],
         "config_found": ["source"],
         "waiting_for": ["what", "at_most_s"],
+        "attester_opened": ["tee", "interface"],
         "local_checks_passed": [],
         "worker_ended": ["peak_kib"],
         "stage_started": ["stage"],

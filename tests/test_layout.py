@@ -10,7 +10,16 @@ ELSEWHERE = {
     "artifact.sources.http": "test_artifact_sources",
 }
 # Test files that are about more than one module.
-WHOLE = {"test_boot_firmware", "test_fuzz", "test_heavy_servers", "test_initrd", "test_layout", "test_refusals", "test_scripts"}
+WHOLE = {
+    "test_boot_devices",
+    "test_boot_firmware",
+    "test_fuzz",
+    "test_heavy_servers",
+    "test_initrd",
+    "test_layout",
+    "test_refusals",
+    "test_scripts",
+}
 
 
 def names(pattern: str) -> set[str]:

@@ -3,7 +3,7 @@ import threading
 
 import pytest
 
-from agent.threads import in_thread
+from agent.threads import in_thread, pause
 
 
 def test_the_result_and_the_exception_come_back() -> None:
@@ -52,3 +52,37 @@ def test_work_that_may_end_early_is_told_to() -> None:
         assert stop.is_set()
 
     asyncio.run(story())
+
+
+def test_a_pause_in_a_thread_ends_with_its_caller_and_says_so() -> None:
+    began = threading.Event()
+    answers: list[bool] = []
+
+    def device_request() -> None:
+        answers.append(pause(0.0))
+        began.set()
+        answers.append(pause(60.0))
+
+    async def story() -> None:
+        task = asyncio.create_task(in_thread(device_request))
+        await asyncio.to_thread(began.wait, 10)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(asyncio.wait_for(story(), 30))
+    assert answers == [True, False]
+
+
+def test_a_cancelled_thread_leaves_the_pauses_of_others_alone() -> None:
+    async def story() -> bool:
+        task = asyncio.create_task(in_thread(lambda: pause(60.0)))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await in_thread(lambda: pause(0.0))
+
+    assert asyncio.run(asyncio.wait_for(story(), 30))
+    assert pause(0.0), "outside of any"

@@ -96,9 +96,10 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     """The CPU TEE."""
     if cfg.simulation is not None:
         return _simulated_machine(cfg.simulation.machine).attester()
-    from agent.evidence.tsm import TsmSnp
+    from agent.evidence import Tee
+    from agent.evidence.detect import open_interface
 
-    return TsmSnp()
+    return open_interface(Tee(cfg.tee.attester))
 
 
 def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":

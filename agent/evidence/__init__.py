@@ -8,6 +8,8 @@ import enum
 from dataclasses import dataclass
 from typing import NewType, Protocol
 
+from agent.closed import Ident
+
 Nonce = NewType("Nonce", bytes)
 """The broker's nonce: 32 bytes, single use."""
 ReportData = NewType("ReportData", bytes)
@@ -43,15 +45,20 @@ class Evidence:
 
 
 class Attester(Protocol):
-    """One TEE device interface. Blocking; a request is never abandoned half-way."""
+    """One TEE device interface. Blocking; a request is never abandoned half-way.
+
+    Attributes:
+        interface: what stands between us and the TEE: `configfs-tsm`, `sev-guest` …
+    """
 
     tee: Tee
+    interface: Ident
 
     def collect(self, report_data: ReportData) -> Evidence:
         """Fresh Evidence over `report_data` (64 bytes).
 
         Raises:
-            DeviceError: the device refused; `retryable` is never set for SNP.
+            DeviceError: the device refused, after as many requests as its interface allows; never retried by who is told.
             MalformedEvidenceError: what came back does not parse.
             EvidenceBindingError: what came back carries other report data.
         """

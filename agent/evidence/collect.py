@@ -45,7 +45,8 @@ class Devices:
     server_command_digest: str
 
     def collect(self, data: RuntimeData) -> CompositeEvidence:
-        """Fresh Evidence over `data`. Blocking: seconds for GPUs, up to 65 s for a throttled SNP device.
+        """Fresh Evidence over `data`. Blocking: seconds for GPUs, up to 65 s for a throttled SNP device, two minutes for a
+        TDX host that fails and is asked again.
 
         Raises:
             DeviceError, MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError: a device misbehaved.

@@ -1,9 +1,10 @@
-"""Byte layouts of SEV-SNP: the attestation report and the host's certificate table.
+"""Byte layouts of SEV-SNP: the attestation report, the host's certificate table, and what `/dev/sev-guest` takes and answers.
 
 Does not check signatures and does not judge: `agent/verify/snp.py` verifies, the broker appraises. Every reserved byte
 and bit must be zero, so whatever `parse_report` accepts `pack_report` gives back byte for byte.
 
-Spec: AMD 56860 "SEV-SNP Firmware ABI", ATTESTATION_REPORT; certificate table: AMD 56421 "GHCB", SNP Extended Guest Request.
+Spec: AMD 56860 "SEV-SNP Firmware ABI", ATTESTATION_REPORT; certificate table: AMD 56421 "GHCB", SNP Extended Guest Request;
+device: Linux 6.12, include/uapi/linux/sev-guest.h.
 """
 
 import enum
@@ -405,3 +406,72 @@ def parse_certificate_table(data: bytes) -> tuple[tuple[CertificateKind, bytes],
 
 def _malformed_table(field: str, got: int | None = None, expected: int | None = None) -> MalformedEvidenceError:
     return MalformedEvidenceError(EvidenceFormat.SNP_CHAIN, Ident(field), got, expected)
+
+
+# --- /dev/sev-guest ---------------------------------------------------------------------------------------------------
+
+SNP_GET_REPORT = 0xC020_5300
+SNP_GET_EXT_REPORT = 0xC020_5302
+REPORT_RESPONSE_BYTES = 4000
+CERTIFICATE_PAGE_BYTES = 4096
+"""The kernel takes certificate buffers in whole pages."""
+GHCB_INVALID_LENGTH = 1
+"""The hypervisor's answer to a certificate buffer that is too small."""
+
+_GUEST_REQUEST = struct.Struct("<B7xQQII")  # snp_guest_request_ioctl; exitinfo2 is firmware error, VMM error
+_REPORT_REQUEST = struct.Struct("<64sI28x")  # snp_report_req
+_EXT_REPORT_REQUEST = struct.Struct("<64sI28xQI4x")  # snp_ext_report_req
+_REPORT_RESPONSE = struct.Struct("<II24s")  # MSG_REPORT_RSP: status, size, reserved
+_MESSAGE_VERSION = 1
+
+
+def pack_guest_request(request_address: int, response_address: int) -> bytearray:
+    """The argument of both ioctls. `exitinfo2` is zero: the kernel writes it only where something went wrong."""
+    return bytearray(_GUEST_REQUEST.pack(_MESSAGE_VERSION, request_address, response_address, 0, 0))
+
+
+def parse_exit_info(guest_request: bytes | bytearray) -> tuple[int, int]:
+    """What firmware and hypervisor said, in this order. Means something only after EIO, on some kernels after ENOSPC."""
+    *_, firmware_error, vmm_error = _GUEST_REQUEST.unpack(guest_request)
+    return firmware_error, vmm_error
+
+
+def pack_report_request(report_data: bytes, vmpl: int) -> bytes:
+    return _REPORT_REQUEST.pack(report_data, vmpl)
+
+
+def pack_ext_report_request(report_data: bytes, vmpl: int, certificates_address: int, certificates_bytes: int) -> bytes:
+    """With address and length 0: tell how long the certificates are."""
+    return _EXT_REPORT_REQUEST.pack(report_data, vmpl, certificates_address, certificates_bytes)
+
+
+def parse_certificates_bytes(ext_report_request: bytes) -> int:
+    """How long the kernel says the host's certificates are.
+
+    Raises:
+        MalformedEvidenceError: not some whole pages, or more than the kernel itself takes.
+    """
+    *_, length = _EXT_REPORT_REQUEST.unpack(ext_report_request)
+    if length % CERTIFICATE_PAGE_BYTES or not 0 < length <= MAX_CERTIFICATE_TABLE_BYTES:
+        raise _malformed_table("certificates_length", length, MAX_CERTIFICATE_TABLE_BYTES)
+    return int(length)
+
+
+def parse_report_response(data: bytes) -> tuple[int, bytes]:
+    """Firmware status and report; without a report when the status is not 0.
+
+    Args:
+        data: the 4000 bytes of a response, of which what follows the report is left out.
+
+    Raises:
+        MalformedEvidenceError: wrong length, another size than a report's, or a reserved byte that is set.
+    """
+    if len(data) != REPORT_RESPONSE_BYTES:
+        raise _malformed("response_length", len(data), REPORT_RESPONSE_BYTES)
+    status, size, reserved = _REPORT_RESPONSE.unpack_from(data)
+    if status:
+        return status, b""
+    if size != REPORT_BYTES:
+        raise _malformed("response_size", size, REPORT_BYTES)
+    _must_be_zero("response_reserved", any(reserved))
+    return 0, data[_REPORT_RESPONSE.size : _REPORT_RESPONSE.size + size]

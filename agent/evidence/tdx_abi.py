@@ -319,6 +319,12 @@ def quote_length(data: bytes) -> int:
     return end.position
 
 
+def quote_report_data(data: bytes) -> bytes:
+    """The report data of the quote that `quote_length` has found: 64 bytes at one place in every body."""
+    end_of_1_0 = _parse_descriptor(data)[0] + _BODY_1_0.size
+    return data[end_of_1_0 - 64 : end_of_1_0]
+
+
 def parse_quote(data: bytes, *, ignore_trailing: bool = False) -> TdxQuote:
     """The quote in `data`.
 

@@ -51,6 +51,7 @@ class SimulatedSnp:
     """The `Attester` of a simulated machine; its faults are the machine's fields."""
 
     tee = Tee.SNP
+    interface = Ident("simulated-snp")
 
     def __init__(self, machine: SimulatedMachine) -> None:
         self._machine = machine
@@ -59,7 +60,7 @@ class SimulatedSnp:
         """See `Attester.collect`. The chain is complete: VCEK, ASK, ARK."""
         machine = self._machine
         if machine.errno is not None:
-            raise DeviceError(Ident("simulated-snp"), Ident("collect"), machine.errno)
+            raise DeviceError(self.interface, Ident("collect"), machine.errno)
         device_data = report_data
         if machine.wrong_report_data:
             device_data = ReportData(bytes((report_data[0] ^ 1,)) + report_data[1:])
@@ -69,7 +70,7 @@ class SimulatedSnp:
             ask = (machine.silicon / _ASK_FILE).read_bytes()
             ark = x509.load_pem_x509_certificate((machine.silicon / ROOT_FILE).read_bytes()).public_bytes(Encoding.DER)
         except OSError as exc:
-            raise DeviceError(Ident("simulated-snp"), Ident("open"), exc.errno or 0) from exc
+            raise DeviceError(self.interface, Ident("open"), exc.errno or 0) from exc
         assert isinstance(key, ec.EllipticCurvePrivateKey)
         report = bytearray(sign_report(make_report(machine, device_data), key))
         if machine.flip_signature_bit:

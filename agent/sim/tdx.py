@@ -60,6 +60,7 @@ class SimulatedTdx:
     """
 
     tee = Tee.TDX
+    interface = Ident("simulated-tdx")
 
     def __init__(self, machine: SimulatedMachine, version: int = 4, padding: int = 0) -> None:
         self._machine = machine
@@ -70,7 +71,7 @@ class SimulatedTdx:
         """See `Attester.collect`. The quote holds the whole chain: PCK, Platform CA, root."""
         machine = self._machine
         if machine.errno is not None:
-            raise DeviceError(Ident("simulated-tdx"), Ident("collect"), machine.errno)
+            raise DeviceError(self.interface, Ident("collect"), machine.errno)
         device_data = report_data
         if machine.wrong_report_data:
             device_data = ReportData(bytes((report_data[0] ^ 1,)) + report_data[1:])

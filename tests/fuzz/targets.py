@@ -18,7 +18,7 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 
 import urllib3
 from cryptography import x509
@@ -56,11 +56,15 @@ from agent.evidence import (
     Tee,
     binding,
     ccel,
+    cpu,
     gpu_abi,
+    qgs_abi,
     snp_abi,
     tdx_abi,
 )
-from agent.evidence.tsm import certificate_chain
+from agent.evidence.cpu import certificate_chain
+from agent.evidence.sev_guest import SevGuest
+from agent.evidence.tdx_guest import read_port
 from agent.guest.initdata import pack_device, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -82,7 +86,9 @@ from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
 from agent.verify import nvidia, pck, snp, tdx
+from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
+from tests.quotes import quote
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
@@ -225,6 +231,77 @@ def pck_extension_seeds() -> list[bytes]:
     extension = make_pck_extension(bytes(range(64)))
     processor = replace(extension, platform_instance_id=None, configuration=None, pce_svn=300)
     return [pck.pack_pck_extension(each) for each in (extension, processor)]
+
+
+_SEV_ANSWER = struct.Struct("<IIIIH")  # errno, firmware, hypervisor, certificate length, bytes of the response
+
+
+def sev_guest_answers(data: bytes) -> None:
+    """What `/dev/sev-guest` may write: errno, exitinfo2, a certificate length, a response, certificates."""
+    code, firmware, vmm, needed, response_bytes = _SEV_ANSWER.unpack_from(data.ljust(_SEV_ANSWER.size, b"\0"))
+    response = data[_SEV_ANSWER.size :][:response_bytes]
+    certificates = data[_SEV_ANSWER.size + response_bytes :]
+    fake = FakeSevGuest(lambda *_: b"", certificates[:0x4000], faults=[None, Fault(code % 200, firmware, vmm)])
+    fake.response = response[:4000]
+
+    def ioctl(descriptor: int, number: int, argument: bytearray) -> int:
+        try:
+            return fake.ioctl(descriptor, number, argument)
+        finally:
+            if needed and number == snp_abi.SNP_GET_EXT_REPORT:
+                (request,) = struct.unpack_from("<Q", argument, 8)
+                fake.write(request + 104, struct.pack("<I", needed))
+
+    evidence = SevGuest(Path(os.devnull), Path("/nonexistent"), ioctl, lambda: 0.0, lambda _: True).collect(REPORT_DATA)
+    assert snp_abi.parse_report(evidence.report).report_data == REPORT_DATA
+
+
+def sev_guest_answers_seeds() -> list[bytes]:
+    """A host without certificates, one with an empty table, and one that is busy."""
+    report = _silicon("snp-report.bin")
+    response = struct.pack("<II24x", 0, len(report)) + report
+    head = _SEV_ANSWER.pack(0, 0, 0, 0, len(response))
+    busy = _SEV_ANSWER.pack(5, 0, 2, 0, len(response))
+    return [head + response, head + response + bytes(4096), busy + response + bytes(24)]
+
+
+def tdx_blob(data: bytes) -> None:
+    """What a device or the quote service hands over: a quote, and anything behind it."""
+    evidence = cpu.tdx_evidence(data, REPORT_DATA)
+    assert data.startswith(evidence.report)
+    assert cpu.tdx_evidence(evidence.report, REPORT_DATA) == evidence
+
+
+def tdx_blob_seeds() -> list[bytes]:
+    return [quote(REPORT_DATA, version, b"signature") + tail for version in (4, 5) for tail in (b"", bytes(100))]
+
+
+def qgs_answer(data: bytes) -> None:
+    """Length and message as they come from the host."""
+    length = qgs_abi.parse_frame_length(data[:4].ljust(4, b"\0"), tdx_abi.MAX_QUOTE_BYTES)
+    response = qgs_abi.parse_quote_response(data[4 : 4 + length])
+    assert qgs_abi.pack_quote_response(response)[4:] == data[4 : 4 + length]
+    cpu.tdx_evidence(response.quote, REPORT_DATA)
+
+
+def qgs_answer_seeds() -> list[bytes]:
+    responses = (
+        qgs_abi.QuoteResponse(0, quote(REPORT_DATA, signature=b"signature")),
+        qgs_abi.QuoteResponse(0, quote(REPORT_DATA, 5, b"signature"), bytes(16), 1),
+        qgs_abi.QuoteResponse(0x12001),
+    )
+    return [qgs_abi.pack_quote_response(response) for response in responses]
+
+
+def tdx_attest_conf(data: bytes) -> None:
+    with NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        assert 0 <= read_port(Path(file.name)) <= 0xFFFF
+
+
+def tdx_attest_conf_seeds() -> list[bytes]:
+    return [b"# vsock\nport = 4050 # host\n"]
 
 
 def gpu_report(data: bytes) -> None:
@@ -727,6 +804,10 @@ TARGETS = {
         Target("ccel", event_log, _none),
         Target("pck_chain", pck_chain, _none),
         Target("pck_extension", pck_extension, pck_extension_seeds),
+        Target("sev_guest_answers", sev_guest_answers, sev_guest_answers_seeds),
+        Target("tdx_blob", tdx_blob, tdx_blob_seeds),
+        Target("qgs_answer", qgs_answer, qgs_answer_seeds),
+        Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
