@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat import asn1
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.hashes import SHA256, SHA384
@@ -18,9 +19,22 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
-from agent.sim.nvml import FWID, issue
-from agent.verify.nvidia import COMPOSITE_DEVICE_ID, GpuClaims, parse_chain, verify_gpu
-from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, NONCE, gpu_machine, recorded, signed_by, simulated_root
+from agent.sim.nvml import BLACKWELL, FWID, HOPPER, LS10, Chip, issue, issue_authority, issue_device
+from agent.verify.nvidia import COMPOSITE_DEVICE_ID, CompositeDeviceId, Fwid, GpuClaims, parse_chain, verify_gpu, verify_switch
+from tests.gpus import (
+    GENUINE_GPUS,
+    GPU_NAMES,
+    INVALID_SIGNATURES,
+    NONCE,
+    SWITCH_NAMES,
+    Device,
+    SimulatedSet,
+    gpu_machine,
+    listed,
+    recorded,
+    signed_by,
+    simulated_root,
+)
 from tests.shared import shared_data
 
 NOW = datetime.datetime(2026, 6, 1, tzinfo=datetime.UTC)
@@ -78,6 +92,11 @@ class Silicon:
 
 
 @pytest.fixture(scope="module")
+def devices() -> SimulatedSet:
+    return SimulatedSet()
+
+
+@pytest.fixture(scope="module")
 def gpus(tmp_path_factory: pytest.TempPathFactory) -> Silicon:
     return Silicon(tmp_path_factory.mktemp("gpu") / "machine")
 
@@ -100,9 +119,40 @@ def test_recorded_reports_with_an_invalid_signature_do_not_verify(name: str) -> 
     assert check_that_fails(sample.evidence, sample.nonce, []) is EvidenceCheck.REPORT_SIGNATURE
 
 
-def test_a_genuine_switch_is_no_gpu() -> None:
-    sample = recorded("ls10_96.10.55")
-    assert field_of_error(sample.evidence, sample.nonce, []) == (EvidenceFormat.NVIDIA_REPORT, "driver-version")
+def test_a_genuine_switch_is_no_gpu(devices: SimulatedSet) -> None:
+    switch = devices.switches[0]
+    for arch in ("LS10", "HOPPER"):
+        evidence = replace(switch.saying({3: b"590.12\0"}), arch=arch)
+        assert check_that_fails(evidence, NONCE, [devices.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
+
+
+def test_a_genuine_gpu_is_no_switch(devices: SimulatedSet) -> None:
+    gpu = devices.gpus[0]
+    for arch in ("LS10", "HOPPER"):
+        evidence = replace(gpu.saying({22: SWITCH_NAMES[0], 26: listed(GPU_NAMES)}), arch=arch)
+        with pytest.raises(EvidenceVerificationError) as caught:
+            verify_switch(evidence, NONCE, [devices.root], NOW)
+        assert caught.value.check is EvidenceCheck.CERTIFICATE_CHIP_ID
+
+
+@pytest.mark.parametrize(("kind", "field"), [(6, "vbios-version"), (22, "pdi"), (26, "gpu-pdis")])
+def test_a_switch_without_its_names_is_malformed(devices: SimulatedSet, kind: int, field: str) -> None:
+    with pytest.raises(MalformedEvidenceError) as caught:
+        verify_switch(devices.switches[0].saying({kind: None}), NONCE, [devices.root], NOW)
+    assert caught.value.field == field
+
+
+def test_a_simulated_switch_verifies_under_its_root_and_says_so(devices: SimulatedSet) -> None:
+    claims = verify_switch(devices.switches[2].evidence, NONCE, [devices.root], NOW)
+    assert claims.simulated
+    assert (claims.hwmodel, claims.vbios_version) == ("LS_10 SIMULATED FSP BROM", "96.10.55.00.01")
+    assert (claims.pdi, claims.gpu_pdis) == (SWITCH_NAMES[2], GPU_NAMES)
+
+
+def test_a_simulated_blackwell_verifies_under_its_root(devices: SimulatedSet) -> None:
+    claims = verify_gpu(devices.blackwell.evidence, NONCE, [devices.root], NOW)
+    assert (claims.arch, claims.hwmodel) == ("BLACKWELL", "GB100 SIMULATED GSP BROM")
+    assert (claims.protected_pcie, claims.switch_pdis, claims.feature_flag) == (None, (), None)
 
 
 def test_the_same_claims_tell_devices_apart_by_their_key() -> None:
@@ -166,9 +216,21 @@ def test_a_signature_of_zeros_does_not_verify(gpus: Silicon) -> None:
     assert check_that_fails(replace(gpus.first, report=report), NONCE, [gpus.root]) is EvidenceCheck.REPORT_SIGNATURE
 
 
-def test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify(gpus: Silicon) -> None:
-    report = gpus.with_field(20, bytes(48))
-    assert check_that_fails(gpus.saying(report), NONCE, [gpus.root]) is EvidenceCheck.FWID
+def test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify(devices: SimulatedSet) -> None:
+    for device in (devices.gpus[0], devices.blackwell, devices.switches[0]):
+        verify = verify_switch if device.arch == "LS10" else verify_gpu
+        for other in (bytes(48), b"\1" * 48):  # zeros are the second of the two that a Blackwell leaf lists
+            with pytest.raises(EvidenceVerificationError) as caught:
+                verify(device.saying({20: other}), NONCE, [devices.root], NOW)
+            assert caught.value.check is EvidenceCheck.FWID
+
+
+@pytest.mark.parametrize(("chip", "extension"), [(HOPPER, BLACKWELL), (BLACKWELL, HOPPER), (LS10, BLACKWELL)])
+def test_the_firmware_identity_of_another_architecture_is_none(chip: Chip, extension: Chip) -> None:
+    root = issue("SIMULATED Device Identity CA", None)
+    device = issue_device(replace(chip, extension=extension.extension), issue_authority(chip, root))
+    evidence = Device(chip.arch, *device, ((6, b"96.10.55.00.01"), (3, b"590.12\0"), (20, FWID))).evidence
+    assert field_of_error(evidence, NONCE, [root[1]]) == (EvidenceFormat.NVIDIA_CHAIN, "fwid-extension")
 
 
 @pytest.mark.parametrize("driver", ["550.01", "580.95.05", "1000.1"])
@@ -284,14 +346,23 @@ def test_a_boot_rom_that_does_not_have_exactly_one_name_is_malformed(
     assert field_of_error(evidence, NONCE, [issued[0][1]]) == (EvidenceFormat.NVIDIA_CHAIN, "subject")
 
 
+SHORT_FWID = asn1.encode_der(
+    CompositeDeviceId(
+        version=1,
+        device_key=asn1.decode_der(asn1.TLV, b"\x05\0"),
+        fwid=Fwid(algorithm=x509.ObjectIdentifier("2.16.840.1.101.3.4.2.1"), digest=bytes(32)),
+    )
+)
+
+
 def fwid_extension(value: bytes) -> x509.UnrecognizedExtension:
     return x509.UnrecognizedExtension(COMPOSITE_DEVICE_ID, value)
 
 
 @pytest.mark.parametrize(
     "extensions",
-    [(), (fwid_extension(b""),), (fwid_extension(b"\x30\x00"),), (fwid_extension(FWID),)],
-    ids=["none", "empty", "empty sequence", "bare digest"],
+    [(), (fwid_extension(b""),), (fwid_extension(b"\x30\x00"),), (fwid_extension(FWID),), (fwid_extension(SHORT_FWID),)],
+    ids=["none", "empty", "empty sequence", "bare digest", "shorter digest"],
 )
 def test_a_leaf_without_a_readable_firmware_identity_is_malformed(
     gpus: Silicon, extensions: tuple[x509.UnrecognizedExtension, ...]
