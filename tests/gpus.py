@@ -10,6 +10,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from agent.errors import EvidenceCheck
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import GpuReport
 from agent.sim.machine import GpuKnobs, SimulatedMachine
@@ -159,3 +160,43 @@ def recorded(name: str) -> Recorded:
         entry = json.loads(shared_data(f"nvidia/{path}").read_bytes())[int(index.rstrip("]"))]
         report, chain = (base64.b64decode(entry[key]) for key in ("evidence", "certificate"))
     return Recorded(name, report, chain, expected)
+
+
+_SDK = "attestation-sdk/testdata/sample_attestation_data"
+_TRUSTEE = "trustee/hopperAttestationReport.txt"
+_HOPPER, _HOPPER_CHAIN = f"{_SDK}/gpu/hopperAttestationReport.txt", f"{_SDK}/gpu/hopperCertChain.txt"
+_SWITCH_CHAIN = f"{_SDK}/switch/switchCertChain.txt"
+_HOPPER_NONCE = "27a328247bf7935c993341cf587be6f05986ccce4fe7ba2c54100bd616a58f66"
+_COMMON_NONCE = "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb"
+_SWITCH_NONCE = "ea038ed507a451e005bae91186bc9403150a3cb8971fdebd05ffed65eeb6a997"
+_COCO_NONCE = "87d8e24ab336adafe228d49e83d745f6dba4ae505372b6a5704820856b343fec"
+_FORGED = EvidenceCheck.REPORT_SIGNATURE
+_PARTIAL = "number-of-certificates"
+
+Verdict = EvidenceCheck | str | None
+TEXT_RECORDS: list[tuple[str, str, str, str, Verdict]] = [
+    (_HOPPER, _HOPPER_CHAIN, "HOPPER", _HOPPER_NONCE, None),
+    # The chain of another device. What has expired about it only NVIDIA's revocation service knows: its dates are good.
+    (_HOPPER, f"{_SDK}/gpu/hopperCertChainExpired.txt", "HOPPER", _HOPPER_NONCE, _FORGED),
+    (f"{_SDK}/gpu/hopperAttestationReportInvalidSignature.txt", _HOPPER_CHAIN, "HOPPER", _COMMON_NONCE, _FORGED),
+    (f"{_SDK}/gpu/blackwellAttestationReport.txt", f"{_SDK}/gpu/blackwellCertChain.txt", "BLACKWELL", _COMMON_NONCE, None),
+    (f"{_SDK}/switch/switchAttestationReport.txt", _SWITCH_CHAIN, "LS10", _COMMON_NONCE, None),
+    (f"{_SDK}/switch/switchAttestationReportInvalidSignature.txt", _SWITCH_CHAIN, "LS10", _SWITCH_NONCE, _FORGED),
+    ("attestation-sdk/testdata/switchAttestationReport.txt", _SWITCH_CHAIN, "LS10", _COMMON_NONCE, None),
+    ("nvtrust/samples/hopperAttestationReport.txt", "nvtrust/samples/hopperCertChain.txt", "HOPPER", _COMMON_NONCE, None),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case1.txt", "HOPPER", _COMMON_NONCE, None),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case2.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case3.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case4.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    ("trustee/hopper_coco_report1.txt", "trustee/hopper_coco_certs1.txt", "HOPPER", _COCO_NONCE, None),
+]
+"""Report, chain, architecture, nonce, and what must come of them: the check or field that fails, None for a genuine device."""
+JSON_RECORDS = {
+    "attestation-sdk/serialized_test_evidence/hopper_evidence.json": 1,
+    "attestation-sdk/serialized_test_evidence/hopper_evidence_cert_hold.json": 1,
+    "attestation-sdk/serialized_test_evidence/multi_gpu_hopper.json": 4,
+    "attestation-sdk/serialized_test_evidence/multi_switch_ls10.json": 4,
+    "attestation-sdk/serialized_test_evidence/switch_evidence_ls10.json": 1,
+    "attestation-sdk/testdata/evidence_hopper_590_12.json": 1,
+}
+"""Lists of devices as NVIDIA's tools write them, and how many: all of them genuine."""
