@@ -139,6 +139,10 @@ def test_a_report_cut_anywhere_is_malformed(length: int) -> None:
     field_of_error(PACKED[:length])
 
 
+def test_a_report_measures_something() -> None:
+    assert field_of_error(pack_report(replace(REPORT, measurements=()))) == "number-of-blocks"
+
+
 def test_a_report_larger_than_the_driver_can_return_is_malformed() -> None:
     assert field_of_error(bytes(MAX_REPORT_BYTES + 1)) == "length"
 

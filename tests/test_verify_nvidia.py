@@ -4,6 +4,7 @@ import base64
 import datetime
 import json
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -163,6 +164,17 @@ def test_every_recorded_list_of_devices_verifies(file: str, count: int) -> None:
         report, chain = base64.b64decode(entry["evidence"]), base64.b64decode(entry["certificate"])
         claims = verify(GpuEvidence(entry["arch"], "GPU-recorded", report, chain), GpuNonce(bytes.fromhex(entry["nonce"])))
         assert not claims.simulated
+
+
+@pytest.mark.parametrize("role", ["gpu", "blackwell", "switch"])
+def test_a_verification_takes_less_than_ten_milliseconds(devices: SimulatedSet, role: str) -> None:
+    device = {"gpu": devices.gpus[0], "blackwell": devices.blackwell, "switch": devices.switches[0]}[role]
+    evidence, times = device.evidence, []
+    for _ in range(20):
+        started = time.thread_time()
+        verify(evidence, NONCE, [devices.root])
+        times.append(time.thread_time() - started)
+    assert min(times) < 0.010
 
 
 def test_no_recorded_report_is_left_out() -> None:

@@ -241,6 +241,9 @@ def parse_report(report: bytes) -> GpuReport:
         reader.constant(field, 1, expected)
 
     blocks = reader.number("number-of-blocks", 1)
+    # refusal: test_a_report_measures_something
+    if blocks == 0:
+        raise _malformed("number-of-blocks", blocks)
     reader.constant("measurement-record-length", 3, blocks * _BLOCK_BYTES)
     measurements = []
     for index in range(1, blocks + 1):
