@@ -13,10 +13,8 @@ import enum
 import errno
 import os
 import shutil
-import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, TypeVar
@@ -43,6 +41,7 @@ from agent.guest import hardening, landlock
 from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
 from agent.server import ServerPlan
+from agent.threads import signals_wait
 from agent.worker import is_loopback, plan_server, token_keys
 
 if TYPE_CHECKING:
@@ -128,16 +127,6 @@ def _needed(value: _T | None, otherwise: Skip) -> _T:
     return value
 
 
-@contextmanager
-def _signals_wait() -> Iterator[None]:
-    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def examine(guest: Guest) -> Iterator[Finding]:
     """Every check in boot order, whatever the ones before it found."""
     for name, check in CHECKS.items():
@@ -190,7 +179,7 @@ def _tee(guest: Guest) -> None:
     from agent.evidence import Tee
     from agent.evidence.detect import hinted, open_interface
 
-    with _signals_wait():
+    with signals_wait():
         if guest.measured is None:  # of which TEE nobody says: look for the one it seems to be
             guest.tee = open_interface(hinted() or Tee.SNP)
         else:
@@ -202,7 +191,7 @@ def _host_data(guest: Guest) -> None:
 
     measured = _needed(guest.measured, Skip.NO_CONFIGURATION)
     tee = _needed(guest.tee, Skip.NO_TEE)
-    with _signals_wait():
+    with signals_wait():
         check_measured(tee, measured.digest)
 
 
@@ -215,7 +204,7 @@ def _gpu(guest: Guest) -> None:
         open_nvml()  # touches no GPU
         if not is_held():
             raise _SkippedError(Skip.GPU_NOT_HELD)
-    with _signals_wait():
+    with signals_wait():
         guest.gpus = guest.open_gpus(guest.config)
 
 
@@ -224,7 +213,7 @@ def _gpu_inventory(guest: Guest) -> None:
 
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
-    with _signals_wait():
+    with signals_wait():
         check_inventory(gpus.inspect(), config.count, expected)
 
 

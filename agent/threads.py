@@ -1,10 +1,11 @@
-"""Blocking work beside the worker's event loop: threads that are always joined."""
+"""Blocking work that is never abandoned: threads beside an event loop, always joined, and signals that wait."""
 
 import asyncio
+import signal
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -54,3 +55,13 @@ def pause(seconds: float) -> bool:
         time.sleep(seconds)
         return True
     return not cancelled.wait(seconds)
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

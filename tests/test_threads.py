@@ -1,9 +1,11 @@
 import asyncio
+import os
+import signal
 import threading
 
 import pytest
 
-from agent.threads import in_thread, pause
+from agent.threads import in_thread, pause, signals_wait
 
 
 def test_the_result_and_the_exception_come_back() -> None:
@@ -86,3 +88,11 @@ def test_a_cancelled_thread_leaves_the_pauses_of_others_alone() -> None:
 
     assert asyncio.run(asyncio.wait_for(story(), 30))
     assert pause(0.0), "outside of any"
+
+
+def test_a_signal_waits_for_the_end_of_device_work() -> None:
+    done = False
+    with pytest.raises(KeyboardInterrupt), signals_wait():
+        os.kill(os.getpid(), signal.SIGINT)
+        done = True
+    assert done
