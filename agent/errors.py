@@ -238,6 +238,10 @@ class Absence(enum.Enum):
     NO_DRIVER = "the processor says that this guest is one, but no driver gives access"
     NO_QUOTE_SERVICE = "no provider in configfs-tsm, and no port of a quote service in /etc/tdx-attest.conf"
     OTHER_TEE = "this guest is of another TEE"
+    GPU_NOT_HELD = (
+        "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
+        "reset: start nvidia-persistenced first"
+    )
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
 
 
