@@ -20,6 +20,7 @@ VERBS = {
     "init": "the first program of a guest: started by the kernel as /init",
     "doctor": "check this guest: everything that a boot needs, one finding each",
     "evidence": "print this guest's evidence over a nonce, as the broker sees it",
+    "verify": "check a report, quote or event log offline, and print what it says",
     "status": "show the status of a running agent",
     "explain": "what an error or an exit status means, who must act, and what to check",
     "config": "check, explain or print an example of the configuration",

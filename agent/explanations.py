@@ -314,10 +314,15 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "key, and the second is a stranger's.",
     ),
     errors.EvidenceVerificationError: Explanation(
-        "The evidence of a GPU is not signed by the key whose certificate came with it, so the guest does not send it. "
+        "In a guest: the evidence of a GPU is not signed by the key whose certificate came with it, so it is not sent. "
         "The whole appraisal with chains, dates and patch levels is the broker's, which refuses with "
-        "KeyReleaseDeniedError and the same words.",
+        "KeyReleaseDeniedError and the same words, and that of `keyturn verify`, which ends with the first check that "
+        "does not hold.",
         (
+            (
+                "`keyturn verify`: certificate-chain also means that a certificate is missing, and certificate-validity "
+                "that evidence is older or newer than its certificates; it can be told another time than now."
+            ),
             "Reset the GPU on the host and start a new guest.",
             "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
             "Boot the same image on another machine: if it passes there, take this one out of service.",

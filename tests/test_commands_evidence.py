@@ -142,6 +142,17 @@ def test_every_call_has_a_key_of_its_own_unless_one_is_given(world: World, tmp_p
         assert isinstance(appraise(world, found, NONCE), Accepted)
 
 
+def test_the_report_in_it_is_what_verify_takes(world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    primary = printed(*launched(world))["primary_evidence"]
+    (tmp_path / "report").write_bytes(base64.b64decode(primary["report"]))
+    flags = ["--json", "--unsafe-simulation-roots", str(world.machine.roots_dir)]
+    for number, der in enumerate(primary["cert_chain"]):
+        (tmp_path / f"{number}.der").write_bytes(base64.b64decode(der))
+        flags += ["--endorsement", str(tmp_path / f"{number}.der")]
+    assert main(["verify", "snp", str(tmp_path / "report"), *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["host_data"] == world.machine.host_data.hex()
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 

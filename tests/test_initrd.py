@@ -108,7 +108,7 @@ def test_the_agent_runs_in_a_root_that_has_only_glibc_and_zlib(built: Built, hos
     assert (done.returncode, done.stdout.split()[0], done.stderr) == (0, "keyturn", "")
     shown = subprocess.run([chroot, built.root, command[0]], env=hostile, capture_output=True, text=True, timeout=60).stdout
     verbs = re.findall(r"^    ([a-z]+) ", shown, re.MULTILINE)
-    assert {"run", "init", "explain", "doctor", "evidence"} <= set(verbs)
+    assert {"run", "init", "explain", "doctor", "evidence", "verify"} <= set(verbs)
     for verb in verbs:  # what it says it can do it can
         subprocess.run(
             [chroot, built.root, command[0], verb, "--help"], env=hostile, check=True, timeout=60, capture_output=True

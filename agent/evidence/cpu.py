@@ -93,13 +93,18 @@ def certificate_chain(table: bytes) -> tuple[bytes, ...]:
         MalformedEvidenceError: the table or a certificate in it does not parse.
     """
     entries = parse_certificate_table(table)
-    chain = tuple(der for kind in _CHAIN_ORDER for found, data in entries if found is kind for der in _certificates(data))
+    chain = tuple(der for kind in _CHAIN_ORDER for found, data in entries if found is kind for der in der_certificates(data))
     for der in chain:
         load_certificate(der)
     return chain
 
 
-def _certificates(data: bytes) -> Iterator[bytes]:
+def der_certificates(data: bytes) -> Iterator[bytes]:
+    """DER of each certificate in `data`, which is one in DER, or PEM and nothing else. Looks into none of them.
+
+    Raises:
+        MalformedEvidenceError: not PEM, although it begins so.
+    """
     if not data.startswith(b"-----"):
         yield data
         return

@@ -1,0 +1,464 @@
+"""`keyturn verify`: evidence from files, checked offline by the broker's own verifiers, and what it says.
+
+Owns files and output. What makes evidence genuine is `agent/verify`'s; whether what it says is good enough is for a policy, or
+for whoever reads the output. Fetches nothing. The vendors' pinned roots are the only ones, unless simulated ones are named.
+"""
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+
+from agent.closed import Ident
+from agent.commands.evidence import nonce_argument
+from agent.errors import (
+    ConfigError,
+    ConfigProblem,
+    EvidenceCheck,
+    EvidenceFormat,
+    EvidenceVerificationError,
+    MalformedEvidenceError,
+    SimulationRefusal,
+    SimulationRefusedError,
+)
+from agent.evidence import Evidence, GpuEvidence, GpuNonce, Tee
+from agent.evidence.ccel import MAX_LOG_BYTES, SHA384, parse_event_log, replay
+from agent.evidence.cpu import certificate_chain, der_certificates
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
+from agent.evidence.gpu_abi import parse_report as parse_gpu_report
+from agent.evidence.snp_abi import (
+    MAX_CERTIFICATE_TABLE_BYTES,
+    REPORT_BYTES,
+    GuestPolicy,
+    SigningKey,
+    SnpReport,
+    TcbVersion,
+    product_of,
+)
+from agent.evidence.snp_abi import parse_report as parse_snp_report
+from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, TDREPORT_BYTES, TEE_TYPE_TDX, TdAttributes, TdBody, parse_tdreport
+from agent.verify.nvidia import GpuClaims, verify_gpu
+from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
+from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
+from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES, evaluate_tcb
+
+EXIT_NOT_VERIFIED = 1
+_MAX_UNIX = 253402300799  # the last second of the year 9999
+_Roots = Sequence[x509.Certificate]
+
+
+@dataclass(frozen=True, slots=True)
+class _Finding:
+    """What is genuine, and what it says.
+
+    Attributes:
+        headline: for people.
+        record: every claim, by the names of the specification.
+        shown: the claims that people are shown.
+        missing: why this is less than verified; None when it is.
+    """
+
+    headline: str
+    record: dict[str, object]
+    shown: tuple[str, ...]
+    missing: str | None = None
+
+
+def add_parser(verbs: Any, summary: str) -> None:
+    parser = verbs.add_parser(
+        "verify",
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}. Nothing is fetched, and no roots are trusted but the ones of AMD, "
+        "Intel and NVIDIA in this program. Claims are printed only when they are genuine; whether they are good enough is "
+        "yours to say.",
+        epilog="Exit status: 0 verified; 1 genuine, but not all was verified, and stderr says what is missing; 12 not genuine, "
+        "or malformed. Example: keyturn verify snp report.bin --endorsement auxblob.bin --json",
+        allow_abbrev=False,
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="snp|tdx|nvidia|event-log")
+    snp = kinds.add_parser(
+        "snp",
+        help="an SEV-SNP attestation report",
+        description="Verify an SEV-SNP attestation report, version 3 to 5: a genuine AMD chip signed it, at the TCB it "
+        "reports. Revocation is not checked.",
+        epilog="The chain is VCEK (or VLEK), ASK (or ASVK) and ARK. Where the host has none for you AMD has: on a terminal, "
+        "and without --endorsement, you are told where. Example: keyturn verify snp report.bin --endorsement vcek.der "
+        "--endorsement cert_chain.pem",
+        allow_abbrev=False,
+    )
+    snp.add_argument("file", metavar="REPORT", help="1184 bytes, - for standard input")
+    snp.add_argument(
+        "--endorsement",
+        metavar="CERT",
+        action="append",
+        default=[],
+        help="certificates: DER, PEM, or a host's table of them (configfs auxblob); may be given several times",
+    )
+    snp.set_defaults(examine=_snp)
+
+    tdx = kinds.add_parser(
+        "tdx",
+        help="a TDX quote",
+        description="Verify a TDX quote, version 4 or 5: Intel's Quoting Enclave made it, on a platform that Intel certified, "
+        "for a TD that nobody debugs; and with collateral, what Intel says of the platform's TCB. A TCB that is revoked, or "
+        "that Intel does not know, is a failure; OutOfDate and the other words are claims, printed as `tcb`.",
+        epilog="Example: keyturn verify tdx quote.bin --collateral collateral.json --json",
+        allow_abbrev=False,
+    )
+    tdx.add_argument("file", metavar="QUOTE", help="at most 128 KiB, zeros may follow the quote; - for standard input")
+    collateral = tdx.add_mutually_exclusive_group()
+    collateral.add_argument(
+        "--collateral",
+        metavar="FILE",
+        help="Intel's TCB information, QE identity and revocation lists for this platform, JSON as dcap-qvl has them",
+    )
+    collateral.add_argument(
+        "--no-collateral",
+        action="store_true",
+        help="be content with a genuine quote: TCB and revocation are not looked at, and `tcb` says not_evaluated",
+    )
+    tdx.set_defaults(examine=_tdx)
+
+    nvidia = kinds.add_parser(
+        "nvidia",
+        help="the attestation report of an NVIDIA GPU",
+        description="Verify the attestation report of an NVIDIA GPU, Hopper or Blackwell: a genuine GPU signed it, with the "
+        "firmware that its key was made for. Measurements are printed and not compared with NVIDIA's. Revocation is not "
+        "checked.",
+        epilog="Without --nonce the report may be an old one. Example: keyturn verify nvidia gpu.bin --chain chain.pem --nonce "
+        "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb",
+        allow_abbrev=False,
+    )
+    nvidia.add_argument("file", metavar="REPORT", help="SPDM request and response, binary; - for standard input")
+    nvidia.add_argument("--chain", metavar="PEM", required=True, help="the GPU's five certificates, leaf first")
+    nvidia.add_argument("--nonce", metavar="HEX", type=nonce_argument, help="the 32 bytes that the GPU was asked to sign")
+    nvidia.set_defaults(examine=_nvidia)
+
+    log = kinds.add_parser(
+        "event-log",
+        help="the event log of a TD",
+        description="Replay the event log of a TD (ACPI table CCEL, with what CoCo appends), and compare the registers with "
+        "those of a quote, verified as by `verify tdx --no-collateral`, or of a TDREPORT, which only its own processor could "
+        "verify: take it yourself, inside the TD. Digests are what is verified: the data beside them is anybody's.",
+        epilog="Example: keyturn verify event-log /sys/firmware/acpi/tables/data/CCEL --against quote.bin",
+        allow_abbrev=False,
+    )
+    log.add_argument("file", metavar="CCEL", help="at most 4 MiB, - for standard input")
+    log.add_argument("--against", metavar="FILE", help="quote or TDREPORT; without it the replayed registers are all there is")
+    log.set_defaults(examine=_event_log)
+
+    for kind in (snp, tdx, nvidia, log):
+        kind.add_argument(
+            "--at", metavar="UNIX", type=_moment, help="the second at which certificates must be valid, default: now"
+        )
+        kind.add_argument("--json", action="store_true", help="print one JSON object, with the specification's names")
+        kind.add_argument(
+            "--unsafe-simulation-roots",
+            metavar="DIR",
+            help="trust the roots of simulated silicon in DIR too; such claims say simulated",
+        )
+        kind.set_defaults(usage_error=kind.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    warnings.simplefilter("ignore")  # `cryptography` warns about oddities of certificates: stderr is not for it to write
+    words = [word for value in vars(args).values() for word in (value if isinstance(value, list) else [value])]
+    if words.count("-") > 1:
+        args.usage_error("only one file can be standard input")
+    finding: _Finding = args.examine(args, _simulation_roots(args.unsafe_simulation_roots), args.at or datetime.now(UTC))
+    if args.json:
+        print(json.dumps(finding.record))
+    else:
+        print(finding.headline)
+        for name in finding.shown:
+            print(f"  {name:<16}{_text(finding.record[name])}")
+    if finding.missing is None:
+        return 0
+    print(f"keyturn: not verified: {finding.missing}", file=sys.stderr)
+    return EXIT_NOT_VERIFIED
+
+
+# --- SEV-SNP ----------------------------------------------------------------------------------------------------------
+
+
+def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
+    report_bytes = _read(args.file, REPORT_BYTES, "report")
+    endorsements = [certificate for file in args.endorsement for certificate in _endorsements(file)]
+    if not endorsements and sys.stderr.isatty() and (urls := kds_urls(parse_snp_report(report_bytes))):
+        print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
+    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now)
+    report = claims.report
+    record: dict[str, object] = {
+        "tee": "snp",
+        "product": claims.product.value,
+        "simulated": claims.simulated,
+        "version": report.version,
+        "guest_svn": report.guest_svn,
+        "policy": _policy(report.policy),
+        "family_id": report.family_id.hex(),
+        "image_id": report.image_id.hex(),
+        "vmpl": report.vmpl,
+        "signature_algo": report.signature_algorithm,
+        "current_tcb": _tcb(report.current_tcb),
+        "platform_info": hex(report.platform_info),
+        "signing_key": report.signing_key.name,
+        "mask_chip_key": report.mask_chip_key,
+        "author_key_en": report.author_key_enabled,
+        "report_data": report.report_data.hex(),
+        "measurement": report.measurement.hex(),
+        "host_data": report.host_data.hex(),
+        "id_key_digest": report.id_key_digest.hex(),
+        "author_key_digest": report.author_key_digest.hex(),
+        "report_id": report.report_id.hex(),
+        "report_id_ma": report.report_id_ma.hex(),
+        "reported_tcb": _tcb(report.reported_tcb),
+        "cpuid_fam_id": report.cpuid_family,
+        "cpuid_mod_id": report.cpuid_model,
+        "cpuid_step": report.cpuid_stepping,
+        "chip_id": report.chip_id.hex(),
+        "committed_tcb": _tcb(report.committed_tcb),
+        "current_build": report.current_firmware.build,
+        "current_minor": report.current_firmware.minor,
+        "current_major": report.current_firmware.major,
+        "committed_build": report.committed_firmware.build,
+        "committed_minor": report.committed_firmware.minor,
+        "committed_major": report.committed_firmware.major,
+        "launch_tcb": _tcb(report.launch_tcb),
+        "launch_mit_vector": _hex_or_none(report.launch_mitigations),
+        "current_mit_vector": _hex_or_none(report.current_mitigations),
+    }
+    return _Finding(
+        f"verified: SEV-SNP report of {_silicon(claims.simulated)} {claims.product.value} chip, signed by its "
+        f"{report.signing_key.name}{'; its host may read and write the guest' if report.policy.debug else ''}",
+        record,
+        ("version", "chip_id", "measurement", "host_data", "report_data", "policy", "vmpl", "guest_svn", "reported_tcb"),
+    )
+
+
+def _endorsements(file: str) -> list[x509.Certificate]:
+    data = _read(file, MAX_CERTIFICATE_TABLE_BYTES, "endorsement")
+    if len(data) > MAX_CERTIFICATE_TABLE_BYTES:
+        raise MalformedEvidenceError(EvidenceFormat.SNP_CHAIN, Ident("length"), len(data), MAX_CERTIFICATE_TABLE_BYTES)
+    # A table begins with a GUID, a certificate with its DER tag and a length in two bytes.
+    ders = der_certificates(data) if data.startswith((b"-----", b"\x30\x82")) else certificate_chain(data)
+    return [load_certificate(der) for der in ders]
+
+
+def kds_urls(report: SnpReport) -> tuple[str, ...]:
+    """Where AMD has the VCEK, and its issuers. A VLEK is for the cloud provider to hand out.
+
+    Spec: AMD 57230 "VCEK Certificate and KDS Interface", 4.
+    """
+    if report.version not in ACCEPTED_VERSIONS or report.signing_key is not SigningKey.VCEK:
+        return ()
+    base, tcb = f"https://kdsintf.amd.com/vcek/v1/{product_of(report).value}", report.reported_tcb
+    chip_id, fmc = (report.chip_id, "") if tcb.fmc is None else (report.chip_id[:8], f"fmcSPL={tcb.fmc:02}&")
+    levels = f"{fmc}blSPL={tcb.bootloader:02}&teeSPL={tcb.tee:02}&snpSPL={tcb.snp:02}&ucodeSPL={tcb.microcode:02}"
+    return f"{base}/{chip_id.hex()}?{levels}", f"{base}/cert_chain"
+
+
+def _policy(policy: GuestPolicy) -> dict[str, object]:
+    return {
+        "value": hex(policy),
+        "abi_minor": policy.abi_minor,
+        "abi_major": policy.abi_major,
+        "smt": policy.smt,
+        "migrate_ma": policy.migrate_ma,
+        "debug": policy.debug,
+        "single_socket": policy.single_socket,
+    }
+
+
+def _tcb(tcb: TcbVersion) -> dict[str, int]:
+    fmc = {} if tcb.fmc is None else {"fmc": tcb.fmc}
+    return {**fmc, "boot_loader": tcb.bootloader, "tee": tcb.tee, "snp": tcb.snp, "microcode": tcb.microcode}
+
+
+# --- TDX --------------------------------------------------------------------------------------------------------------
+
+
+def _tdx(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
+    evidence = Evidence(Tee.TDX, _read(args.file, MAX_QUOTE_BYTES, "quote"))
+    collateral = None if args.collateral is None else _read(args.collateral, MAX_COLLATERAL_BYTES, "collateral")
+    claims = evaluate_tcb(verify_tdx(evidence, roots, now), evidence, collateral, now)
+    record: dict[str, object] = {
+        "tee": "tdx",
+        "simulated": claims.simulated,
+        "tcb": claims.tcb_status.value,
+        "advisory_ids": list(claims.advisory_ids),
+        "version": claims.quote_version,
+        **_body(claims.td),
+        "qe_isv_svn": claims.qe_isv_svn,
+        "fmspc": claims.platform.fmspc.hex(),
+        "pce_id": claims.platform.pce_id.hex(),
+        "pce_svn": claims.platform.pce_svn,
+        "cpu_svn": claims.platform.cpu_svn.hex(),
+        "ppid_hash": claims.ppid_hash,
+    }
+    evaluated = claims.tcb_status is not TcbStatus.NOT_EVALUATED  # a revoked one has been refused
+    missing = None
+    if not evaluated and not args.no_collateral:
+        missing = (
+            "TCB and revocation need --collateral; --no-collateral does without"
+            if collateral is None
+            else "evaluating the TCB needs dcap-qvl, an extra of this package (keyturn[tdx])"
+        )
+    return _Finding(
+        f"{'verified' if evaluated else 'TCB not evaluated'}: TDX quote of {_silicon(claims.simulated)} platform",
+        record,
+        ("version", "tcb", "advisory_ids", "fmspc", *_SHOWN_OF_TD),
+        missing,
+    )
+
+
+_SHOWN_OF_TD = ("mr_td", "mr_config_id", "rtmr_0", "rtmr_1", "rtmr_2", "rtmr_3", "report_data", "td_attributes", "tee_tcb_svn")
+
+
+def _body(td: TdBody) -> dict[str, object]:
+    record: dict[str, object] = {}
+    for field in fields(TdBody):
+        value = getattr(td, field.name)
+        record[field.name] = value.hex() if isinstance(value, bytes) else _hex_or_none(value)
+    return record | {"td_attributes": _attributes(td.td_attributes)}
+
+
+def _attributes(attributes: TdAttributes) -> dict[str, object]:
+    return {
+        "value": hex(attributes),
+        "debug": attributes.debug,
+        "sept_ve_disable": attributes.sept_ve_disable,
+        "migratable": attributes.migratable,
+        "pks": attributes.pks,
+        "kl": attributes.key_locker,
+        "perfmon": attributes.perfmon,
+    }
+
+
+# --- NVIDIA -----------------------------------------------------------------------------------------------------------
+
+
+def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
+    report_bytes = _read(args.file, MAX_REPORT_BYTES, "report")
+    chain = _read(args.chain, MAX_CHAIN_BYTES, "chain")
+    report = parse_gpu_report(report_bytes)
+    claims = _verify_gpu(report_bytes, chain, GpuNonce(args.nonce) if args.nonce else report.requester_nonce, roots, now)
+    record: dict[str, object] = {
+        "arch": claims.arch,
+        "simulated": claims.simulated,
+        "hwmodel": claims.hwmodel,
+        "ueid": claims.ueid,
+        "leaf_key_sha256": claims.leaf_key_sha256,
+        "driver_version": claims.driver_version,
+        "vbios_version": claims.vbios_version,
+        "fwid": None if report.fwid is None else report.fwid.hex(),
+        "feature_flag": claims.feature_flag,
+        "project": report.project,
+        "project_sku": report.project_sku,
+        "chip_sku": report.chip_sku,
+        "nonce": report.requester_nonce.hex(),
+        "nonce_compared": args.nonce is not None,
+        "measurements": [digest.hex() for digest in report.measurements],
+    }
+    return _Finding(
+        f"verified: report of {_silicon(claims.simulated)} {claims.arch} GPU{'' if args.nonce else ', of unknown age'}",
+        record,
+        ("hwmodel", "ueid", "driver_version", "vbios_version", "fwid", "feature_flag", "nonce"),
+    )
+
+
+def _verify_gpu(report: bytes, chain: bytes, nonce: GpuNonce, roots: _Roots, now: datetime) -> GpuClaims:
+    """The certificates decide between the architectures: what the Evidence of a guest claims beside them is not here."""
+    try:
+        return verify_gpu(GpuEvidence("HOPPER", "", report, chain), nonce, roots, now)
+    except EvidenceVerificationError as error:
+        if error.check is not EvidenceCheck.CERTIFICATE_CHIP_ID:
+            raise
+    return verify_gpu(GpuEvidence("BLACKWELL", "", report, chain), nonce, roots, now)
+
+
+# --- event log --------------------------------------------------------------------------------------------------------
+
+
+def _event_log(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
+    log = parse_event_log(_read(args.file, MAX_LOG_BYTES, "event-log"))
+    registers = replay(log)
+    record: dict[str, object] = {
+        "against": None,
+        **{f"rtmr_{number}": register.hex() for number, register in enumerate(registers)},
+        "events": [
+            {"mr_index": event.mr_index, "event_type": event.event_type, "digest": dict(event.digests).get(SHA384, b"").hex()}
+            for event in log.events
+        ],
+    }
+    headline = "replayed: event log"
+    if args.against is not None:
+        data = _read(args.against, MAX_QUOTE_BYTES, "against")
+        if len(data) == TDREPORT_BYTES and data[0] == TEE_TYPE_TDX:
+            td, record["against"] = parse_tdreport(data).body, "tdreport"
+            headline = "verified: event log of this TDREPORT, whose origin cannot be verified"
+        else:
+            claims = verify_tdx(Evidence(Tee.TDX, data), roots, now)
+            td = claims.td
+            record |= {"against": "quote", "simulated": claims.simulated, "tcb": claims.tcb_status.value}
+            headline = f"verified: event log of this quote of {_silicon(claims.simulated)} platform, TCB not evaluated"
+        check_event_log(log, td)
+    return _Finding(
+        f"{headline}; {len(log.events)} events",
+        record,
+        tuple(f"rtmr_{number}" for number in range(len(registers))),
+        "whose registers these are says only --against" if args.against is None else None,
+    )
+
+
+# --- files and output -------------------------------------------------------------------------------------------------
+
+
+def _read(file: str, max_bytes: int, name: str) -> bytes:
+    """At most one byte more than `max_bytes`, which then no parser takes."""
+    try:
+        if file == "-":
+            return sys.stdin.buffer.read(max_bytes + 1)
+        with Path(file).open("rb") as stream:
+            return stream.read(max_bytes + 1)
+    except OSError as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident(name)) from error
+
+
+def _simulation_roots(directory: str | None) -> _Roots:
+    if directory is None:
+        return ()
+    try:
+        from agent.broker.anchors import load_simulation_roots
+    except ModuleNotFoundError:  # a guest's bundle has no simulation
+        raise SimulationRefusedError(SimulationRefusal.NOT_INSTALLED) from None
+    return load_simulation_roots(Path(directory))
+
+
+def _moment(text: str) -> datetime:
+    if not (text.isascii() and text.isdigit()) or int(text) > _MAX_UNIX:
+        raise argparse.ArgumentTypeError("seconds since 1970 are wanted")
+    return datetime.fromtimestamp(int(text), UTC)
+
+
+def _silicon(simulated: bool) -> str:
+    return "a SIMULATED" if simulated else "a genuine"
+
+
+def _hex_or_none(value: int | None) -> str | None:
+    """64 bits are more than a JSON number holds everywhere."""
+    return None if value is None else hex(value)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(name if item is True else f"{name} {item}" for name, item in value.items() if item is not False)
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
