@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -486,6 +487,28 @@ def test_a_file_may_be_standard_input_and_is_read_to_its_bound(
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
         assert verify("tdx", "-", "--no-collateral", *files.trust).status == status
         assert len(sys.stdin.buffer.read()) == max(0, len(data) - MAX_QUOTE_BYTES - 1)
+
+
+def test_whatever_is_damaged_ends_in_a_verdict_and_never_in_a_bug(files: Files, verify: Verify) -> None:
+    report, chain = files.snp()
+    kinds: list[list[object]] = [
+        ["snp", report, "--endorsement", files.write("chain.pem", pem(*chain))],
+        ["snp", report, "--endorsement", files.write("chain.der", chain[0]), "--endorsement", files.write("table", table())],
+        ["tdx", files.quote(), "--collateral", files.write("collateral", b"{}")],
+        files.gpu(),
+        ["event-log", files.log(), "--against", files.quote(5)],
+    ]
+    draw = random.Random(1)
+    for words in kinds:
+        for path in (word for word in words if isinstance(word, Path)):
+            whole = path.read_bytes()
+            for _ in range(30):
+                data = bytearray(whole)
+                position = draw.randrange(min(len(data), draw.choice((48, 4096))))
+                data[position : position + draw.randrange(3)] = draw.randbytes(draw.randrange(3))
+                path.write_bytes(data)
+                assert verify(*words, *files.trust).status in (0, 12)
+            path.write_bytes(whole)
 
 
 @pytest.mark.parametrize("words", [["snp"], ["tdx"], ["nvidia", "--chain", "/absent"], ["event-log"]])

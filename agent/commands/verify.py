@@ -2,6 +2,7 @@
 
 Owns files and output. What makes evidence genuine is `agent/verify`'s; whether what it says is good enough is for a policy, or
 for whoever reads the output. Fetches nothing. The vendors' pinned roots are the only ones, unless simulated ones are named.
+Most of this file is help and the names of claims.
 """
 
 import argparse
