@@ -318,7 +318,7 @@ def test_a_recorded_report_with_the_chain_of_another_gpu_is_refused(verify: Veri
 
 def test_a_recorded_switch_is_no_gpu(verify: Verify, tmp_path: Path) -> None:
     _, words = gpu_files("ls10_96.10.55", tmp_path)
-    refused(verify(*words), "MalformedEvidenceError", "driver-version")
+    refused(verify(*words), "EvidenceVerificationError", "certificate-chip-id")
 
 
 # --- simulated silicon ------------------------------------------------------------------------------------------------
