@@ -58,10 +58,10 @@ def report(found: Findings, *, every_row: bool) -> str:
     for group in [*dict.fromkeys(row["group"] for row in rows), "all"]:
         of_group = [row for row in rows if group in ("all", row["group"])]
         lines.append(
-            f"{group:14} {len(of_group):5} {len({row['error'] for row in of_group}):8} "
+            f"{group:14} {len(of_group):5} {len({row['error'] for row in of_group} - {''}):8} "
             f"{sum(len(row['residue']) for row in of_group):8} {sum(len(row['leaks']) for row in of_group):6}"
         )
-    owners = Counter(row["owner"] for row in rows)
+    owners = Counter(row["owner"] for row in rows if row["owner"])
     lines += ["", "rows by owner: " + ", ".join(f"{owner} {count}" for owner, count in owners.most_common())]
     lines += [f"failed: {name}" for name in found.failed]
     return "\n".join(lines) + "\n"

@@ -1,9 +1,15 @@
 """Faults of the CPU's evidence, of the GPUs, their modes and their latch."""
 
+import errno
+import os
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 from agent.errors import (
+    AttestationKeyLostError,
     DeviceError,
+    DeviceUnavailableError,
     EvidenceBindingError,
     EvidenceCheck,
     EvidenceFormat,
@@ -18,7 +24,12 @@ from agent.errors import (
     VmRestartRequiredError,
 )
 from agent.evidence import ReportData
+from agent.evidence.cpu import TDX_PATIENCE
+from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
+from agent.evidence.tdx_guest import TdxGuest
+from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
+from tests.fake_nodes import Fault as DriverFault
 from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
 
 NEVER, ONCE = Attempts.NEVER, Attempts.ONCE
@@ -79,6 +90,23 @@ def short_report(world: FaultWorld) -> object:
     return parse_report(world.machine.attester().collect(ReportData(bytes(64))).report[:-1])
 
 
+def sev_guest_without_its_key(world: FaultWorld) -> object:
+    """The firmware's answer was lost on the way: the driver has wiped the key, and every later request would fail."""
+    firmware = world.machine.attester()
+    fake = FakeSevGuest(lambda data, _: firmware.collect(ReportData(data)).report, faults=[DriverFault(errno.EIO)])
+    device = SevGuest(Path(os.devnull), Path("/nonexistent"), fake.ioctl, lambda: 0.0, lambda _: True)
+    return device.collect(ReportData(bytes(64)))
+
+
+def tdx_module_that_stays_busy(world: FaultWorld) -> object:
+    fake = FakeTdxGuest()
+    fake.errors = [errno.EBUSY] * 99
+    conf = world.folder / "tdx-attest.conf"
+    conf.write_text("port = 4050\n")
+    patience = replace(TDX_PATIENCE, pause=lambda _: True)
+    return TdxGuest(Path(os.devnull), conf, fake.ioctl, patience=patience).collect(ReportData(bytes(64)))
+
+
 ROWS = [
     # --- the CPU ------------------------------------------------------------------------------------------------------
     Fault("foreign nonce in the CPU report", EvidenceBindingError, _cpu(wrong_report_data=True), audit=[], attempts=NEVER),
@@ -101,6 +129,14 @@ ROWS = [
     ),
     _denied("key URI without a row", no_row, "policy.row"),
     _denied("revoked row", _row("row", revoked=True), "policy.revoked"),
+    Fault("SNP key that is wiped", AttestationKeyLostError, fields={"code": errno.EIO}, drive=sev_guest_without_its_key),
+    Fault(
+        "TDX module that stays busy",
+        DeviceUnavailableError,
+        fields={"code": errno.EBUSY},
+        drive=tdx_module_that_stays_busy,
+        may_stay=frozenset({"tdx-attest.conf"}),
+    ),
     Fault("CPU report one byte short", MalformedEvidenceError, fields={"got": 1183, "expected": 1184}, drive=short_report),
     # --- the GPUs -----------------------------------------------------------------------------------------------------
     Fault("foreign nonce in the GPU report", EvidenceBindingError, _gpu(wrong_nonce=True)),

@@ -94,9 +94,9 @@ def run(kill: Kill, folder: Path, silicon: Path) -> Finding:
             world.start_agent(config).wait()  # a second boot in one guest: it ends at the gate, and cleans up before
             residue += [f"file {path.name} of the given directory" for path in given.rglob("*")]
         leaks = watcher.leaks | before.leaks(world.canaries)
-    cls = error or AgentError
     found = [line for line in residue if not line.startswith(_HALF_A_STATUS)]
-    return Finding("kills", str(kill), cls.__name__, cls.owner.value if error else "", 0, found, sorted(leaks))
+    name, owner = (error.__name__, error.owner.value) if error else ("", "")  # the victim tells nothing
+    return Finding("kills", str(kill), name, owner, 0, found, sorted(leaks))
 
 
 _HALF_A_STATUS = "file status/.status.json."
