@@ -41,6 +41,7 @@ COMPLETE = (
     "agent/keys.py",
     "agent/verify/nvidia.py",
     "agent/verify/snp.py",
+    "agent/verify/tdx.py",
 )
 REFUSING_CALLS = {"_require", "require", "equal", "one_of"}
 
