@@ -564,7 +564,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`claim` with snp.tcb or tdx.tee_tcb_svn: the host's firmware or TDX module is below the row's minimum; have "
                 "it updated rather than lower the value. With tdx.tcb: the platform's TCB status is none that `tcb` lists; "
-                "a broker without Intel's collateral evaluates none, so there the row must list not_evaluated, on purpose."
+                "a broker without `--tdx-collateral` evaluates none, so there the row must list not_evaluated, on purpose."
             ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "

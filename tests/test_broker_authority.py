@@ -1,6 +1,7 @@
 """Decisions without a wire: recorded silicon under AMD's own root, and evidence that leaves no doubt about its order."""
 
 import hashlib
+import json
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -8,16 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from agent.broker.anchors import TrustAnchors, load_endorsements
+from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements
 from agent.broker.audit import AuditLog
 from agent.broker.authority import Authority
 from agent.broker.keystore import DirectoryKeyStore
 from agent.broker.policy import appraise, parse_policy
 from agent.broker.token import TokenKey
 from agent.closed import Ident
-from agent.errors import DenialReason
+from agent.errors import BrokerFailureError, DenialReason
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
 from agent.evidence.snp_abi import parse_report
+from agent.evidence.tdx_abi import quote_length
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
 from agent.sim.machine import SimulatedMachine
 from agent.verify.snp import verify_snp
@@ -201,3 +203,43 @@ def test_a_row_does_not_count_for_the_other_tee(tdx_site: Site, site: Site) -> N
         verdict = authority(here).attest(hello, attestation(here), NONCE)
         assert isinstance(verdict, Denied)
         assert (verdict.reason, verdict.claim) == (DenialReason.CLAIM, "policy.tee")
+
+
+def quoted(tmp_path: Path, name: str, collateral_of: str | None) -> tuple[Attestation, TrustAnchors, datetime]:
+    """A recorded quote of another handshake, a broker with collateral for its platform, and when that was valid."""
+    rows = {row["name"]: row for row in json.loads(shared_data("tdx/index.json").read_text())}
+    data = shared_data(f"tdx/{rows[name]['quote']}").read_bytes()
+    evidence = Evidence(Tee.TDX, data[: quote_length(data)])
+    if collateral_of is not None:
+        source = shared_data(f"tdx/{rows[collateral_of]['dcap_qvl']['collateral']}")
+        shutil.copy(source, tmp_path / f"{rows[name]['fmspc']}.json")
+    now = datetime.fromtimestamp(rows[name]["dcap_qvl"]["at_unix"], UTC)
+    anchors = TrustAnchors(tdx_collateral=TdxCollateral(tmp_path))
+    return Attestation(HELLO.request_id, PUBLIC, CompositeEvidence(evidence, "")), anchors, now
+
+
+@pytest.mark.parametrize(
+    ("collateral_of", "reason", "claim"),
+    [
+        ("v4-uptodate", DenialReason.DEVICE, "tdx.report-data"),
+        (None, DenialReason.DEVICE, "tdx.report-data"),
+        ("v5-uptodate", DenialReason.COLLATERAL, "tdx.tcb-collateral"),
+    ],
+)
+def test_collateral_is_that_of_the_platform_and_is_held_against_it(
+    tdx_site: Site, tmp_path: Path, collateral_of: str | None, reason: DenialReason, claim: str
+) -> None:
+    sent, anchors, now = quoted(tmp_path, "v4-uptodate", collateral_of)
+    verdict = authority(tdx_site, anchors, now).attest(TDX_HELLO, sent, NONCE)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (reason, claim)
+
+
+def test_collateral_that_cannot_be_read_is_the_brokers_failure(tdx_site: Site, tmp_path: Path) -> None:
+    sent, anchors, now = quoted(tmp_path, "v4-uptodate", None)
+    rows = json.loads(shared_data("tdx/index.json").read_text())
+    (tmp_path / f"{next(row['fmspc'] for row in rows if row['name'] == 'v4-uptodate')}.json").mkdir()
+    with pytest.raises(BrokerFailureError) as caught:
+        authority(tdx_site, anchors, now).attest(TDX_HELLO, sent, NONCE)
+    assert (caught.value.reason, caught.value.retryable) == ("COLLATERAL_IO", True)
+    assert tdx_site.audit() == []

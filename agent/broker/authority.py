@@ -32,6 +32,7 @@ from agent.handshake import Accepted, Attestation, Denied, Hello, KeyRequest, Ke
 from agent.verify.nvidia import verify_gpu
 from agent.verify.snp import SnpClaims, verify_snp
 from agent.verify.tdx import TdxClaims, verify_tdx
+from agent.verify.tdx_collateral import evaluate_tcb
 
 _CERTIFICATE_CHECKS = (
     EvidenceCheck.CERTIFICATE_CHAIN,
@@ -87,7 +88,8 @@ class Authority:
             attestation: Evidence and public key of the guest.
             nonce: the 32 bytes that this stream's last Challenge carried.
         Raises:
-            BrokerFailureError: the decision could not be recorded, and so does not count.
+            BrokerFailureError: the decision could not be recorded, and so does not count; or there is collateral that cannot
+                be read.
         """
         policy, now = self.policy, self._now()
         record = replace(
@@ -219,7 +221,9 @@ class Authority:
             case Tee.SNP:
                 return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now)
             case Tee.TDX:
-                return verify_tdx(evidence, anchors.simulation_roots, now)
+                claims = verify_tdx(evidence, anchors.simulation_roots, now)
+                collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None
+                return evaluate_tcb(claims, evidence, collateral, now)
 
     def _record(
         self, step: AuditStep, request_id: Ident | None, key_uri: Ident | None, policy: PolicyTable, now: datetime

@@ -60,7 +60,7 @@ version = "1"
 ##rtmr_2 = [{ id = "kernel-1", value = "{zeros96}" }]
 ##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]
 ##minimum_tee_tcb_svn = { id = "module-1", value = "06010300000000000000000000000000" }
-##tcb = ["not_evaluated"]              # without Intel's collateral nobody looks at the platform's patch levels
+##tcb = ["UpToDate"]                   # Intel's words; without --tdx-collateral only "not_evaluated", on purpose, matches
 #
 #[row.gpu]
 #count = 1                             # 0 for guests without GPUs, which need none of the following

@@ -161,7 +161,8 @@ class TdxRow(_Section, frozen=True):
     Attributes:
         rtmr_0: of the virtual hardware, as the firmware found it, and rtmr_3, extended at run time: None does not look at
             them; an empty list still matches nothing.
-        tcb: Intel's words for TCB levels that are good enough; `not_evaluated` where the broker has no collateral. A revoked
+        tcb: Intel's words for TCB levels that are good enough; `not_evaluated` for platforms of which the broker has no
+            collateral. A revoked
             platform never is. A debug TD has no key: `verify_tdx` refuses it whatever a row says.
     """
 
@@ -297,6 +298,7 @@ def appraise(
         case TdxClaims(), _, TdxRow() as tdx:
             _appraise_tdx(judge, tdx, cpu)
         case _:
+            # refusal: test_one_wrong_claim_is_denied_by_its_name
             raise table.denial(DenialReason.CLAIM, Claim.TEE)
 
     # 3. The GPUs: first that they are different ones, so that a doubled one is not taken for a wrong number.
