@@ -175,7 +175,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Guest kernel with CONFIG_SEV_GUEST or CONFIG_TDX_GUEST_DRIVER, the driver loaded. Best is 6.7 or newer "
                 "with CONFIG_TSM_REPORTS and configfs mounted, so that `/sys/kernel/config/tsm/report` exists; else "
-                "`/dev/sev-guest` will do, or `/dev/tdx_guest` with a port in `/etc/tdx-attest.conf`."
+                "`/dev/sev-guest` will do, or a port in `/etc/tdx-attest.conf`. TDX needs `/dev/tdx_guest` in either case."
             ),
             (
                 "This guest is of another TEE: set `tee.attester` to the one it is of. Below a Hyper-V paravisor, as on "

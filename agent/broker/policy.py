@@ -162,8 +162,7 @@ class TdxRow(_Section, frozen=True):
         rtmr_0: of the virtual hardware, as the firmware found it, and rtmr_3, extended at run time: None does not look at
             them; an empty list still matches nothing.
         tcb: Intel's words for TCB levels that are good enough; `not_evaluated` for platforms of which the broker has no
-            collateral. A revoked
-            platform never is. A debug TD has no key: `verify_tdx` refuses it whatever a row says.
+            collateral. A revoked platform is never good enough, nor is a debug TD: `verify_tdx` refuses that one.
     """
 
     mr_td: tuple[_Measurement, ...] = ()

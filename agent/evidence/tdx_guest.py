@@ -2,8 +2,9 @@
 
 The device makes a TDREPORT, which only its own processor can check. The service makes a quote of it, which anybody can: it is
 reached over vsock, at the port the image names in `/etc/tdx-attest.conf`. The host could answer as it likes; that the quote
-carries our data is checked here, that it is genuine by whoever verifies it. A service may be asked again and need not be waited
-for; the ioctl takes microseconds.
+carries our data is checked here, that it is genuine by whoever verifies it. So what the TD was launched with is read out of a
+TDREPORT, also where configfs-tsm makes the quotes. A service may be asked again and need not be waited for; the ioctl takes
+microseconds.
 Source: Linux 6.12, Documentation/virt/coco/tdx-guest.rst; Intel DCAP, QuoteGeneration/quote_wrapper/tdx_attest.
 """
 
