@@ -312,6 +312,7 @@ class EvidenceFormat(enum.Enum):
     TDX_QUOTE = "tdx-quote"
     TDX_CHAIN = "tdx-certificate-chain"
     EVENT_LOG = "cc-event-log"
+    NVIDIA_TOPOLOGY = "nvidia-topology"
     ADDITIONAL = "additional-evidence"
 
 
@@ -368,6 +369,15 @@ class EvidenceCheck(enum.Enum):
     TD_DEBUG = "td-debug"
     RTMR = "rtmr"
     TCB_COLLATERAL = "tcb-collateral"
+    # Of a protected-PCIe set:
+    GPU_COUNT = "gpu-count"
+    SWITCH_COUNT = "switch-count"
+    DISTINCT_KEYS = "distinct-keys"
+    PROTECTED_PCIE = "protected-pcie"
+    DISTINCT_PDIS = "distinct-pdis"
+    GPU_LINKS = "gpu-links"
+    SWITCH_LINKS = "switch-links"
+    COMMON_GPUS = "common-gpus"
 
 
 @dataclasses.dataclass(eq=False)

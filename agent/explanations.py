@@ -635,8 +635,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
         "wiped from guest memory, or the boot did not finish in time. It is counted from before the request, on a clock "
-        "that goes on while the guest sleeps. From half of it on the guest attests again for a new one: an unreachable "
-        "broker is asked until the lease ends, a denial stops the guest at once.",
+        "that goes on while the guest sleeps. From half of it on the guest attests again: an unreachable "
+        "broker is asked until the lease ends, a denial ends it; the server has `server.stop_timeout_s` to stop.",
         (
             (
                 "If it was served: the events `lease_renewal_failed` and `retrying` say what kept the guest from the broker; "

@@ -1,9 +1,10 @@
 """How long the key may be used, when to ask for longer, and when to stop: a pure state machine.
 
-A lease comes with the Verdict and is counted from before the request for it. At its end everything stops, whatever is under
-way. From half of it on it is renewed: a new attestation, which ends in a new lease, in none (the key may be used without
-end), or in an error. An authority that was not reached, and a worker that was lost, may answer another attempt; any other
-error is an answer, and stops everything at once. A denial is never asked again.
+A lease comes with the Verdict and is counted from before the request for it. At its end everything is asked to stop, whatever
+is under way, and a server that goes on is killed after its `stop_timeout_s`. From half of the lease on it is renewed: a new
+attestation, which ends in a new lease, in none (the key may be used without end), or in an error. An authority that was not
+reached, and a worker that was lost, may answer another attempt; any other error is an answer, and everything is asked to stop
+at once. A denial is never asked again.
 
 Owns these rules. Starts nothing, reads no clock: `now` is CLOCK_BOOTTIME in seconds, which goes on while the guest sleeps.
 Every event is answered by one action; `Wait` is answered by `Look` when its time is over.

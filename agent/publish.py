@@ -10,7 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from agent.artifact import MARK_NAME, DestinationKind
+from agent.artifact import DestinationKind, given
 from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
 from agent.lease import Lease
@@ -85,10 +85,11 @@ def take_over(model: HandedModel, undo: ExitStack) -> None:
     """From now on it is ours to free: its descriptors, or its folder. To be called as soon as it arrives."""
     for descriptor in model.descriptors:
         undo.callback(os.close, descriptor)
-    if model.directory is not None:  # the model first: without the mark nobody would know whose it is
-        mark = os.path.join(os.path.dirname(model.directory), MARK_NAME)
-        undo.callback(shutil.rmtree, mark, ignore_errors=True)
-        undo.callback(shutil.rmtree, model.directory, ignore_errors=True)
+    if model.directory is not None:
+        (mark,) = model.descriptors
+        folder = os.open(os.path.dirname(model.directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        undo.callback(os.close, folder)
+        undo.callback(given.release, folder, mark)
 
 
 def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placement:

@@ -13,8 +13,10 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from agent import __version__, unhandled
+from agent.artifact import given
 from agent.channel import Channel, Packet
 from agent.closed import Ident
 from agent.errors import (
@@ -96,6 +98,7 @@ class Supervisor:
         self._private_mounts = False
         self._worker: WorkerProcess | None = None
         self._handed: HandedModel | None = None
+        self._given: str | None = None  # where plaintext outlives a killed worker
         self._model: HandedModel | None = None
         self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
         self._undo = ExitStack()  # compensations of publishing
@@ -157,7 +160,8 @@ class Supervisor:
         if self._worker:
             # Its device thread is joined, never killed: that can take a minute, and the status says so.
             self._tell(Stopping(number, Ident("worker")))
-            self._worker.ask_to_stop()
+            if not again:  # the second would find it without a handler, in the middle of its own wipe
+                self._worker.ask_to_stop()
         elif self._policy and not again:
             self._tell(Stopping(number, Ident("server") if self._server else None))
             if not self._policy.served and self._error is None:
@@ -179,6 +183,9 @@ class Supervisor:
         if "loaded" in packet.record:
             self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
             take_over(self._handed, self._undo)
+            return
+        if isinstance(directory := packet.record.get("given"), str):
+            self._given = directory
             return
         message = message_from_record(packet.record)
         if isinstance(message, AgentError):
@@ -362,6 +369,14 @@ class Supervisor:
         self._ask_server_to_stop()
         self._tell(error)
 
+    def _removed(self, remove: Callable[[], None]) -> bool:
+        try:
+            remove()
+        except OSError as error:  # of our own mounts the kernel takes the rest with the process
+            self._error = self._error or DestinationError(DestinationProblem.KERNEL, error.errno or 0)
+            return False
+        return True
+
     def _wipe(self) -> int:
         """Run every compensation, whatever happened; then the last word."""
         wiped = True
@@ -372,14 +387,13 @@ class Supervisor:
                 wiped = False
                 self._error = self._error or error
                 self._tell(error)
-        try:
-            self._undo.close()
-        except OSError:
-            wiped = False  # the kernel takes the rest with the process
+        wiped &= self._removed(self._undo.close)
         if worker := self._worker or self._renewal.worker:  # last: server and model wait for nobody's device request
             if worker.is_alive():
                 self._tell(Stopping(self._stop_signal, Ident("worker")))
             worker.destroy()
+        if self._given is not None:  # what the worker had not handed over
+            wiped &= self._removed(partial(given.wipe, self._given))
         if wiped:
             self._tell(Wiped())
         if self._error and self._teller.report.error is None:

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING
 
 from agent import unhandled
@@ -70,7 +71,8 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
     with ExitStack() as undo:
         try:
             if served_version is None:
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify))
+                announce = partial(_announce, channel)
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is the supervisor's now: nothing here may take it back
             else:
@@ -84,8 +86,13 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
     return 0
 
 
+def _announce(channel: Channel, directory: str) -> None:
+    """Plaintext will lie in somebody else's tmpfs: should we be killed, the supervisor removes it."""
+    channel.send({"given": directory})
+
+
 async def _boot(
-    find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify
+    find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify, announce: Callable[[str], None]
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
@@ -106,6 +113,8 @@ async def _boot(
             expected = ExpectedReady.PRESET if cfg.gpu.ready_state == "preset" else ExpectedReady.UNSET
             devices = await _open(measured, plan, open_hardware, expected, notify)
         notify(LocalChecksPassed())
+        if cfg.artifact.directory is not None:
+            announce(cfg.artifact.directory)
 
         if not local:
             with stage(Stage.NETWORK, notify):
@@ -184,7 +193,8 @@ def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
 async def _open(
     measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
 ) -> "Devices":
-    from agent.artifact.memory import wipe_predecessor
+    from agent.artifact import given
+    from agent.artifact.window import translated
     from agent.evidence.collect import check_measured, open_devices
 
     cfg = measured.config
@@ -206,7 +216,8 @@ async def _open(
     def look_at_them() -> "Devices":
         guest = check_measured(attester, measured.digest)
         if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
-            wipe_predecessor(cfg.artifact.directory)  # now, because a boot after a dead agent's ends at the gate
+            with translated():  # now, because a boot after a dead agent's ends at the gate
+                given.wipe(cfg.artifact.directory)
         return open_devices(
             guest,
             gpus,

@@ -2,19 +2,30 @@
 
 import base64
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.hashes import SHA384
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
+from agent.errors import EvidenceCheck
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import GpuReport
 from agent.sim.machine import GpuKnobs, SimulatedMachine
-from agent.sim.nvml import create_gpu_silicon
+from agent.sim.nvml import (
+    BLACKWELL,
+    FWID,
+    HOPPER,
+    LS10,
+    Chip,
+    create_gpu_silicon,
+    issue,
+    issue_authority,
+    issue_device,
+    sign_report,
+)
 from tests.shared import shared_data
 
 NONCE = GpuNonce(bytes(range(32)))
@@ -38,8 +49,71 @@ def signed_by(silicon: Path, index: int, report: GpuReport) -> bytes:
     """The report with a good signature of GPU `index`, whatever it says."""
     key = load_pem_private_key((silicon / f"gpu-{index}.key").read_bytes(), None)
     assert isinstance(key, ec.EllipticCurvePrivateKey)
-    r, s = decode_dss_signature(key.sign(report.signed_bytes, ec.ECDSA(SHA384())))
-    return report.signed_bytes + r.to_bytes(48, "big") + s.to_bytes(48, "big")
+    return sign_report(key, report)
+
+
+Opaque = tuple[tuple[int, bytes], ...]
+SWITCH_NAMES = tuple(bytes((0xA0 + number, 1, 2, 3, 4, 5, 6, 7)) for number in range(4))
+GPU_NAMES = tuple(bytes((0xB0 + number, 1, 2, 3, 4, 5, 6, 7)) for number in range(8))
+
+
+@dataclass(frozen=True)
+class Device:
+    """A simulated device, and what it reports unless told otherwise."""
+
+    arch: str
+    key: ec.EllipticCurvePrivateKey
+    chain: bytes
+    opaque: Opaque
+
+    @property
+    def evidence(self) -> GpuEvidence:
+        return self.saying({})
+
+    def saying(self, changes: dict[int, bytes | None]) -> GpuEvidence:
+        """Evidence with other values of some opaque fields, None for none, and a good signature."""
+        opaque = {**dict(self.opaque), **changes}
+        report = GpuReport(
+            requester_nonce=NONCE,
+            measurements=(bytes(48),),
+            responder_nonce=bytes(32),
+            opaque=tuple((kind, value) for kind, value in opaque.items() if value is not None),
+            signature=bytes(96),
+        )
+        return GpuEvidence(self.arch, "GPU-simulated", sign_report(self.key, report), self.chain)
+
+
+def links(names: Sequence[bytes]) -> bytes:
+    """A GPU's list of the switches at its 18 links; two links are off."""
+    ends = [*(names[link % len(names)] for link in range(16)), bytes(8), bytes(8)]
+    return b"".join(end[::-1] for end in ends)
+
+
+def listed(names: Sequence[bytes]) -> bytes:
+    """A switch's list of eight GPUs, and its 64 ports."""
+    return b"".join(names) + bytes(range(8)) * 2 + b"\xff" * 48
+
+
+HOPPER_SAYS: Opaque = ((6, bytes.fromhex("00a5009601000000")), (3, b"590.12\0"), (20, FWID))
+PPCIE_SAYS: Opaque = (*HOPPER_SAYS, (21, b"\xaa"), (22, links(SWITCH_NAMES)), (34, b"\1\0"), (36, b"\2\0"))
+BLACKWELL_SAYS: Opaque = ((6, bytes.fromhex("008800970f000000")), (3, b"575.32\0"), (20, FWID), (33, b"\7\7"), (34, b"\0\0"))
+SWITCH_SAYS: Opaque = ((6, b"96.10.55.00.01"), (12, bytes(104)), (26, listed(GPU_NAMES)), (23, b"\xec\0"), (25, b"\1\0"))
+
+
+class SimulatedSet:
+    """Eight GPUs and four switches in protected-PCIe mode, a GPU of the next generation, and the root of all of them."""
+
+    def __init__(self) -> None:
+        root = issue("SIMULATED Device Identity CA", None)
+        self.root = root[1]
+
+        def devices(chip: Chip, opaque: Sequence[Opaque]) -> list[Device]:
+            authority = issue_authority(chip, root)
+            return [Device(chip.arch, *issue_device(chip, authority), each) for each in opaque]
+
+        self.gpus = devices(HOPPER, [PPCIE_SAYS] * 8)
+        self.switches = devices(LS10, [(*SWITCH_SAYS, (22, name)) for name in SWITCH_NAMES])
+        (self.blackwell,) = devices(BLACKWELL, [BLACKWELL_SAYS])
 
 
 @dataclass(frozen=True)
@@ -55,7 +129,7 @@ class Recorded:
 
     @property
     def evidence(self) -> GpuEvidence:
-        arch = "BLACKWELL" if self.name.startswith("blackwell") else "HOPPER"
+        arch = {"blackwell": "BLACKWELL", "ls10": "LS10"}.get(self.name.partition("_")[0], "HOPPER")
         return GpuEvidence(arch, "GPU-recorded", self.report, self.chain)
 
 
@@ -86,3 +160,43 @@ def recorded(name: str) -> Recorded:
         entry = json.loads(shared_data(f"nvidia/{path}").read_bytes())[int(index.rstrip("]"))]
         report, chain = (base64.b64decode(entry[key]) for key in ("evidence", "certificate"))
     return Recorded(name, report, chain, expected)
+
+
+_SDK = "attestation-sdk/testdata/sample_attestation_data"
+_TRUSTEE = "trustee/hopperAttestationReport.txt"
+_HOPPER, _HOPPER_CHAIN = f"{_SDK}/gpu/hopperAttestationReport.txt", f"{_SDK}/gpu/hopperCertChain.txt"
+_SWITCH_CHAIN = f"{_SDK}/switch/switchCertChain.txt"
+_HOPPER_NONCE = "27a328247bf7935c993341cf587be6f05986ccce4fe7ba2c54100bd616a58f66"
+_COMMON_NONCE = "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb"
+_SWITCH_NONCE = "ea038ed507a451e005bae91186bc9403150a3cb8971fdebd05ffed65eeb6a997"
+_COCO_NONCE = "87d8e24ab336adafe228d49e83d745f6dba4ae505372b6a5704820856b343fec"
+_FORGED = EvidenceCheck.REPORT_SIGNATURE
+_PARTIAL = "number-of-certificates"
+
+Verdict = EvidenceCheck | str | None
+TEXT_RECORDS: list[tuple[str, str, str, str, Verdict]] = [
+    (_HOPPER, _HOPPER_CHAIN, "HOPPER", _HOPPER_NONCE, None),
+    # The chain of another device. What has expired about it only NVIDIA's revocation service knows: its dates are good.
+    (_HOPPER, f"{_SDK}/gpu/hopperCertChainExpired.txt", "HOPPER", _HOPPER_NONCE, _FORGED),
+    (f"{_SDK}/gpu/hopperAttestationReportInvalidSignature.txt", _HOPPER_CHAIN, "HOPPER", _COMMON_NONCE, _FORGED),
+    (f"{_SDK}/gpu/blackwellAttestationReport.txt", f"{_SDK}/gpu/blackwellCertChain.txt", "BLACKWELL", _COMMON_NONCE, None),
+    (f"{_SDK}/switch/switchAttestationReport.txt", _SWITCH_CHAIN, "LS10", _COMMON_NONCE, None),
+    (f"{_SDK}/switch/switchAttestationReportInvalidSignature.txt", _SWITCH_CHAIN, "LS10", _SWITCH_NONCE, _FORGED),
+    ("attestation-sdk/testdata/switchAttestationReport.txt", _SWITCH_CHAIN, "LS10", _COMMON_NONCE, None),
+    ("nvtrust/samples/hopperAttestationReport.txt", "nvtrust/samples/hopperCertChain.txt", "HOPPER", _COMMON_NONCE, None),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case1.txt", "HOPPER", _COMMON_NONCE, None),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case2.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case3.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    (_TRUSTEE, "trustee/hopper_cert_chain_case4.txt", "HOPPER", _COMMON_NONCE, _PARTIAL),
+    ("trustee/hopper_coco_report1.txt", "trustee/hopper_coco_certs1.txt", "HOPPER", _COCO_NONCE, None),
+]
+"""Report, chain, architecture, nonce, and what must come of them: the check or field that fails, None for a genuine device."""
+JSON_RECORDS = {
+    "attestation-sdk/serialized_test_evidence/hopper_evidence.json": 1,
+    "attestation-sdk/serialized_test_evidence/hopper_evidence_cert_hold.json": 1,
+    "attestation-sdk/serialized_test_evidence/multi_gpu_hopper.json": 4,
+    "attestation-sdk/serialized_test_evidence/multi_switch_ls10.json": 4,
+    "attestation-sdk/serialized_test_evidence/switch_evidence_ls10.json": 1,
+    "attestation-sdk/testdata/evidence_hopper_590_12.json": 1,
+}
+"""Lists of devices as NVIDIA's tools write them, and how many: all of them genuine."""

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.artifact import MARK_NAME, DestinationKind
+from agent.artifact import DestinationKind
+from agent.artifact.given import MARK_NAME, wipe
 from agent.artifact.memory import (
     Destination,
     DetachedTmpfs,
@@ -21,7 +22,6 @@ from agent.artifact.memory import (
     check_memory,
     choose_destination,
     in_pages,
-    wipe_predecessor,
 )
 from agent.errors import (
     DestinationError,
@@ -251,7 +251,7 @@ def test_what_a_killed_predecessor_left_is_wiped(given: Path, published: bool) -
 
     in_child(predecessor)
     assert [path for path in given.rglob("b") if path.read_bytes() == b"plaintext"]
-    wipe_predecessor(str(given))
+    wipe(str(given))
     assert os.listdir(given) == []
 
 
@@ -264,10 +264,10 @@ def test_a_living_agents_directory_is_left_alone(given: Path, published: bool) -
         living.seal_read_only()
     held = os.dup(living.hand_over()[0])
     before = descriptors()
-    for attempt in (lambda: wipe_predecessor(str(given)), lambda: GivenDirectory(str(given), PAGE, None)):
-        with pytest.raises(DestinationError) as caught:
-            attempt()
-        assert caught.value.problem is DestinationProblem.IN_USE
+    wipe(str(given))
+    with pytest.raises(DestinationError) as caught:
+        GivenDirectory(str(given), PAGE, None)
+    assert caught.value.problem is DestinationProblem.IN_USE
     assert descriptors() == before
     assert [path for path in given.rglob("b") if path.read_bytes() == b"plaintext"]
     os.close(held)

@@ -257,6 +257,7 @@ WRONG_CLAIMS = [
     ({"keyturn": replace(KEYTURN, cc_feature=0, multi_gpu_mode=1)}, Claim.MODES, None),
     ({"keyturn": replace(KEYTURN, multi_gpu_mode=2)}, Claim.MODES, None),
     ({"gpus": (GPU, replace(OTHER_GPU, feature_flag=2))}, Claim.MODES, None),
+    ({"gpus": (GPU, replace(OTHER_GPU, feature_flag=3))}, Claim.MODES, None),
     ({"keyturn": replace(KEYTURN, ready=True)}, Claim.READY, None),
     ({"data": policy(gpu__ready="true")}, Claim.READY, None),
     ({"keyturn": replace(KEYTURN, renewal=True)}, Claim.READY, None),

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from agent.errors import EvidenceFormat, MalformedEvidenceError
 from agent.evidence.gpu_abi import MAX_REPORT_BYTES, GpuReport, pack_report, parse_report
-from tests.gpus import NONCE, RECORDED, recorded
+from tests.gpus import GPU_NAMES, NONCE, RECORDED, SWITCH_NAMES, links, listed, recorded
 
 REPORT = GpuReport(
     requester_nonce=NONCE,
@@ -23,6 +23,12 @@ REPORT = GpuReport(
         (17, b"1010\0"),
         (18, b"0205\0"),
         (15, b"882\0\0\0"),
+        (21, b"\xaa"),
+        (34, b"\1\0"),
+        (35, b"GB100\0\0"),
+        (16, b"0\0\0"),
+        (19, b"\0\0"),
+        (11, b"\x55"),
         (77, b"unknown"),
     ),
     signature=b"\x05" * 96,
@@ -51,7 +57,10 @@ def test_recorded_reports_parse_to_the_expected_fields_and_pack_to_the_same_byte
         expected[key] for key in ("project", "project_sku", "chip_sku")
     )
     assert (report.fwid.hex() if report.fwid else None) == expected["fwid"]
-    assert report.feature_flag == expected["feature_flag"]
+    assert (report.feature_flag, report.opaque_version) == (expected["feature_flag"], expected["opaque_version"])
+    assert report.protected_pcie == {"None": None, "aa": True, "55": False}[str(expected["ppcie_status"])]
+    nvdec0 = report.field(11)
+    assert (nvdec0.hex() if nvdec0 else None) == expected["nvdec0"]
     assert (len(report.measurements), report.trailing_bytes) == (expected["blocks"], expected["trailing_bytes"])
     assert len(report.signed_bytes) == expected["signed_len"]
 
@@ -69,12 +78,33 @@ def test_typed_fields_are_decoded() -> None:
     assert REPORT.vbios_version == "96.00.74.00.1A"
     assert REPORT.driver_version == "580.95.05"
     assert (REPORT.project, REPORT.project_sku, REPORT.chip_sku) == ("1010", "0205", "882")
-    assert (REPORT.fwid, REPORT.feature_flag) == (b"\x04" * 48, 2)
+    assert (REPORT.fwid, REPORT.feature_flag, REPORT.opaque_version) == (b"\x04" * 48, 2, 1)
+    assert (REPORT.chip_info, REPORT.protected_pcie) == ("GB100", True)
+    assert (REPORT.field(77), REPORT.field(78)) == (b"unknown", None)
+
+
+def test_a_gpu_names_the_switches_at_its_links_the_other_way_round() -> None:
+    report = parse_report(pack_report(replace(REPORT, opaque=((22, links(SWITCH_NAMES)),))))
+    assert report.switch_pdis == (*SWITCH_NAMES * 4, bytes(8), bytes(8))
+    assert report.device_pdi is None
+
+
+@pytest.mark.parametrize("kind", [26, 4])  # old firmware writes it where a GPU writes its GPU_INFO
+def test_a_switch_names_itself_and_eight_gpus(kind: int) -> None:
+    report = parse_report(pack_report(replace(REPORT, opaque=((22, SWITCH_NAMES[0]), (kind, listed(GPU_NAMES))))))
+    assert (report.device_pdi, report.gpu_pdis) == (SWITCH_NAMES[0], GPU_NAMES)
+    assert report.switch_pdis is None
+
+
+def test_what_a_gpu_writes_into_its_gpu_info_is_no_list_of_gpus() -> None:
+    assert parse_report(pack_report(replace(REPORT, opaque=((4, bytes(8)),)))).gpu_pdis is None
 
 
 def test_fields_that_are_absent_are_none() -> None:
     report = parse_report(pack_report(replace(REPORT, opaque=())))
     assert (report.vbios_version, report.driver_version, report.fwid, report.feature_flag, report.project) == (None,) * 5
+    assert (report.chip_info, report.protected_pcie, report.opaque_version) == (None,) * 3
+    assert (report.device_pdi, report.switch_pdis, report.gpu_pdis) == (None,) * 3
 
 
 @pytest.mark.parametrize(
@@ -109,6 +139,10 @@ def test_a_report_cut_anywhere_is_malformed(length: int) -> None:
     field_of_error(PACKED[:length])
 
 
+def test_a_report_measures_something() -> None:
+    assert field_of_error(pack_report(replace(REPORT, measurements=()))) == "number-of-blocks"
+
+
 def test_a_report_larger_than_the_driver_can_return_is_malformed() -> None:
     assert field_of_error(bytes(MAX_REPORT_BYTES + 1)) == "length"
 
@@ -141,6 +175,25 @@ def test_other_trailing_bytes_are_malformed(tail: bytes) -> None:
         (((17, b" "),), "project"),
         (((18, b"\n"),), "project-sku"),
         (((15, b""),), "chip-sku"),
+        (((16, b"\n"),), "chip-sku-mod"),
+        (((19, b"\x80"),), "project-sku-mod"),
+        (((35, b""),), "chip-info"),
+        (((4, bytes(9)),), "gpu-info"),
+        (((11, b"\xab"),), "nvdec0-status"),
+        (((11, b"\xaa\xaa"),), "nvdec0-status"),
+        (((12, bytes(7)),), "measurement-counts"),
+        (((13, bytes(3)),), "cpr-info"),
+        (((14, bytes(5)),), "board-id"),
+        (((21, b""),), "protected-pcie-status"),
+        (((21, b"\0"),), "protected-pcie-status"),
+        (((22, bytes(16)),), "pdi"),
+        (((22, bytes(145)),), "pdi"),
+        (((23, b"\0"),), "floorswept-ports"),
+        (((24, b"\0"),), "position-id"),
+        (((25, b"\0"),), "lock-status"),
+        (((26, bytes(64)),), "gpu-pdis"),
+        (((33, b"\0"),), "sys-enable-status"),
+        (((34, b"\0"),), "opaque-data-version"),
     ],
 )
 def test_opaque_fields_have_the_shape_their_type_asks_for(opaque: tuple[tuple[int, bytes], ...], field: str) -> None:

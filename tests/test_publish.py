@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.artifact import DestinationKind
+from agent.artifact import DestinationKind, given
 from agent.config import EXAMPLE, parse
 from agent.errors import DestinationError
 from agent.guest import mounts
@@ -50,16 +50,18 @@ def test_a_memfd_is_named_by_its_number_and_scratch_goes_with_the_boot() -> None
 
 def test_a_given_directory_is_used_as_it_is_and_emptied_at_the_end(tmp_path: Path) -> None:
     model = tmp_path / "model"
+    folder = os.open(tmp_path, os.O_RDONLY)
+    mark = given.acquire(folder)
+    os.close(folder)
     (model / "weights").mkdir(parents=True)
     with ExitStack() as undo:
-        given = handed(DestinationKind.DIRECTORY, (), str(model))
-        take_over(given, undo)
-        place = publish(given, False, undo)
+        handed_over = handed(DestinationKind.DIRECTORY, (mark,), str(model))
+        take_over(handed_over, undo)
+        place = publish(handed_over, False, undo)
         assert place.model == f"{model}/weights/model.gguf"
         assert place.model_dir == str(model)
         assert model.exists()
-    assert not model.exists(), "weights do not outlive the boot"
-    assert tmp_path.exists()
+    assert list(tmp_path.iterdir()) == [], "weights do not outlive the boot"
 
 
 def test_what_is_no_mount_cannot_be_attached_and_nothing_stays() -> None:

@@ -21,7 +21,7 @@ from agent.guest.hardening import die_with_parent
 from agent.server import Output, Placement, ServerPlan
 from agent.server.policy import Exited
 from agent.server.probe import start_probe
-from agent.server.process import RING_BYTES, OutputRing, ServerProcess, fork, reap_orphans, spawn
+from agent.server.process import RING_BYTES, OutputRing, ServerProcess, _may_cover, fork, reap_orphans, spawn
 from tests.children import DEADLINE_S, IS_ROOT, NOBODY, gone, in_child, python, read_line, readable
 
 PLACE = Placement(model="/model/weights.gguf", model_dir="/model", scratch="/scratch")
@@ -89,7 +89,7 @@ def test_environment_is_exactly_the_plans_with_placeholders_filled_in() -> None:
 def test_each_start_has_a_shared_memory_of_its_own_and_its_scratch_folder_as_tmp() -> None:
     program = """
 import os
-for folder in ('/tmp', '/dev/shm'):
+for folder in (os.sep + 'tmp', os.sep + 'dev/shm'):  # by their names they would stay as they are
     print(sorted(os.listdir(folder)), end=' ')
     open(folder + '/prompt', 'w').close()
 """
@@ -571,3 +571,20 @@ def test_forked_child_tells_nobody_of_its_failure() -> None:
         return os.waitstatus_to_exitcode(status), os.read(ours, 1000)
 
     assert in_child(scenario) == (127, b".")
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("/tmp", True),
+        ("--dir=/tmp", True),
+        ("/tmp:/x", True),
+        ("/tmp/model.gguf", True),
+        ("/var/tmp/x", False),
+        ("https://store/tmp/x", False),
+        ("/tmpfs", False),
+        ("/home/tmp", False),
+    ],
+)
+def test_a_place_that_a_text_names_is_not_covered(text: str, named: bool) -> None:
+    assert _may_cover("/tmp", ["a", text]) is not named

@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 from agent.closed import Ident
 
-MARK_NAME = ".keyturn"
-"""A folder in a given directory: locked while an agent lives, and in it the model until that is complete. Mode 0700."""
-
 
 class DestinationKind(enum.Enum):
     """Where plaintext may lie."""

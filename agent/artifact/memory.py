@@ -8,12 +8,12 @@ import errno
 import fcntl
 import mmap
 import os
-import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
-from agent.artifact import MARK_NAME, DestinationKind
+from agent.artifact import DestinationKind, given
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
 from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
@@ -24,8 +24,6 @@ from agent.errors import (
 )
 from agent.guest import mounts
 from agent.guest.memory_info import MemoryInfo
-
-PUBLISHED_NAME = "model"
 
 _FILE_MODE = 0o440
 _FOLDER_MODE = 0o750
@@ -189,15 +187,14 @@ class GivenDirectory:
         with ExitStack() as undo:
             undo.callback(os.close, self._parent)
             with translated():
-                _wipe(self._parent)
-                _check_space(self._parent, size_bytes)
-                os.mkdir(MARK_NAME, 0o700, dir_fd=self._parent)
-                undo.callback(os.rmdir, MARK_NAME, dir_fd=self._parent)
-                self._mark = os.open(MARK_NAME, _FOLDER, dir_fd=self._parent)
+                try:
+                    self._mark = given.acquire(self._parent)
+                except BlockingIOError:
+                    raise DestinationError(DestinationProblem.IN_USE) from None
                 undo.callback(os.close, self._mark)
-                fcntl.flock(self._mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                undo.callback(given.release, self._parent, self._mark)
+                _check_space(self._parent, size_bytes)
                 os.mkdir(PUBLISHED_NAME, 0o700, dir_fd=self._mark)
-                undo.callback(os.rmdir, PUBLISHED_NAME, dir_fd=self._mark)
                 folder = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=self._mark)
             undo.pop_all()
         self._tree = _Tree(folder, gid)
@@ -225,7 +222,7 @@ class GivenDirectory:
             os.close(self._tree.root)
             try:
                 with translated():
-                    _remove_all(self._parent)
+                    given.release(self._parent, self._mark)
             finally:
                 os.close(self._mark)
                 os.close(self._parent)
@@ -362,20 +359,6 @@ def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
     return SealedMemfd(gid)
 
 
-def wipe_predecessor(path: str) -> None:
-    """Remove the plaintext that a killed agent left in a given directory, if it did.
-
-    Raises:
-        DestinationError: as `GivenDirectory`.
-    """
-    folder = _open_given(path)
-    try:
-        with translated():
-            _wipe(folder)
-    finally:
-        os.close(folder)
-
-
 def _open_given(path: str) -> int:
     """The folder, once it is known to be one that a model may go to: empty, or left by an agent that is dead."""
     with translated():
@@ -384,10 +367,11 @@ def _open_given(path: str) -> int:
             # refusal: test_a_given_directory_must_be_memory
             if not mounts.is_tmpfs(folder):
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
+            # refusal: test_a_living_agents_directory_is_left_alone
+            if given.is_held(folder):
+                raise DestinationError(DestinationProblem.IN_USE)
             names = set(os.listdir(folder))
             if MARK_NAME in names:
-                # refusal: test_a_living_agents_directory_is_left_alone
-                _check_dead(folder)
                 names -= {MARK_NAME, PUBLISHED_NAME}
             # refusal: test_a_given_directory_must_be_empty
             if names:
@@ -396,29 +380,6 @@ def _open_given(path: str) -> int:
             os.close(folder)
             raise
     return folder
-
-
-def _check_dead(folder: int) -> None:
-    mark = os.open(MARK_NAME, _FOLDER, dir_fd=folder)
-    try:
-        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DestinationError(DestinationProblem.IN_USE) from None
-    finally:
-        os.close(mark)
-
-
-def _wipe(folder: int) -> None:
-    """What `_open_given` has found to be a dead agent's."""
-    if MARK_NAME in os.listdir(folder):
-        _remove_all(folder)
-
-
-def _remove_all(folder: int) -> None:
-    """The model first: without the mark nobody would know whose it is."""
-    for name in (PUBLISHED_NAME, MARK_NAME):
-        with suppress(FileNotFoundError):
-            shutil.rmtree(name, dir_fd=folder)
 
 
 def _check_swap(noswap: bool, allow_swap: bool, memory: MemoryInfo) -> None:

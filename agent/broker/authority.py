@@ -52,6 +52,7 @@ _PREFIX = {
     EvidenceFormat.TDX_QUOTE: "tdx",
     EvidenceFormat.TDX_CHAIN: "tdx",
     EvidenceFormat.EVENT_LOG: "event-log",
+    EvidenceFormat.NVIDIA_TOPOLOGY: "ppcie",
     EvidenceFormat.ADDITIONAL: "evidence",
 }
 

@@ -98,7 +98,8 @@ class GpuMode(enum.Enum):
     NVLE = "nvle"
 
 
-_FLAG_PROTECTED_PCIE = 2  # FEATURE_FLAG of the GPU's own report
+# FEATURE_FLAG of the GPU's own report: 0 one GPU, 1 several, 2 protected PCIe; what another value means we do not know.
+_FLAGS: dict[GpuMode | None, tuple[int, ...]] = {GpuMode.CC: (0, 1), GpuMode.PROTECTED_PCIE: (2,), GpuMode.NVLE: (0, 1)}
 _MODES = {(1, 0): GpuMode.CC, (0, 1): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
 
 
@@ -328,7 +329,7 @@ def appraise(
         # The one mode that the GPU itself signs; drivers before 580 leave it out.
         flags = {gpu.feature_flag for gpu in gpus} - {None}
         # refusal: test_one_wrong_claim_is_denied_by_its_name
-        require(Claim.MODES, all((flag == _FLAG_PROTECTED_PCIE) == (mode is GpuMode.PROTECTED_PCIE) for flag in flags))
+        require(Claim.MODES, all(flag in _FLAGS.get(mode, ()) for flag in flags))
         # Whoever renews a lease has passed the gate, and the state is never set back.
         ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
         # refusal: test_one_wrong_claim_is_denied_by_its_name

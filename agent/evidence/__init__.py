@@ -78,10 +78,10 @@ class Attester(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class GpuEvidence:
-    """Evidence of one GPU.
+    """Evidence of one GPU, or of one NVSwitch, which has the same shape.
 
     Attributes:
-        arch: `HOPPER` or `BLACKWELL` (Trustee's words).
+        arch: `HOPPER`, `BLACKWELL`, or `LS10` for an NVSwitch (Trustee's words).
         uuid: NVML's UUID, `GPU-…`.
         report: SPDM GET_MEASUREMENTS request and response, binary (about 4 KiB).
         certificate_chain: PEM, leaf first, five certificates.

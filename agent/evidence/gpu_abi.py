@@ -1,4 +1,4 @@
-"""The NVIDIA GPU attestation report: an SPDM 1.1 GET_MEASUREMENTS request and its MEASUREMENTS response, as bytes.
+"""The NVIDIA attestation report of a GPU or NVSwitch: SPDM 1.1 GET_MEASUREMENTS request and MEASUREMENTS response, as bytes.
 
 Owns the layout and its strictness: `parse_report` accepts nothing that `pack_report` would not give back byte for byte.
 Verifies nothing: signature, chain and firmware identity are `agent/verify/nvidia.py`'s business.
@@ -15,13 +15,16 @@ Verifies nothing: signature, chain and firmware identity are `agent/verify/nvidi
     79+M+P   ECDSA P-384 signature r ‖ s, 48 each, big endian, over everything before it
 
 Integers are little endian unless said otherwise. Positions come from lengths and never from the end of the bytes: there are
-devices that append zero bytes after the signature.
+devices that append zero bytes after the signature. Which opaque fields there are depends on driver and firmware, and so does
+their order: a known one must have its documented shape, an unknown one is kept as it is. GPU and NVSwitch mean different
+things by types 22 and, with old firmware, 4: there the length tells.
 Spec: DMTF DSP0274 1.1.0, tables GET_MEASUREMENTS request and MEASUREMENTS response; NVIDIA attestation-sdk, opaque field ids.
 """
 
 import re
 import struct
 from dataclasses import dataclass
+from typing import NewType
 
 from agent.closed import Ident
 from agent.errors import EvidenceFormat, MalformedEvidenceError
@@ -41,15 +44,62 @@ _BLOCK_BYTES = _BLOCK.size + DIGEST_BYTES
 _TLV = struct.Struct("<HH")
 
 OPAQUE_DRIVER_VERSION = 3
+OPAQUE_GPU_INFO = 4
 OPAQUE_VBIOS_VERSION = 6
+OPAQUE_MEASUREMENT_COUNTS = 12
 OPAQUE_CHIP_SKU = 15
 OPAQUE_PROJECT = 17
 OPAQUE_PROJECT_SKU = 18
 OPAQUE_FWID = 20
+OPAQUE_PROTECTED_PCIE = 21
+OPAQUE_PDI = 22
+OPAQUE_GPU_PDIS = 26
+OPAQUE_OPAQUE_VERSION = 34
+OPAQUE_CHIP_INFO = 35
 OPAQUE_FEATURE_FLAG = 36
 _OPAQUE_INVALID = 255
+
+PDI_BYTES = 8
+LINKS = 18  # NVLinks of a GPU
+LISTED_GPUS = 8  # GPUs that a switch lists, before its 64 ports
 _GPU_VBIOS_BYTES = 8
+_GPU_INFO_BYTES = 8
+_GPU_PDIS_BYTES = LISTED_GPUS * PDI_BYTES + 64  # a byte for each port: the place of its GPU in the list, 0xFF for none
+_ON, _OFF = b"\xaa", b"\x55"
+
+# Name of each known field, and the lengths its value can have in bytes.
+_SIZED: dict[int, tuple[str, tuple[int, ...]]] = {
+    OPAQUE_GPU_INFO: ("gpu-info", (_GPU_INFO_BYTES, _GPU_PDIS_BYTES)),
+    11: ("nvdec0-status", (1,)),
+    13: ("cpr-info", (4,)),
+    14: ("board-id", (4,)),
+    OPAQUE_FWID: ("fwid", (DIGEST_BYTES,)),
+    OPAQUE_PROTECTED_PCIE: ("protected-pcie-status", (1,)),
+    OPAQUE_PDI: ("pdi", (PDI_BYTES, LINKS * PDI_BYTES)),
+    23: ("floorswept-ports", (2,)),
+    24: ("position-id", (2,)),
+    25: ("lock-status", (2,)),
+    OPAQUE_GPU_PDIS: ("gpu-pdis", (_GPU_PDIS_BYTES,)),
+    33: ("sys-enable-status", (2,)),
+    OPAQUE_OPAQUE_VERSION: ("opaque-data-version", (2,)),
+    OPAQUE_FEATURE_FLAG: ("feature-flag", (2,)),
+}
+_SWITCHED = {11, OPAQUE_PROTECTED_PCIE}  # 0xAA or 0x55
+_TEXTS = {
+    OPAQUE_DRIVER_VERSION: "driver-version",
+    OPAQUE_VBIOS_VERSION: "vbios-version",
+    OPAQUE_CHIP_SKU: "chip-sku",
+    16: "chip-sku-mod",
+    OPAQUE_PROJECT: "project",
+    OPAQUE_PROJECT_SKU: "project-sku",
+    19: "project-sku-mod",
+    OPAQUE_CHIP_INFO: "chip-info",
+}
+_MAY_BE_EMPTY = {16, 19}
 _TEXT = re.compile(r"[!-~]{1,64}")
+
+Pdi = NewType("Pdi", bytes)
+"""8 bytes that name one GPU or NVSwitch, in the order in which an NVSwitch writes its own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,59 +134,91 @@ class GpuReport:
             self.responder_nonce, len(opaque).to_bytes(2, "little"), opaque,
         ))  # fmt: skip
 
+    def field(self, kind: int) -> bytes | None:
+        """The value of one opaque field as it came; None: the device does not report it."""
+        return next((value for found, value in self.opaque if found == kind), None)
+
     @property
     def driver_version(self) -> str | None:
         """For example `580.95.05`; an NVSwitch has none."""
-        return self._text(OPAQUE_DRIVER_VERSION, "driver-version")
+        return self._text(OPAQUE_DRIVER_VERSION)
 
     @property
     def vbios_version(self) -> str | None:
         """For example `96.00.74.00.1A`: a GPU packs it into eight bytes, an NVSwitch writes text."""
-        value = self._value(OPAQUE_VBIOS_VERSION)
+        value = self.field(OPAQUE_VBIOS_VERSION)
         if value is None or len(value) != _GPU_VBIOS_BYTES:
-            return self._text(OPAQUE_VBIOS_VERSION, "vbios-version")
+            return self._text(OPAQUE_VBIOS_VERSION)
         return ".".join(f"{byte:02X}" for byte in (*value[3::-1], value[4]))
 
     @property
     def project(self) -> str | None:
-        return self._text(OPAQUE_PROJECT, "project")
+        return self._text(OPAQUE_PROJECT)
 
     @property
     def project_sku(self) -> str | None:
-        return self._text(OPAQUE_PROJECT_SKU, "project-sku")
+        return self._text(OPAQUE_PROJECT_SKU)
 
     @property
     def chip_sku(self) -> str | None:
-        return self._text(OPAQUE_CHIP_SKU, "chip-sku")
+        return self._text(OPAQUE_CHIP_SKU)
+
+    @property
+    def chip_info(self) -> str | None:
+        """For example `GB100`; newer drivers of Blackwell report it."""
+        return self._text(OPAQUE_CHIP_INFO)
 
     @property
     def fwid(self) -> bytes | None:
-        """48 bytes: the digest of the firmware that holds the signing key. Drivers before 550 do not report it."""
-        return self._sized(OPAQUE_FWID, DIGEST_BYTES, "fwid")
+        """48 bytes: digest of the firmware that holds the signing key. Drivers before 550 and NVSwitches do not report it."""
+        return self.field(OPAQUE_FWID)
+
+    @property
+    def protected_pcie(self) -> bool | None:
+        """Protected PCIe is on. Drivers before 550, NVSwitches and Blackwell do not report it."""
+        value = self.field(OPAQUE_PROTECTED_PCIE)
+        return None if value is None else value == _ON
+
+    @property
+    def opaque_version(self) -> int | None:
+        """Version of the opaque data. Older drivers do not report it."""
+        return self._number(OPAQUE_OPAQUE_VERSION)
 
     @property
     def feature_flag(self) -> int | None:
         """0 one GPU, 1 several GPUs, 2 protected PCIe. Drivers before 580 do not report it."""
-        value = self._sized(OPAQUE_FEATURE_FLAG, 2, "feature-flag")
+        return self._number(OPAQUE_FEATURE_FLAG)
+
+    @property
+    def device_pdi(self) -> Pdi | None:
+        """An NVSwitch's own PDI. A GPU does not report its own."""
+        value = self.field(OPAQUE_PDI)
+        return Pdi(value) if value is not None and len(value) == PDI_BYTES else None
+
+    @property
+    def switch_pdis(self) -> tuple[Pdi, ...] | None:
+        """The NVSwitch at the other end of each of a GPU's links; zeros for a link that is off. None: not reported."""
+        value = self.field(OPAQUE_PDI)
+        if value is None or len(value) != LINKS * PDI_BYTES:
+            return None
+        return tuple(Pdi(pdi[::-1]) for pdi in _pdis(value))  # a GPU writes them the other way round
+
+    @property
+    def gpu_pdis(self) -> tuple[Pdi, ...] | None:
+        """The eight GPUs that an NVSwitch knows of, as it lists them. None: not reported."""
+        value = self.field(OPAQUE_GPU_PDIS)
+        if value is None:
+            info = self.field(OPAQUE_GPU_INFO)  # where old firmware of NVSwitches puts it
+            value = info if info is not None and len(info) == _GPU_PDIS_BYTES else None
+        return None if value is None else tuple(Pdi(pdi) for pdi in _pdis(value[: LISTED_GPUS * PDI_BYTES]))
+
+    def _number(self, kind: int) -> int | None:
+        value = self.field(kind)
         return None if value is None else int.from_bytes(value, "little")
 
-    def _value(self, kind: int) -> bytes | None:
-        return next((value for found, value in self.opaque if found == kind), None)
-
-    def _sized(self, kind: int, size: int, field: str) -> bytes | None:
-        value = self._value(kind)
-        if value is not None and len(value) != size:
-            raise _malformed(field, len(value), size)
-        return value
-
-    def _text(self, kind: int, field: str) -> str | None:
-        value = self._value(kind)
-        if value is None:
-            return None
-        text = value.rstrip(b"\0").decode("latin-1")
-        if not _TEXT.fullmatch(text):
-            raise _malformed(field)
-        return text
+    def _text(self, kind: int) -> str | None:
+        value = self.field(kind)
+        return None if value is None else value.rstrip(b"\0").decode("latin-1")
 
 
 def parse_report(report: bytes) -> GpuReport:
@@ -147,6 +229,7 @@ def parse_report(report: bytes) -> GpuReport:
     Raises:
         MalformedEvidenceError: names the first field that is not as the layout wants it.
     """
+    # refusal: test_a_report_larger_than_the_driver_can_return_is_malformed
     if len(report) > MAX_REPORT_BYTES:
         raise _malformed("length", len(report), MAX_REPORT_BYTES)
     reader = _Reader(report)
@@ -158,6 +241,9 @@ def parse_report(report: bytes) -> GpuReport:
         reader.constant(field, 1, expected)
 
     blocks = reader.number("number-of-blocks", 1)
+    # refusal: test_a_report_measures_something
+    if blocks == 0:
+        raise _malformed("number-of-blocks", blocks)
     reader.constant("measurement-record-length", 3, blocks * _BLOCK_BYTES)
     measurements = []
     for index in range(1, blocks + 1):
@@ -172,14 +258,11 @@ def parse_report(report: bytes) -> GpuReport:
     opaque = _parse_opaque(reader.take("opaque-data", reader.number("opaque-length", 2)))
     signature = reader.take("signature", SIGNATURE_BYTES)
     trailing = reader.rest()
+    # refusal: test_other_trailing_bytes_are_malformed
     if len(trailing) > MAX_TRAILING_BYTES or any(trailing):
         raise _malformed("trailing-bytes", len(trailing), 0)
 
-    parsed = GpuReport(requester_nonce, tuple(measurements), responder_nonce, opaque, signature, len(trailing))
-    # Reading a field checks its shape: whoever holds a GpuReport can read it without an error.
-    _ = (parsed.driver_version, parsed.vbios_version, parsed.fwid, parsed.feature_flag)
-    _ = (parsed.project, parsed.project_sku, parsed.chip_sku)
-    return parsed
+    return GpuReport(requester_nonce, tuple(measurements), responder_nonce, opaque, signature, len(trailing))
 
 
 def pack_report(report: GpuReport) -> bytes:
@@ -194,10 +277,37 @@ def _parse_opaque(data: bytes) -> tuple[tuple[int, bytes], ...]:
         kind = reader.number("opaque-type", 2)
         size = reader.number("opaque-size", 2)
         # With a type given twice, two readers could believe two different values under one signature.
+        # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
         if kind == _OPAQUE_INVALID or kind in fields:
             raise _malformed("opaque-type", kind)
         fields[kind] = reader.take("opaque-value", size)
+    for kind, value in fields.items():
+        _check_shape(kind, value)
     return tuple(fields.items())
+
+
+def _check_shape(kind: int, value: bytes) -> None:
+    """So that whoever holds a GpuReport can read its fields without an error."""
+    if kind in _SIZED:
+        field, sizes = _SIZED[kind]
+        # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
+        if len(value) not in sizes:
+            raise _malformed(field, len(value), sizes[0])
+        # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
+        if kind in _SWITCHED and value not in (_ON, _OFF):
+            raise _malformed(field, value[0], _ON[0])
+    # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
+    if kind == OPAQUE_MEASUREMENT_COUNTS and len(value) % 4:
+        raise _malformed("measurement-counts", len(value))
+    if kind in _TEXTS and not (kind == OPAQUE_VBIOS_VERSION and len(value) == _GPU_VBIOS_BYTES):
+        text = value.rstrip(b"\0").decode("latin-1")
+        # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
+        if not _TEXT.fullmatch(text) and (text or kind not in _MAY_BE_EMPTY):
+            raise _malformed(_TEXTS[kind])
+
+
+def _pdis(value: bytes) -> list[bytes]:
+    return [value[at : at + PDI_BYTES] for at in range(0, len(value), PDI_BYTES)]
 
 
 class _Reader:
@@ -209,6 +319,7 @@ class _Reader:
         return len(self._data) - self._at
 
     def take(self, field: str, size: int) -> bytes:
+        # refusal: test_a_report_cut_anywhere_is_malformed
         if self.left() < size:
             raise _malformed(field, self.left(), size)
         self._at += size
@@ -222,6 +333,7 @@ class _Reader:
 
     def constant(self, field: str, size: int, expected: int) -> None:
         got = self.number(field, size)
+        # refusal: test_every_constant_of_the_layout_is_checked
         if got != expected:
             raise _malformed(field, got, expected)
 

@@ -8,6 +8,7 @@ subreaper (`hardening.become_subreaper`), so that every orphan of the server bec
 
 import errno
 import os
+import re
 import select
 import signal
 import time
@@ -220,10 +221,11 @@ def _spawn(plan: ServerPlan, place: Placement) -> ServerProcess:
 
 
 def _own_places(place: Placement, texts: Collection[str]) -> None:
-    """Let /tmp be the scratch folder and /dev/shm a new, empty one, for this process and what it starts, until the last ends.
+    """Let /tmp be the scratch folder and /dev/shm a new, empty one, for this process and what it starts.
 
-    Some servers use no other places, whatever TMPDIR says. What they leave there can hold prompts, and others could read it.
-    A place stays as it is when an argument, a variable or the model is a path in it.
+    The scratch folder is one for all starts; the new /dev/shm ends with the last process that sees it. Some servers use no
+    other places, whatever TMPDIR says. What they leave there can hold prompts, and others could read it.
+    A place stays as it is when an argument, a variable or the model names it or a path in it.
     """
     mounts.enter_private_mount_namespace()
     if _may_cover(_TEMPORARY, texts):
@@ -236,7 +238,9 @@ def _own_places(place: Placement, texts: Collection[str]) -> None:
 
 
 def _may_cover(target: str, texts: Collection[str]) -> bool:
-    return os.path.isdir(target) and not any(f"{target}/" in text for text in texts)
+    """Is it there, and does no text name it or a path in it? `/var/tmp` and `https://host/tmp` do not."""
+    named = re.compile(rf"(?<![\w./-]){re.escape(target)}(?![\w.-])")
+    return os.path.isdir(target) and not any(named.search(text) for text in texts)
 
 
 def fork(inside: Callable[[int], None]) -> int:

@@ -20,6 +20,7 @@ import secrets
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pynvml
@@ -46,10 +47,12 @@ from agent.evidence.gpu_abi import (
     OPAQUE_PROJECT,
     OPAQUE_PROJECT_SKU,
     OPAQUE_VBIOS_VERSION,
+    SIGNATURE_BYTES,
     GpuReport,
+    pack_report,
 )
 from agent.sim.machine import SimulatedMachine, write_file
-from agent.verify.nvidia import COMPOSITE_DEVICE_ID, CompositeDeviceId, Fwid
+from agent.verify.nvidia import COMPOSITE_DEVICE_ID, DICE_TCB_INFO, CompositeDeviceId, DiceTcbInfo, Fwid
 
 FWID = hashlib.sha384(b"keyturn simulated GPU firmware").digest()
 BLOCKS = 64
@@ -122,16 +125,42 @@ def issue(name: str, issuer: Issued | None, leaf: Sequence[x509.ExtensionType] |
     return key, builder.sign(issuer_key, hashes.SHA384())
 
 
+@dataclass(frozen=True, slots=True)
+class Chip:
+    """What a kind of device is called in its certificates, and where its leaf keeps the firmware identity."""
+
+    arch: str
+    name: str
+    unit: str
+    extension: Callable[[ec.EllipticCurvePrivateKey], x509.UnrecognizedExtension]
+
+
+def issue_authority(chip: Chip, root: Issued) -> tuple[Issued, Issued, Issued]:
+    """NVIDIA's part of the chains of one kind of device: root, identity, provisioner."""
+    identity = issue(f"SIMULATED {chip.name} Identity", root)
+    return root, identity, issue(f"SIMULATED {chip.name} Provisioner ICA 1", identity)
+
+
+def issue_device(chip: Chip, authority: tuple[Issued, Issued, Issued]) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+    """The attestation key of one device, and its chain as the device hands it out: PEM, leaf first."""
+    brom = issue(f"{chip.name} SIMULATED {chip.unit} BROM", authority[-1])
+    key, leaf = issue(f"{chip.name} SIMULATED {chip.unit} FMC LF", brom, (chip.extension(brom[0]),))
+    return key, b"".join(_pem(each) for each in (leaf, brom[1], *(issued[1] for issued in reversed(authority))))
+
+
+def sign_report(key: ec.EllipticCurvePrivateKey, report: GpuReport) -> bytes:
+    """The report as a device hands it out: its fields, whatever they say, under a good signature of `key`."""
+    r, s = decode_dss_signature(key.sign(report.signed_bytes, ec.ECDSA(hashes.SHA384())))
+    return pack_report(replace(report, signature=r.to_bytes(48, "big") + s.to_bytes(48, "big")))
+
+
 def create_gpu_silicon(directory: Path, count: int) -> None:
-    """NVIDIA's part: a root, and `count` GPUs with their keys and chains."""
+    """NVIDIA's part: a root, and `count` Hopper GPUs with their keys and chains."""
     root = issue("SIMULATED Device Identity CA", None)
-    identity = issue("SIMULATED GH100 Identity", root)
-    provisioner = issue("SIMULATED GH100 Provisioner ICA 1", identity)
     write_file(directory / "nvidia-root.pem", _pem(root[1]), mode=0o644)
+    authority = issue_authority(HOPPER, root)
     for index in range(count):
-        brom = issue("GH100 SIMULATED GSP BROM", provisioner)
-        key, leaf = issue("GH100 SIMULATED GSP FMC LF", brom, (_firmware_identity(brom[0]),))
-        chain = b"".join(_pem(certificate) for certificate in (leaf, brom[1], provisioner[1], identity[1], root[1]))
+        key, chain = issue_device(HOPPER, authority)
         write_file(directory / f"gpu-{index}.pem", chain, mode=0o644)
         private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
         write_file(directory / f"gpu-{index}.key", private, mode=0o600)
@@ -297,7 +326,7 @@ class SimulatedNvml:
     def _report(self, index: int, nonce: GpuNonce) -> bytes:
         gpu = self._machine.gpu
         vbios = bytes.fromhex(gpu.vbios_version.replace(".", ""))
-        unsigned = GpuReport(
+        report = GpuReport(
             requester_nonce=nonce,
             measurements=tuple(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
             responder_nonce=secrets.token_bytes(32),
@@ -310,12 +339,11 @@ class SimulatedNvml:
                 (OPAQUE_FWID, FWID),
                 (OPAQUE_FEATURE_FLAG, FEATURE_FLAG_OF_MULTI_GPU_MODE[gpu.multi_gpu_mode].to_bytes(2, "little")),
             ),
-            signature=bytes(96),
-        ).signed_bytes
-        der = _read_key(self._machine.silicon, index).sign(unsigned, ec.ECDSA(hashes.SHA384()))
-        signature = bytearray(b"".join(half.to_bytes(48, "big") for half in decode_dss_signature(der)))
-        signature[-1] ^= gpu.flip_signature_bit
-        return unsigned + signature + bytes(gpu.trailing_byte)
+            signature=bytes(SIGNATURE_BYTES),
+        )
+        signed = bytearray(sign_report(_read_key(self._machine.silicon, index), report))
+        signed[-1] ^= gpu.flip_signature_bit
+        return bytes(signed) + bytes(gpu.trailing_byte)
 
 
 def _write_text(address: int, size: int, text: str) -> int:
@@ -339,8 +367,32 @@ def _pem(certificate: x509.Certificate) -> bytes:
     return certificate.public_bytes(Encoding.PEM)
 
 
-def _firmware_identity(device_key: ec.EllipticCurvePrivateKey) -> x509.UnrecognizedExtension:
+def _composite_device_id(device_key: ec.EllipticCurvePrivateKey) -> x509.UnrecognizedExtension:
     spki = device_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    fwid = Fwid(algorithm=x509.ObjectIdentifier("2.16.840.1.101.3.4.2.2"), digest=FWID)
-    identity = CompositeDeviceId(version=1, device_key=asn1.decode_der(asn1.TLV, spki), fwid=fwid)
+    identity = CompositeDeviceId(version=1, device_key=asn1.decode_der(asn1.TLV, spki), fwid=_fwid(FWID))
     return x509.UnrecognizedExtension(COMPOSITE_DEVICE_ID, asn1.encode_der(identity))
+
+
+def _fwid(digest: bytes) -> Fwid:
+    return Fwid(algorithm=x509.ObjectIdentifier("2.16.840.1.101.3.4.2.2"), digest=digest)
+
+
+def _dice_tcb_info(_device_key: ec.EllipticCurvePrivateKey) -> x509.UnrecognizedExtension:
+    info = DiceTcbInfo(
+        vendor="SIMULATED",
+        model="GB100",
+        version=None,
+        svn=None,
+        layer=None,
+        index=None,
+        fwids=[_fwid(FWID), _fwid(bytes(48))],
+        flags=None,
+        vendor_info=None,
+        type=None,
+    )
+    return x509.UnrecognizedExtension(DICE_TCB_INFO, asn1.encode_der(info))
+
+
+HOPPER = Chip("HOPPER", "GH100", "GSP", _composite_device_id)
+BLACKWELL = Chip("BLACKWELL", "GB100", "GSP", _dice_tcb_info)
+LS10 = Chip("LS10", "LS_10", "FSP", _composite_device_id)

@@ -1,7 +1,8 @@
-"""Verify the Evidence of one NVIDIA GPU: fresh, genuine, and from the firmware its key was made for.
+"""Verify the Evidence of one NVIDIA GPU or NVSwitch: fresh, genuine, and from the firmware its key was made for.
 
-Owns signatures, chains and firmware identity of GPU reports. Does not appraise: which driver, VBIOS, feature or number of GPUs
-is acceptable is a policy's business, and so are revocation and NVIDIA's reference measurements.
+Owns signatures, chains and firmware identity of reports. Does not appraise: which driver, VBIOS, feature or number of GPUs
+is acceptable is a policy's business, and so are revocation and NVIDIA's reference measurements. What devices say of each
+other is held together in `ppcie.py`.
 Spec: NVIDIA attestation-sdk and nvtrust (report and chain); TCG DICE Attestation Architecture 1.1 (TcbInfo), DICE Layering
 Architecture 1.0 (CompositeDeviceID).
 """
@@ -24,14 +25,16 @@ from cryptography.x509.verification import PolicyBuilder, Store, VerificationErr
 from agent.closed import Ident
 from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import GpuEvidence, GpuNonce
-from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
+from agent.evidence.gpu_abi import DIGEST_BYTES, MAX_CHAIN_BYTES, GpuReport, Pdi, parse_report
 from agent.verify.roots import NVIDIA_DEVICE_ROOT_SHA256, UNREADABLE, fingerprint
 
 CHAIN_CERTIFICATES = 5  # attestation key, boot ROM identity, provisioner, chip identity, device root
 _FIRST_DRIVER_WITH_FWID = 550
-_ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL"}  # first letters of the hardware model
-COMPOSITE_DEVICE_ID = x509.ObjectIdentifier("2.23.133.5.4.1")  # Hopper
-DICE_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")  # Blackwell
+COMPOSITE_DEVICE_ID = x509.ObjectIdentifier("2.23.133.5.4.1")
+DICE_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")
+SWITCH_ARCH = "LS10"
+_ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL", "LS": SWITCH_ARCH}  # first letters of the hardware model
+_FWID_EXTENSION = {"HOPPER": COMPOSITE_DEVICE_ID, "BLACKWELL": DICE_TCB_INFO, SWITCH_ARCH: COMPOSITE_DEVICE_ID}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,8 @@ class GpuClaims:
         arch: `HOPPER` or `BLACKWELL`, from the certificate.
         feature_flag: 0 one GPU, 1 several, 2 protected PCIe; None from drivers before 580.
         simulated: the chain ends in a root passed in whose name says SIMULATED.
+        protected_pcie: what the GPU says of protected PCIe; None where it does not say.
+        switch_pdis: the NVSwitch at the other end of each link, zeros for a link that is off; empty without protected PCIe.
     """
 
     driver_version: str
@@ -57,6 +62,28 @@ class GpuClaims:
     arch: str
     feature_flag: int | None
     simulated: bool
+    protected_pcie: bool | None = None
+    switch_pdis: tuple[Pdi, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SwitchClaims:
+    """What one NVSwitch's Evidence proves.
+
+    Attributes:
+        vbios_version: `96.10.55.00.01`.
+        leaf_key_sha256, ueid, hwmodel, simulated: as of a GPU.
+        pdi: its own name.
+        gpu_pdis: the eight GPUs that it lists.
+    """
+
+    vbios_version: str
+    leaf_key_sha256: str
+    ueid: str
+    hwmodel: str
+    simulated: bool
+    pdi: Pdi
+    gpu_pdis: tuple[Pdi, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +102,9 @@ class GpuChain:
 def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> GpuClaims:
     """Verify Evidence of one GPU.
 
-    1. Parse report and chain.
-    2. The report carries our nonce.
-    3. Every certificate is valid now; the chain ends in the pinned NVIDIA device root or in one of `roots`.
-    4. The leaf key signed the report.
-    5. The leaf key was made for the firmware the report names (FWID).
-    6. Hardware model, driver and VBIOS version are there, and the architecture is the one the Evidence names.
+    1. The Evidence is a genuine device's, fresh, and from the firmware its key was made for (`_verify_device`).
+    2. The device is a GPU.
+    3. Driver and VBIOS version are there, and with a driver that reports its firmware (FWID), that too.
 
     Args:
         evidence: report and PEM chain of one GPU.
@@ -90,6 +114,110 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     Raises:
         MalformedEvidenceError: report or chain does not parse.
         EvidenceVerificationError: one of the checks above does not hold.
+    """
+    # 1.
+    device = _verify_device(evidence, nonce, roots, now)
+    report = device.report
+
+    # 2.
+    # refusal: test_a_genuine_switch_is_no_gpu
+    if evidence.arch == SWITCH_ARCH:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
+
+    # 3. Drivers before 550 do not report the FWID; from 550 on its absence is a failure, never a reason to skip.
+    driver_version, vbios_version = report.driver_version, report.vbios_version
+    # refusal: test_a_report_without_its_versions_is_malformed
+    if driver_version is None:
+        raise _malformed_report("driver-version")
+    # refusal: test_a_report_without_its_versions_is_malformed
+    if vbios_version is None:
+        raise _malformed_report("vbios-version")
+    # refusal: test_a_driver_that_must_report_its_firmware_and_does_not_fails
+    if report.fwid is None and _major(driver_version) >= _FIRST_DRIVER_WITH_FWID:
+        raise _failed(EvidenceCheck.FWID)
+
+    return GpuClaims(
+        driver_version=driver_version,
+        vbios_version=vbios_version,
+        leaf_key_sha256=device.chain.leaf_key_sha256,
+        ueid=device.ueid,
+        hwmodel=device.hwmodel,
+        arch=evidence.arch,
+        feature_flag=report.feature_flag,
+        simulated=device.simulated,
+        protected_pcie=report.protected_pcie,
+        switch_pdis=report.switch_pdis or (),
+    )
+
+
+def verify_switch(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> SwitchClaims:
+    """Verify Evidence of one NVSwitch (LS10). Its report has no driver version and no FWID.
+
+    1. As of a GPU.
+    2. The device is an NVSwitch.
+    3. VBIOS version, its own PDI and those of the GPUs are there.
+
+    Args:
+        evidence, nonce, roots, now: as of `verify_gpu`.
+    Raises:
+        MalformedEvidenceError: report or chain does not parse.
+        EvidenceVerificationError: one of the checks above does not hold.
+    """
+    # 1.
+    device = _verify_device(evidence, nonce, roots, now)
+    report = device.report
+
+    # 2.
+    # refusal: test_a_genuine_gpu_is_no_switch
+    if evidence.arch != SWITCH_ARCH:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
+
+    # 3.
+    vbios_version, pdi, gpu_pdis = report.vbios_version, report.device_pdi, report.gpu_pdis
+    # refusal: test_a_switch_without_its_names_is_malformed
+    if vbios_version is None:
+        raise _malformed_report("vbios-version")
+    # refusal: test_a_switch_without_its_names_is_malformed
+    if pdi is None:
+        raise _malformed_report("pdi")
+    # refusal: test_a_switch_without_its_names_is_malformed
+    if gpu_pdis is None:
+        raise _malformed_report("gpu-pdis")
+
+    return SwitchClaims(
+        vbios_version=vbios_version,
+        leaf_key_sha256=device.chain.leaf_key_sha256,
+        ueid=device.ueid,
+        hwmodel=device.hwmodel,
+        simulated=device.simulated,
+        pdi=pdi,
+        gpu_pdis=gpu_pdis,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Device:
+    """A genuine device's fresh report, and who the device is."""
+
+    report: GpuReport
+    chain: GpuChain
+    hwmodel: str
+    simulated: bool
+
+    @property
+    def ueid(self) -> str:
+        return str(self.chain.certificates[0].serial_number)
+
+
+def _verify_device(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> _Device:
+    """What holds for GPU and NVSwitch alike.
+
+    1. Report and chain parse.
+    2. The report carries our nonce.
+    3. Every certificate is valid now; the chain ends in the pinned NVIDIA device root or in one of `roots`.
+    4. The leaf key signed the report.
+    5. The architecture of the chip is the one the Evidence names.
+    6. The leaf key was made for the firmware that the report names (FWID), if it names one.
     """
     # 1.
     report = parse_report(evidence.report)
@@ -108,39 +236,20 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     # refusal: test_one_flipped_bit_breaks_the_signature
     verify_report_signature(report, chain)
 
-    # 5. Drivers before 550 do not report the field; from 550 on its absence is a failure, never a reason to skip.
-    driver_version = report.driver_version
-    # refusal: test_a_report_without_its_versions_is_malformed
-    if driver_version is None:
-        raise _malformed_report("driver-version")
-    if report.fwid is not None:
-        # refusal: test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify
-        if report.fwid != _fwid_of_certificate(leaf):
-            raise _failed(EvidenceCheck.FWID)
-    # refusal: test_a_driver_that_must_report_its_firmware_and_does_not_fails
-    elif _major(driver_version) >= _FIRST_DRIVER_WITH_FWID:
-        raise _failed(EvidenceCheck.FWID)
-
-    # 6.
-    vbios_version = report.vbios_version
-    # refusal: test_a_report_without_its_versions_is_malformed
-    if vbios_version is None:
-        raise _malformed_report("vbios-version")
+    # 5.
     hwmodel = _common_name(brom)
     # refusal: test_the_architecture_is_the_one_of_the_certificate
     if _ARCH_OF_CHIP.get(hwmodel[:2]) != evidence.arch:
         raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
 
-    return GpuClaims(
-        driver_version=driver_version,
-        vbios_version=vbios_version,
-        leaf_key_sha256=chain.leaf_key_sha256,
-        ueid=str(leaf.serial_number),
-        hwmodel=hwmodel,
-        arch=evidence.arch,
-        feature_flag=report.feature_flag,
-        simulated=extra_root and "SIMULATED" in _common_name(chain.certificates[-1]),
-    )
+    # 6. Each architecture has its own place for it in the leaf, and no other place counts.
+    fwid = _fwid_of_certificate(leaf, _FWID_EXTENSION[evidence.arch])
+    # refusal: test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify
+    if report.fwid is not None and report.fwid != fwid:
+        raise _failed(EvidenceCheck.FWID)
+
+    simulated = extra_root and "SIMULATED" in _common_name(chain.certificates[-1])
+    return _Device(report, chain, hwmodel, simulated)
 
 
 def parse_chain(chain: bytes) -> GpuChain:
@@ -241,22 +350,22 @@ class DiceTcbInfo:
     type: Annotated[bytes | None, asn1.Implicit(9)]
 
 
-def _fwid_of_certificate(leaf: x509.Certificate) -> bytes:
+def _fwid_of_certificate(leaf: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes:
     """The 48-byte firmware identity; a Blackwell leaf lists two and the second is zero."""
+    digest = b""
     try:
-        for extension in leaf.extensions:
-            if not isinstance(extension.value, x509.UnrecognizedExtension):
-                continue
-            if extension.oid == COMPOSITE_DEVICE_ID:
-                return asn1.decode_der(CompositeDeviceId, extension.value.value).fwid.digest
-            if extension.oid == DICE_TCB_INFO:
-                fwids = asn1.decode_der(DiceTcbInfo, extension.value.value).fwids
-                if fwids:
-                    return fwids[0].digest
-    except UNREADABLE as exc:
+        value = leaf.extensions.get_extension_for_oid(oid).value
+        if isinstance(value, x509.UnrecognizedExtension):
+            if oid == COMPOSITE_DEVICE_ID:
+                digest = asn1.decode_der(CompositeDeviceId, value.value).fwid.digest
+            elif fwids := asn1.decode_der(DiceTcbInfo, value.value).fwids:
+                digest = fwids[0].digest
+    except (x509.ExtensionNotFound, *UNREADABLE) as exc:
         raise _malformed_chain("fwid-extension") from exc
     # refusal: test_a_leaf_without_a_readable_firmware_identity_is_malformed
-    raise _malformed_chain("fwid-extension")
+    if len(digest) != DIGEST_BYTES:
+        raise _malformed_chain("fwid-extension", len(digest), DIGEST_BYTES)
+    return digest
 
 
 def _common_name(certificate: x509.Certificate) -> str:

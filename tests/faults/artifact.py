@@ -96,10 +96,6 @@ def wrong_key(world: FaultWorld) -> None:
     world.key_file.write_bytes(bytes(32))
 
 
-def key_of_another_length(world: FaultWorld) -> None:
-    world.key_file.write_bytes(world.canaries.key[:31])
-
-
 def below_the_signed_floor(world: FaultWorld) -> None:
     world.row["min_model_version"] = 4
 
@@ -192,8 +188,14 @@ ROWS = [
     # --- the sealed model ---------------------------------------------------------------------------------------------
     Fault("manifest replaced", ManifestDigestError, manifest_replaced),
     Fault("manifest of the older release", ManifestDigestError, old_manifest),
-    Fault("file dropped from the manifest", MalformedManifestError, _measured_manifest(lambda m: m.update(layers=[]))),
-    Fault("manifest of another kind", MalformedManifestError, _measured_manifest(lambda m: m.update(artifactType="a/b"))),
+    Fault("file dropped from the manifest", MalformedManifestError, _measured_manifest(lambda m: m["layers"].pop()), files=2),
+    Fault("manifest without files", MalformedManifestError, _measured_manifest(lambda m: m.update(layers=[]))),
+    Fault(
+        "manifest of another kind",
+        MalformedManifestError,
+        _measured_manifest(lambda m: m.update(artifactType="a/b")),
+        {"field": "artifactType"},
+    ),
     Fault("manifest for another key", ConfigError, other_key_uri, {"key": "broker.key_uri"}),
     Fault(
         "segment flipped",
@@ -215,7 +217,14 @@ ROWS = [
     Fault("file of an older release", SegmentAuthenticationError, old_file, {"file": 0}, SERVED, ONCE),
     Fault("blob one byte short", TruncatedArtifactError, _weights(lambda data: data[:-1]), {"file": 0}, SERVED, ONCE),
     Fault("blob that is empty", TruncatedArtifactError, _weights(lambda data: b""), {"file": 0}, SERVED, ONCE),
-    Fault("blob dropped from the store", ArtifactUnavailableError, lambda world: weights(world).unlink(), {}, SERVED, ONCE),
+    Fault(
+        "blob dropped from the store",
+        ArtifactUnavailableError,
+        lambda world: weights(world).unlink(),
+        {"problem": StoreProblem.NOT_FOUND},
+        SERVED,
+        ONCE,
+    ),
     Fault(
         "plain weights in the place of sealed ones",
         SegmentAuthenticationError,

@@ -14,7 +14,7 @@ PEER_TEXT = "canary-peer-text"
 """What hostile peers of the tests write wherever a peer can write text."""
 CONFIG_SECRET = "CANARY_SECRET"
 """The variable of the model server that carries the configuration's canary."""
-MAX_SEARCHED_BYTES = 16 << 20
+MAX_SEARCHED_BYTES = 64 << 20
 
 
 class Canaries:

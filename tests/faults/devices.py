@@ -109,7 +109,14 @@ def tdx_module_that_stays_busy(world: FaultWorld) -> object:
 
 ROWS = [
     # --- the CPU ------------------------------------------------------------------------------------------------------
-    Fault("foreign nonce in the CPU report", EvidenceBindingError, _cpu(wrong_report_data=True), audit=[], attempts=NEVER),
+    Fault(
+        "foreign nonce in the CPU report",
+        EvidenceBindingError,
+        _cpu(wrong_report_data=True),
+        {"format": EvidenceFormat.SNP_REPORT},
+        audit=[],
+        attempts=NEVER,
+    ),
     Fault("device that fails with EIO", DeviceError, _cpu(errno=5), {"code": 5}, [], NEVER),
     Fault("device that says EBUSY", DeviceError, _cpu(errno=16), {"code": 16}, [], NEVER),
     Fault("device that is gone", DeviceError, _cpu(errno=6), {"code": 6}, [], NEVER),
@@ -139,7 +146,12 @@ ROWS = [
     ),
     Fault("CPU report one byte short", MalformedEvidenceError, fields={"got": 1183, "expected": 1184}, drive=short_report),
     # --- the GPUs -----------------------------------------------------------------------------------------------------
-    Fault("foreign nonce in the GPU report", EvidenceBindingError, _gpu(wrong_nonce=True)),
+    Fault(
+        "foreign nonce in the GPU report",
+        EvidenceBindingError,
+        _gpu(wrong_nonce=True),
+        {"format": EvidenceFormat.NVIDIA_REPORT},
+    ),
     Fault(
         "GPU report with a wrong signature",
         EvidenceVerificationError,
@@ -148,7 +160,7 @@ ROWS = [
     ),
     Fault("missing GPU", GpuCountError, _gpu(count=0), {"got": 0, "expected": 1}, [], NEVER),
     Fault("extra GPU", GpuCountError, _gpu(count=2), {"got": 2, "expected": 1}, [], NEVER),
-    Fault("one GPU sent twice", GpuCountError, one_gpu_twice, gpus=2),
+    Fault("one GPU sent twice", GpuCountError, one_gpu_twice, {"got": 1, "expected": 2}, gpus=2),
     _denied("policy that wants two GPUs", _row("gpu", count=2), "gpu.count"),
     _denied(
         "policy that wants another driver", _row("gpu", driver_versions=[{"id": "d", "value": "1.2.3"}]), "gpu.driver_version"
@@ -163,7 +175,14 @@ ROWS = [
     Fault("confidential computing off", GpuModeError, _gpu(cc_feature=0), {"mode": GpuMode.CC_FEATURE}, [], NEVER),
     Fault("unknown multi-GPU mode", GpuModeError, _gpu(multi_gpu_mode=9), {"mode": GpuMode.MULTI_GPU}, [], NEVER),
     Fault("GPU with a fatal error latched", DeviceError, _gpu(fatal_latched=True), {"code": 27}),
-    Fault("ready that does not stay", GpuFaultError, _gpu(ready_falls_back_after=0), audit=SERVED, attempts=ONCE),
+    Fault(
+        "ready that does not stay",
+        GpuFaultError,
+        _gpu(ready_falls_back_after=0),
+        {"fault": GpuFault.READY_NOT_SET},
+        audit=SERVED,
+        attempts=ONCE,
+    ),
     _nvml("nvmlSystemGetDriverVersion", name="driver that does not tell its version"),
     _nvml("nvmlSystemGetConfComputeSettings", name="driver without confidential computing"),
     _nvml("nvmlDeviceGetConfComputeGpuCertificate", name="GPU without a certificate", attempts=Attempts.EITHER),

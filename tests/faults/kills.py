@@ -13,7 +13,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.errors import AgentError, ServerExitedError, WorkerLostError
+from agent.errors import AgentError, ServerExitedError, VmRestartRequiredError, WorkerLostError
 from tests.faults.table import WRITTEN, FaultWorld, Finding
 from tests.faults.watch import Before, Watcher, descendants
 from tests.range_server import Fault, RangeServer
@@ -91,7 +91,10 @@ def run(kill: Kill, folder: Path, silicon: Path) -> Finding:
             watcher.stop()
         residue = before.residue(WRITTEN, in_process=False)
         if kill.destination == "directory":
-            world.start_agent(config).wait()  # a second boot in one guest: it ends at the gate, and cleans up before
+            if kill.victim == "supervisor":  # nobody was left to remove it
+                assert list(given.iterdir())
+                again = world.start_agent(config).wait()  # a second boot in one guest ends at the gate, and removes it before
+                assert again.failure["class"] == VmRestartRequiredError.__name__
             residue += [f"file {path.name} of the given directory" for path in given.rglob("*")]
         leaks = watcher.leaks | before.leaks(world.canaries)
     found = [line for line in residue if not line.startswith(_HALF_A_STATUS)]

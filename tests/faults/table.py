@@ -14,7 +14,6 @@ from pathlib import Path
 
 from agent.closed import to_record
 from agent.errors import EXIT_STATUS, AgentError, Step
-from agent.guest.hardening import become_subreaper
 from tests.faults.canaries import CONFIG_SECRET, Canaries
 from tests.faults.watch import Before, Watcher
 from tests.world import MODEL_BYTES, Agent, Outcome, World, free_port
@@ -116,7 +115,6 @@ class Finding:
 
 def run(fault: Fault, group: str, folder: Path, silicon: Path) -> Finding:
     """Run one row and assert all that it says but `residue` and `leaks`, which the caller does: both belong in the report."""
-    become_subreaper()
     with ExitStack() as undo:
         world = FaultWorld(folder, silicon, undo, gpus=fault.gpus, files=fault.files)
         residue, leaks = _drive(fault, world) if fault.drive else _boot(fault, world)
@@ -158,6 +156,7 @@ def _boot(fault: Fault, world: FaultWorld) -> tuple[list[str], set[str]]:
     finally:
         watcher.stop()
 
+    assert watcher.samples > 0
     _check_record(fault, outcome.failure)
     assert outcome.status == EXIT_STATUS[fault.error.owner, fault.error.step], outcome.failure
     _check_end(fault, outcome)

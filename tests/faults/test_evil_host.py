@@ -115,6 +115,7 @@ def test_hostile_variables_have_no_effect(kind: str, world: FaultWorld, monkeypa
 
     agent = world.start_agent(config)
     agent.wait_for("server_ready")
+    assert "PATH" in _environment(agent.process.pid), "environments can be read here"
     seen = {
         name
         for pid in (agent.process.pid, *descendants(agent.process.pid))

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.error import URLError
 from urllib.request import urlopen
 
+from agent.guest.hardening import become_subreaper
 from tests.faults.canaries import Canaries
 
 SAMPLE_S = 0.05
@@ -21,7 +22,8 @@ RESIDUE_S = 2.0
 _NAMES = frozenset({"file name"})  # a mapping shows the name of its file; names are no secret of this design
 _SERVERS = frozenset({"configuration secret", "server output", "file name"})  # the server is told these, and nobody else
 _SILICON = "machine/"  # the simulated silicon keeps its state in files; the real one keeps it in the chip
-_SHARED_FOLDERS = (Path("/run"), Path("/dev/shm"), Path("/var/tmp"))
+_SHARED_FOLDERS = {Path("/run"): 9, Path("/dev/shm"): 9, Path("/var/tmp"): 9, Path("/tmp"): 1}
+"""Where every process can write, and how deep it is searched: the tests themselves work below /tmp."""
 
 
 class Watcher:
@@ -45,7 +47,7 @@ class Watcher:
         self._thread.join()
 
     def _run(self) -> None:
-        while not self._done.wait(SAMPLE_S):
+        while True:
             self.samples += 1
             for pid in (self._pid, *descendants(self._pid)):
                 self._look_at_process(pid)
@@ -55,6 +57,8 @@ class Watcher:
                 urlopen(f"http://127.0.0.1:{self._health_port}/status", None, 1) as answer,
             ):
                 self._note("health port", self._canaries.found_in(answer.read()))
+            if self._done.wait(SAMPLE_S):
+                return
 
     def _look_at_process(self, pid: int) -> None:
         with contextlib.suppress(OSError):
@@ -82,12 +86,10 @@ def descendants(pid: int) -> list[int]:
 
 
 class Before:
-    """The state of things before a boot, to compare with.
-
-    This process must be a child subreaper: what outlives the agent becomes our child.
-    """
+    """The state of things before a boot, to compare with. This process becomes a child subreaper."""
 
     def __init__(self, folder: Path) -> None:
+        become_subreaper()  # what outlives the agent becomes our child
         self._folder = folder
         self._since = time.time()
         self._files = dict(_files_of(folder))
@@ -132,8 +134,8 @@ class Before:
         found = {
             f"{kind} in file {name}" for name in self.changed_files() for kind in canaries.found_in_file(self._folder / name)
         }
-        for root in _SHARED_FOLDERS:
-            for path in _changed_since(root, self._since):
+        for root, depth in _SHARED_FOLDERS.items():
+            for path in _changed_since(root, depth, self._since):
                 found |= {f"{kind} in file {path}" for kind in canaries.found_in_file(path)}
         return found
 
@@ -146,8 +148,10 @@ def _files_of(folder: Path) -> Iterator[tuple[str, tuple[int, int]]]:
                 yield str(path.relative_to(folder)), (state.st_mtime_ns, state.st_size)
 
 
-def _changed_since(root: Path, since: float) -> Iterator[Path]:
-    for folder, _, names in os.walk(root, onerror=None):
+def _changed_since(root: Path, depth: int, since: float) -> Iterator[Path]:
+    for folder, below, names in os.walk(root, onerror=None):
+        if len(Path(folder).relative_to(root).parts) >= depth:
+            below.clear()
         for name in names:
             path = Path(folder, name)
             with contextlib.suppress(OSError):

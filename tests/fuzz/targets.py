@@ -85,9 +85,10 @@ from agent.publish import HandedModel
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
-from agent.verify import nvidia, pck, snp, tdx
+from agent.verify import nvidia, pck, ppcie, snp, tdx
 from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
+from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWITCH_SAYS, SimulatedSet
 from tests.quotes import quote
 
 HERE = Path(__file__).parent
@@ -308,6 +309,50 @@ def gpu_report(data: bytes) -> None:
     assert gpu_abi.pack_report(gpu_abi.parse_report(data)) == data
 
 
+def gpu_opaque(data: bytes) -> None:
+    """The opaque data of a report; whatever is accepted can be read."""
+    head = _silicon("gpu-report.bin")[: 45 + 64 * 55 + 32]
+    report = gpu_abi.parse_report(head + struct.pack("<H", len(data) & 0xFFFF) + data + bytes(gpu_abi.SIGNATURE_BYTES))
+    for name, member in vars(gpu_abi.GpuReport).items():
+        if isinstance(member, property):
+            getattr(report, name)
+    assert len(report.gpu_pdis or ()) in (0, 8)
+    assert len(report.switch_pdis or ()) in (0, 18)
+
+
+def gpu_opaque_seeds() -> list[bytes]:
+    """Of a GPU in protected-PCIe mode, of Blackwell, and of an NVSwitch with new and with old firmware."""
+    switch = (*SWITCH_SAYS, (22, SWITCH_NAMES[0]))
+    old = tuple((4 if kind == 26 else kind, value) for kind, value in switch)
+    sets = (PPCIE_SAYS, BLACKWELL_SAYS, switch, old)
+    return [b"".join(struct.pack("<HH", kind, len(value)) + value for kind, value in fields) for fields in sets]
+
+
+def gpu_topology(data: bytes) -> None:
+    """What eight GPUs say of their links, and four switches of themselves and of the GPUs: 8 × 144 and 4 × (8 + 64) bytes."""
+    pdis = [gpu_abi.Pdi(data[at : at + 8].ljust(8, b"\0")) for at in range(0, 180 * 8, 8)]
+    says = nvidia.GpuClaims("590.12", "96.00.A5.00.01", "", "1", "GH100", "HOPPER", 2, True, True)
+    of_gpus = tuple(
+        replace(says, leaf_key_sha256=f"gpu-{number}", switch_pdis=tuple(pdis[number * 18 : number * 18 + 18]))
+        for number in range(8)
+    )
+    of_switches = tuple(
+        nvidia.SwitchClaims("96.10.55.00.01", f"switch-{at}", "1", "LS_10", True, pdis[at], tuple(pdis[at + 1 : at + 9]))
+        for at in range(144, 180, 9)
+    )
+    ppcie.check_topology(ppcie.PpcieClaims(of_gpus, of_switches))
+    names = {switch.pdi for switch in of_switches}
+    assert len(names) == 4
+    assert all(set(gpu.switch_pdis) - {bytes(8)} == names for gpu in of_gpus)
+    assert len({pdi for switch in of_switches for pdi in switch.gpu_pdis}) == 8
+    assert bytes(8) not in of_switches[0].gpu_pdis
+
+
+def gpu_topology_seeds() -> list[bytes]:
+    linked = b"".join(SWITCH_NAMES) * 4 + bytes(16)
+    return [linked * 8 + b"".join(name + b"".join(GPU_NAMES) for name in SWITCH_NAMES)]
+
+
 def gpu_evidence(data: bytes) -> None:
     evidence, root, now = _gpu()
     nvidia.verify_gpu(replace(evidence, report=data), GPU_NONCE, [root], now)
@@ -325,10 +370,12 @@ def gpu_certificate(data: bytes) -> None:
     certificates = [
         _pem(each.public_bytes(Encoding.DER)) for each in x509.load_pem_x509_certificates(evidence.certificate_chain)
     ]
-    chain = nvidia.parse_chain(b"".join((_pem(data), *certificates[1:])))
-    for read in (nvidia._fwid_of_certificate, nvidia._common_name):
+    leaf = nvidia.parse_chain(b"".join((_pem(data), *certificates[1:]))).certificates[0]
+    with suppress(AgentError):
+        nvidia._common_name(leaf)
+    for oid in (nvidia.COMPOSITE_DEVICE_ID, nvidia.DICE_TCB_INFO):
         with suppress(AgentError):
-            read(chain.certificates[0])
+            nvidia._fwid_of_certificate(leaf, oid)
     for place in (0, 1):
         changed = b"".join((*certificates[:place], _pem(data), *certificates[place + 1 :]))
         with suppress(AgentError):
@@ -816,6 +863,8 @@ TARGETS = {
         Target("qgs_answer", qgs_answer, qgs_answer_seeds),
         Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
         Target("gpu_report", gpu_report, _none),
+        Target("gpu_opaque", gpu_opaque, gpu_opaque_seeds),
+        Target("gpu_topology", gpu_topology, gpu_topology_seeds),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
         Target("gpu_certificate", gpu_certificate, _none),
@@ -877,7 +926,10 @@ def renew() -> None:
     (SILICON / "tdx-quote.bin").write_bytes(quote)
     (SILICON / "gpu-report.bin").write_bytes(gpu.report)
     (SILICON / "gpu-chain.pem").write_bytes(gpu.certificate_chain)
-    gpu_certificates = x509.load_pem_x509_certificates(gpu.certificate_chain)
+    other = SimulatedSet()
+    chains = [gpu.certificate_chain, other.blackwell.chain, other.switches[0].chain]
+    gpu_certificates = x509.load_pem_x509_certificates(gpu.certificate_chain)[:2]
+    gpu_certificates += [x509.load_pem_x509_certificate(chain) for chain in chains[1:]]
     numbers = GUEST.public_key().public_numbers()
     made = {
         "snp_report": [evidence.report],
@@ -891,8 +943,8 @@ def renew() -> None:
         "pck_chain": [tdx_abi.parse_quote(quote).pck_chain],
         "gpu_report": [gpu.report],
         "gpu_evidence": [gpu.report],
-        "gpu_chain": [gpu.certificate_chain],
-        "gpu_certificate": [certificate.public_bytes(Encoding.DER) for certificate in gpu_certificates[:2]],
+        "gpu_chain": chains,
+        "gpu_certificate": [certificate.public_bytes(Encoding.DER) for certificate in gpu_certificates],
         "token": [_sign(token_claims_seeds()[0]).encode()],
         "sealed_key": [jwe.seal(bytes(range(32)), TeePublicKey(numbers.x.to_bytes(32), numbers.y.to_bytes(32)))],
     }

@@ -36,10 +36,12 @@ COMPLETE = (
     "agent/config_source.py",
     "agent/evidence/collect.py",
     "agent/evidence/gate.py",
+    "agent/evidence/gpu_abi.py",
     "agent/handshake/machine.py",
     "agent/handshake/token.py",
     "agent/keys.py",
     "agent/verify/nvidia.py",
+    "agent/verify/ppcie.py",
     "agent/verify/snp.py",
     "agent/verify/tdx.py",
 )

@@ -1,0 +1,114 @@
+"""Whose a given directory is: the mark in it, its lock, and how what a dead agent left is removed.
+
+A given directory is somebody else's tmpfs: the kernel frees nothing there when an agent is killed. So an agent makes the folder
+`.keyturn` first and holds a lock on it for as long as it or its supervisor lives. A mark that nobody has locked is a dead
+agent's, and so are the plaintext in it and the `model` beside it. Standard library only, because the supervisor imports it.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import time
+from contextlib import suppress
+
+MARK_NAME = ".keyturn"
+"""In it lies the model until it is complete. Mode 0700."""
+PUBLISHED_NAME = "model"
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_TRIES = 20
+_PAUSE_S = 0.05  # whoever only looks, or wipes, is done by then
+
+
+def acquire(folder: int) -> int:
+    """Make the mark ours, and remove what a dead agent left.
+
+    Args:
+        folder: descriptor of the given directory.
+
+    Returns:
+        The mark. Whoever holds this descriptor, or a copy of it, holds the lock.
+
+    Raises:
+        BlockingIOError: a living agent's.
+        OSError: the kernel refused.
+    """
+    for _ in range(_TRIES):
+        with suppress(FileExistsError):
+            os.mkdir(MARK_NAME, 0o700, dir_fd=folder)
+        mark = _locked(folder)
+        if mark is not None:
+            try:
+                _empty(folder, mark)
+            except BaseException:
+                os.close(mark)
+                raise
+            return mark
+        time.sleep(_PAUSE_S)
+    raise BlockingIOError(errno.EAGAIN, MARK_NAME)
+
+
+def release(folder: int, mark: int) -> None:
+    """Remove the model, then the mark; without it nobody would know whose the model is. The descriptors stay open.
+
+    Raises:
+        OSError: something cannot be removed; then the mark stays.
+    """
+    _empty(folder, mark)
+    os.rmdir(MARK_NAME, dir_fd=folder)
+
+
+def wipe(path: str) -> None:
+    """Remove what a dead agent left in the directory at `path`, if one did. A living agent's is left alone.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    try:
+        folder = os.open(path, _FOLDER)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    try:
+        mark = _locked(folder)
+        if mark is not None:
+            try:
+                release(folder, mark)
+            finally:
+                os.close(mark)
+    finally:
+        os.close(folder)
+
+
+def is_held(folder: int) -> bool:
+    """Is the mark in this directory a living agent's?"""
+    mark = _locked(folder)
+    if mark is not None:
+        os.close(mark)
+    return mark is None and MARK_NAME in os.listdir(folder)
+
+
+def _locked(folder: int) -> int | None:
+    """The mark with its lock; None: there is no mark, or somebody else has the lock."""
+    try:
+        mark = os.open(MARK_NAME, _FOLDER, dir_fd=folder)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(mark, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and lock its owner may have removed it.
+        if os.path.samestat(os.fstat(mark), os.stat(MARK_NAME, dir_fd=folder, follow_symlinks=False)):
+            return mark
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(mark)
+        raise
+    os.close(mark)
+    return None
+
+
+def _empty(folder: int, mark: int) -> None:
+    for parent in (folder, mark):
+        with suppress(FileNotFoundError):
+            shutil.rmtree(PUBLISHED_NAME, dir_fd=parent)
