@@ -2,8 +2,8 @@
 
 Owns the schema and the digest; reads no environment and no file but the one it is given. What the host says (paths of the
 status file, addresses of the health port, log view) are `HostHints`, flags that decide nothing.
-The digest over these bytes, or over the initdata document they stand in, must once fitted equal HOST_DATA of the guest's
-own report (`evidence/collect.py` checks it).
+The digest over these bytes, or over the initdata document they stand in, must once fitted equal HOST_DATA (SEV-SNP) or
+MRCONFIGID (TDX) of the guest's own report (`evidence/collect.py` checks it).
 """
 
 import hashlib
@@ -39,7 +39,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
-    attester: Literal["snp", "tdx", "simulated-snp"]
+    attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
 
 
@@ -109,7 +109,7 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A configuration, and what HOST_DATA must equal once fitted: see `config_source.FoundConfig.digest`."""
+    """A configuration, and what HOST_DATA or MRCONFIGID must equal once fitted: see `config_source.FoundConfig.digest`."""
 
     config: MeasuredConfig
     digest: bytes
@@ -120,7 +120,7 @@ def parse(data: bytes, digest: bytes | None = None) -> Measured:
 
     Args:
         data: the file, UTF-8 TOML, at most 1 MiB.
-        digest: what HOST_DATA must equal once fitted, `b""` for zeros; None: the SHA-256 of `data`.
+        digest: what HOST_DATA or MRCONFIGID must equal once fitted, `b""` for zeros; None: the SHA-256 of `data`.
 
     Raises:
         ConfigError: with the key concerned; never with its value, which may be a secret.
@@ -194,11 +194,12 @@ def _check_together(config: MeasuredConfig) -> None:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.endpoints[{index}]"))
 
 
-EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with (HOST_DATA).
+EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with: HOST_DATA of
+# SEV-SNP, or with 16 zero bytes after it MRCONFIGID of TDX.
 schema = "{SCHEMA}"
 
 [tee]
-attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-snp" only on development machines
+attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-…" only on development machines
 
 [gpu]
 count = 1                        # evidence of exactly this many distinct GPUs, 0 for none
@@ -237,7 +238,8 @@ probe = "completion"             # one request that must succeed before ready
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
     "tee.attester": "which CPU TEE gives evidence: snp or tdx, through the first interface of it that this guest has "
-    "(configfs-tsm, else the device node); or simulated-snp by name on a machine without a TEE. Never another in its place",
+    "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
+    "in its place",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",

@@ -151,7 +151,7 @@ class ConfigError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class ConfigNotMeasuredError(AgentError):
-    """The digest of the configuration is not the one this guest was launched with (HOST_DATA)."""
+    """The digest of the configuration is not the one this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX)."""
 
     owner = Owner.OPERATOR
     step = Step.CONFIG
@@ -160,7 +160,7 @@ class ConfigNotMeasuredError(AgentError):
     )
 
     def what(self) -> str:
-        return "configuration digest differs from HOST_DATA of this guest's own report"
+        return "configuration digest differs from HOST_DATA or MRCONFIGID of this guest's own report"
 
 
 @dataclasses.dataclass(eq=False)
@@ -582,7 +582,7 @@ class BrokerFailureError(AgentError):
 class DenialReason(enum.Enum):
     """Why a broker denied. Closed; a Verdict carries these names, but for the last one."""
 
-    CLAIM = "claim"  # a verified claim is not allowed: measurement, HOST_DATA, policy bits, TCB, GPU count …
+    CLAIM = "claim"  # a verified claim is not allowed: measurement, HOST_DATA, MRCONFIGID, policy bits, TCB, GPU count …
     DEVICE = "device"  # evidence of a device is missing, doubled, or does not verify
     COLLATERAL = "collateral"  # certificates are missing, foreign or out of date
     REFERENCE_VALUE = "reference-value"  # the policy row has no value to compare with

@@ -70,25 +70,26 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "`server.environment`, and logs belong to the host.",
     ),
     errors.ConfigNotMeasuredError: Explanation(
-        "The guest asked its own firmware for a report and compared HOST_DATA in it with the digest of the "
-        "configuration at hand. They differ, so somebody other than who launched the guest may have written this "
+        "The guest asked its own TEE for a report and compared HOST_DATA (SEV-SNP) or MRCONFIGID (TDX) in it with the digest "
+        "of the configuration at hand. They differ, so somebody other than who launched the guest may have written this "
         "configuration. Nothing it says was acted upon, but that a connection to the broker may have been opened.",
         (
             (
-                "`keyturn config check FILE` prints the HOST_DATA of a file. It covers the exact bytes: a changed line "
-                "end or a comment is another digest."
+                "`keyturn config check FILE` prints the HOST_DATA or MRCONFIGID of a file. It covers the exact bytes: a "
+                "changed line end or a comment is another digest."
             ),
             (
-                "With `--config` HOST_DATA is the SHA-256 of the file. With initdata it is the digest of the whole "
-                "document by its own `algorithm`, cut or zero-padded to 32 bytes, not that of the entry in it."
+                "With `--config` it is the SHA-256 of the file. With initdata it is the digest of the whole document by its "
+                "own `algorithm`, not that of the entry in it. HOST_DATA has 32 bytes and MRCONFIGID 48: longer digests "
+                "are cut, shorter ones zero-padded on the right."
             ),
             (
-                "With `/etc/keyturn/keyturn.toml` of the image and no initdata HOST_DATA must be all zero; with "
+                "With `/etc/keyturn/keyturn.toml` of the image and no initdata the field must be all zero; with "
                 "initdata about other things it is the digest of that initdata, whose disk must then be attached."
             ),
             (
-                "On the host: QEMU's `host-data` of `sev-snp-guest` is base64 of the raw 32 bytes, not of their "
-                "hexadecimal form."
+                "On the host: QEMU's `host-data` of `sev-snp-guest` is base64 of the raw 32 bytes, `mrconfigid` of "
+                "`tdx-guest` of the raw 48, not of their hexadecimal form."
             ),
         ),
         "Neither digest is printed. The one in the report is a measured value, and whoever runs the guest has the "
@@ -174,7 +175,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Guest kernel with CONFIG_SEV_GUEST or CONFIG_TDX_GUEST_DRIVER, the driver loaded. Best is 6.7 or newer "
                 "with CONFIG_TSM_REPORTS and configfs mounted, so that `/sys/kernel/config/tsm/report` exists; else "
-                "`/dev/sev-guest` will do, or `/dev/tdx_guest` with a port in `/etc/tdx-attest.conf`."
+                "`/dev/sev-guest` will do, or a port in `/etc/tdx-attest.conf`. TDX needs `/dev/tdx_guest` in either case."
             ),
             (
                 "This guest is of another TEE: set `tee.attester` to the one it is of. Below a Hyper-V paravisor, as on "
@@ -340,7 +341,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
-            "Does the measured `gpu.count` fit this kind of machine? A change to it is a new HOST_DATA.",
+            "Does the measured `gpu.count` fit this kind of machine? A change to it is a new HOST_DATA or MRCONFIGID.",
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
                 "not counted."
@@ -562,10 +563,15 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "out is denied. Add the value on purpose."
             ),
             (
-                "`claim` with snp.measurement or snp.host_data: a new image or a new configuration. `keyturn config "
-                "check` prints HOST_DATA; after the change send SIGHUP to the broker."
+                "`claim` with snp.measurement or snp.host_data, tdx.mr_td, tdx.rtmr or tdx.mr_config_id: a new image or a "
+                "new configuration. `keyturn config check` prints HOST_DATA or MRCONFIGID; after the change send SIGHUP to "
+                "the broker. With policy.tee: the row is for guests of the other TEE."
             ),
-            "`claim` with snp.tcb: the host's firmware is below `minimum_tcb`; have it updated rather than lower the value.",
+            (
+                "`claim` with snp.tcb or tdx.tee_tcb_svn: the host's firmware or TDX module is below the row's minimum; have "
+                "it updated rather than lower the value. With tdx.tcb: the platform's TCB status is none that `tcb` lists; "
+                "a broker without `--tdx-collateral` evaluates none, so there the row must list not_evaluated, on purpose."
+            ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
                 "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
@@ -722,8 +728,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             "If the model is new and its number is wrong: seal it again with a higher `--version`.",
             (
-                "To go back on purpose: lower `artifact.min_version` (a new HOST_DATA) and ask the authority to lower "
-                "`min_model_version` in the row."
+                "To go back on purpose: lower `artifact.min_version` (a new HOST_DATA or MRCONFIGID) and ask the "
+                "authority to lower `min_model_version` in the row."
             ),
         ),
         "Nothing is held back: both numbers are in the text. Which of the two floors was the higher one can be seen "

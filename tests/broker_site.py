@@ -22,7 +22,7 @@ from agent.broker.service import BrokerServer, Limits, Tls
 from agent.broker.token import TokenKey
 from agent.closed import Ident
 from agent.errors import AgentError
-from agent.evidence import CompositeEvidence, RuntimeData, Tee
+from agent.evidence import NO_REPORT_DATA, CompositeEvidence, RuntimeData, Tee
 from agent.evidence.collect import check_measured, open_devices
 from agent.evidence.gate import ExpectedReady
 from agent.handshake import SealedKey, Verdict
@@ -31,11 +31,27 @@ from agent.handshake.machine import Trust
 from agent.handshake.token import parse_token_key
 from agent.keys import EphemeralKey
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_td_report
 
 URI, OTHER_URI = Ident("kbs:///models/tiny/1"), Ident("kbs:///models/tiny/2")
 KEY, OTHER_KEY = b"\x11" * 32, b"\x22" * 32
 Collector = Callable[[RuntimeData], CompositeEvidence]
 MANIFEST, COMMAND = "sha256:" + "a" * 64, "sha256:" + "b" * 64
+
+
+def tdx_policy_for(machine: SimulatedMachine, **changes: str) -> bytes:
+    """The same for the machine as a TDX guest."""
+    td = make_td_report(machine, NO_REPORT_DATA).body
+    section = {
+        "tdx__mr_td": f'[{{ id = "firmware-1", value = "{td.mr_td.hex()}" }}]',
+        "tdx__mr_config_id": f'[{{ id = "config-1", value = "{td.mr_config_id.hex()}" }}]',
+        "tdx__rtmr_1": f'[{{ id = "loader-1", value = "{td.rtmr_1.hex()}" }}]',
+        "tdx__rtmr_2": f'[{{ id = "kernel-1", value = "{td.rtmr_2.hex()}" }}]',
+        "tdx__minimum_tee_tcb_svn": f'{{ id = "module-1", value = "{td.tee_tcb_svn.hex()}" }}',
+        "tdx__tcb": '["not_evaluated"]',
+    }
+    lines = policy_for(machine, **(section | changes)).decode().splitlines(keepends=True)
+    return "".join(line for line in lines if not line.startswith("snp.")).encode()
 
 
 def policy_for(machine: SimulatedMachine, version: str = "1", **changes: str) -> bytes:
@@ -81,8 +97,9 @@ class Clock:
 class Site:
     """One broker's files and parts. Change a part before `running`."""
 
-    def __init__(self, directory: Path, machine: SimulatedMachine) -> None:
+    def __init__(self, directory: Path, machine: SimulatedMachine, tee: Tee = Tee.SNP) -> None:
         self.machine = machine
+        self.tee = tee
         self.clock = Clock()
         self.made = bootstrap.create(directory, "localhost", datetime.now(UTC))
         for uri, key in ((URI, KEY), (OTHER_URI, OTHER_KEY)):
@@ -93,7 +110,7 @@ class Site:
         self.anchors = TrustAnchors(load_simulation_roots(machine.roots_dir))
         self.keys: KeyStore = DirectoryKeyStore(directory / "keys")
         self.audit_path = directory / "audit.jsonl"
-        self.policy = policy_for(machine)
+        self.policy = policy_for(machine) if tee is Tee.SNP else tdx_policy_for(machine)
         self.limits = Limits()
         self.reported: list[AgentError] = []
         self.port = 0
@@ -134,7 +151,7 @@ class Site:
         """What the agent of this site's machine would send."""
         machine = self.machine
         devices = open_devices(
-            check_measured(machine.attester(), machine.host_data),
+            check_measured(machine.attester(self.tee), machine.host_data),
             machine.gpu_system() if machine.gpu.count else None,
             gpu_count=machine.gpu.count,
             expected_ready=ExpectedReady.UNSET,
@@ -146,12 +163,12 @@ class Site:
     async def attest(self, key_uri: Ident = URI, collect: Collector | None = None) -> tuple[Verdict, EphemeralKey]:
         """One attestation by the real client."""
         async with self.client() as broker:
-            return await broker.attest(key_uri, Tee.SNP, in_thread(collect or self.collect))
+            return await broker.attest(key_uri, self.tee, in_thread(collect or self.collect))
 
     async def boot(self) -> tuple[Verdict, EphemeralKey, SealedKey]:
         """Attestation and key release by the real client."""
         async with self.client() as broker:
-            verdict, key = await broker.attest(URI, Tee.SNP, in_thread(self.collect))
+            verdict, key = await broker.attest(URI, self.tee, in_thread(self.collect))
             return verdict, key, await broker.release_key(verdict)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.evidence import Tee
 from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
 from tests.world import Agent, World, ask, ask_until
@@ -69,6 +70,24 @@ def test_a_boot_serves_exactly_the_sealed_weights_and_leaves_nothing(world: Worl
     assert world.audit() == [ATTESTED, RELEASED]
     assert gone(server)
     assert str(world.folder) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_td_boots_as_an_snp_guest_does(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=Tee.TDX)
+        agent = world.start(initdata="sha384")
+        agent.wait_for("server_ready")
+        assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+        assert json.loads(agent.status_file.read_text())["simulated"] is True
+        outcome = agent.stop()
+        assert outcome.status == 0
+        opened = next(event for event in outcome.events if event["event"] == "attester_opened")
+        assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
+        attested, released = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert (attested["decision"], attested["tee"], attested["simulated"]) == ("allowed", "tdx", True)
+        assert attested["host_data"] == hashlib.sha384((tmp_path / "initdata.toml").read_bytes()).hexdigest()
+        assert attested["reference_value_ids"][:5] == ["firmware-1", "config-1", "loader-1", "kernel-1", "module-1"]
+        assert released["decision"] == "allowed"
 
 
 def test_the_key_comes_after_the_gate_and_the_gate_after_the_verdict(world: World) -> None:

@@ -1,5 +1,7 @@
 """Decisions without a wire: recorded silicon under AMD's own root, and evidence that leaves no doubt about its order."""
 
+import hashlib
+import json
 import shutil
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -7,18 +9,21 @@ from pathlib import Path
 
 import pytest
 
-from agent.broker.anchors import TrustAnchors, load_endorsements
+from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements
 from agent.broker.audit import AuditLog
 from agent.broker.authority import Authority
 from agent.broker.keystore import DirectoryKeyStore
-from agent.broker.policy import parse_policy
+from agent.broker.policy import appraise, parse_policy
 from agent.broker.token import TokenKey
 from agent.closed import Ident
-from agent.errors import DenialReason
+from agent.errors import BrokerFailureError, DenialReason
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
+from agent.evidence.snp_abi import parse_report
+from agent.evidence.tdx_abi import quote_length
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
 from agent.sim.machine import SimulatedMachine
-from tests.broker_site import URI, Site
+from agent.verify.snp import verify_snp
+from tests.broker_site import URI, Site, policy_for
 from tests.shared import shared_data
 
 HELLO = Hello(Ident("boot-1"), URI, Tee.SNP)
@@ -70,6 +75,34 @@ def test_a_genuine_report_of_another_handshake_is_denied_as_not_fresh_and_is_not
     assert line["simulated"] is False and line["measurement"] is not None
 
 
+def test_a_genuine_report_of_version_5_is_read_by_policy_and_authority(site: Site, tmp_path: Path) -> None:
+    folder = shared_data("snp/genoa-v5-vcek")
+    report = (folder / "report.bin").read_bytes()
+    parsed = parse_report(report)
+    assert parsed.version == 5
+    certificates = ((folder / "vcek.der"), *(shared_data(f"snp/certs/genoa-{name}.der") for name in ("ask", "ark")))
+    evidence = Evidence(Tee.SNP, report, tuple(path.read_bytes() for path in certificates))
+    now = datetime(2026, 11, 22, tzinfo=UTC)
+    sent = Attestation(HELLO.request_id, PUBLIC, CompositeEvidence(evidence, ""))
+    verdict = authority(site, TrustAnchors(), now).attest(HELLO, sent, NONCE)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (DenialReason.DEVICE, "snp.report-data")  # it is genuine, and of another boot
+
+    tcb = parsed.reported_tcb
+    levels = f"bootloader = {tcb.bootloader}, tee = {tcb.tee}, snp = {tcb.snp}, microcode = {tcb.microcode}"
+    row = policy_for(
+        site.machine,
+        snp__measurements=f'[{{ id = "image-1", value = "{parsed.measurement.hex()}" }}]',
+        snp__host_data=f'[{{ id = "config-1", value = "{parsed.host_data.hex()}" }}]',
+        snp__minimum_tcb=f'[{{ id = "tcb-1", product = "Genoa", {levels} }}]',
+        snp__vmpl=str(parsed.vmpl),
+        gpu__count="0",
+    )
+    claims = verify_snp(evidence, (), (), now)
+    appraisal = appraise(parse_policy(row), URI, cpu=claims, gpus=(), keyturn=None, now=now)
+    assert appraisal.reference_value_ids == ("image-1", "config-1", "tcb-1")
+
+
 def test_without_endorsements_a_genuine_report_cannot_be_verified(site: Site, tmp_path: Path) -> None:
     sent, anchors = recorded(tmp_path, *GENOA[1:])
     verdict = authority(site, anchors).attest(HELLO, sent, NONCE)
@@ -106,3 +139,107 @@ def test_a_decision_sees_one_version_of_the_policy(site: Site) -> None:
     second = broker.attest(HELLO, attestation(site), NONCE)
     assert isinstance(first, Accepted) and first.policy_version == "1"
     assert isinstance(second, Denied) and (second.claim, second.policy_version) == ("policy.row", "2")
+
+
+# --- TDX --------------------------------------------------------------------------------------------------------------
+
+TDX_HELLO = replace(HELLO, tee=Tee.TDX)
+
+
+@pytest.fixture
+def tdx_site(tmp_path: Path, machine: SimulatedMachine) -> Site:
+    return Site(tmp_path / "tdx-broker", machine, Tee.TDX)
+
+
+def test_a_td_gets_a_verdict_that_says_simulated_and_a_line_with_its_measurements(tdx_site: Site) -> None:
+    verdict = authority(tdx_site).attest(TDX_HELLO, attestation(tdx_site), NONCE)
+    assert isinstance(verdict, Accepted)
+    assert verdict.reference_value_ids[:5] == ("firmware-1", "config-1", "loader-1", "kernel-1", "module-1")
+    (line,) = tdx_site.audit()
+    machine = tdx_site.machine
+    assert (line["decision"], line["tee"], line["simulated"]) == ("allowed", "tdx", True)
+    assert (line["measurement"], line["host_data"]) == (machine.measurement.hex(), machine.host_data.hex() + "00" * 16)
+    assert line["chip_id_hash"] == hashlib.sha256(machine.chip_id[:16]).hexdigest()
+
+
+def test_simulated_quotes_count_for_nothing_without_simulation_roots(tdx_site: Site) -> None:
+    verdict = authority(tdx_site, TrustAnchors()).attest(TDX_HELLO, attestation(tdx_site), NONCE)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (DenialReason.COLLATERAL, "tdx.certificate-chain")
+    assert tdx_site.audit()[0]["simulated"] is None
+
+
+@pytest.mark.parametrize("spoiled", ["nonce", "key", "devices"])
+def test_a_quote_over_anything_but_this_handshake_is_denied(tdx_site: Site, spoiled: str) -> None:
+    sent = attestation(tdx_site)
+    if spoiled == "devices":
+        text = sent.evidence.additional_evidence.replace("HOPPER", "BLACKWELL")
+        sent = replace(sent, evidence=replace(sent.evidence, additional_evidence=text))
+    if spoiled == "key":
+        sent = replace(sent, tee_pubkey=TeePublicKey(b"z" * 32, PUBLIC.y))
+    nonce = Nonce(bytes(32)) if spoiled == "nonce" else NONCE
+    verdict = authority(tdx_site).attest(TDX_HELLO, sent, nonce)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (DenialReason.DEVICE, "tdx.report-data")
+
+
+@pytest.mark.parametrize(
+    ("fault", "claim"),
+    [("debug", "tdx.td-debug"), ("signature", "tdx.report-signature"), ("mr_td", "tdx.mr_td")],
+)
+def test_a_td_that_is_not_what_the_row_wants_is_denied_by_the_name_of_it(tdx_site: Site, fault: str, claim: str) -> None:
+    machine = tdx_site.machine
+    machine.policy |= (fault == "debug") << 19
+    machine.flip_signature_bit = fault == "signature"
+    machine.measurement = bytes(48) if fault == "mr_td" else machine.measurement
+    verdict = authority(tdx_site).attest(TDX_HELLO, attestation(tdx_site), NONCE)
+    assert isinstance(verdict, Denied)
+    assert verdict.claim == claim
+
+
+def test_a_row_does_not_count_for_the_other_tee(tdx_site: Site, site: Site) -> None:
+    tdx_site.policy, site.policy = site.policy, tdx_site.policy
+    for here, hello in ((tdx_site, TDX_HELLO), (site, HELLO)):
+        verdict = authority(here).attest(hello, attestation(here), NONCE)
+        assert isinstance(verdict, Denied)
+        assert (verdict.reason, verdict.claim) == (DenialReason.CLAIM, "policy.tee")
+
+
+def quoted(tmp_path: Path, name: str, collateral_of: str | None) -> tuple[Attestation, TrustAnchors, datetime]:
+    """A recorded quote of another handshake, a broker with collateral for its platform, and when that was valid."""
+    rows = {row["name"]: row for row in json.loads(shared_data("tdx/index.json").read_text())}
+    data = shared_data(f"tdx/{rows[name]['quote']}").read_bytes()
+    evidence = Evidence(Tee.TDX, data[: quote_length(data)])
+    if collateral_of is not None:
+        source = shared_data(f"tdx/{rows[collateral_of]['dcap_qvl']['collateral']}")
+        shutil.copy(source, tmp_path / f"{rows[name]['fmspc']}.json")
+    now = datetime.fromtimestamp(rows[name]["dcap_qvl"]["at_unix"], UTC)
+    anchors = TrustAnchors(tdx_collateral=TdxCollateral(tmp_path))
+    return Attestation(HELLO.request_id, PUBLIC, CompositeEvidence(evidence, "")), anchors, now
+
+
+@pytest.mark.parametrize(
+    ("collateral_of", "reason", "claim"),
+    [
+        ("v4-uptodate", DenialReason.DEVICE, "tdx.report-data"),
+        (None, DenialReason.DEVICE, "tdx.report-data"),
+        ("v5-uptodate", DenialReason.COLLATERAL, "tdx.tcb-collateral"),
+    ],
+)
+def test_collateral_is_that_of_the_platform_and_is_held_against_it(
+    tdx_site: Site, tmp_path: Path, collateral_of: str | None, reason: DenialReason, claim: str
+) -> None:
+    sent, anchors, now = quoted(tmp_path, "v4-uptodate", collateral_of)
+    verdict = authority(tdx_site, anchors, now).attest(TDX_HELLO, sent, NONCE)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (reason, claim)
+
+
+def test_collateral_that_cannot_be_read_is_the_brokers_failure(tdx_site: Site, tmp_path: Path) -> None:
+    sent, anchors, now = quoted(tmp_path, "v4-uptodate", None)
+    rows = json.loads(shared_data("tdx/index.json").read_text())
+    (tmp_path / f"{next(row['fmspc'] for row in rows if row['name'] == 'v4-uptodate')}.json").mkdir()
+    with pytest.raises(BrokerFailureError) as caught:
+        authority(tdx_site, anchors, now).attest(TDX_HELLO, sent, NONCE)
+    assert (caught.value.reason, caught.value.retryable) == ("COLLATERAL_IO", True)
+    assert tdx_site.audit() == []

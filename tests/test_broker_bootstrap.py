@@ -47,9 +47,16 @@ def test_the_example_policy_allows_nobody_and_is_valid_when_uncommented() -> Non
     assert parse_policy(EXAMPLE_POLICY.encode()).rows == {}
     head, _, example = EXAMPLE_POLICY.partition("#[[row]]")
     lines = [line.removeprefix("#") for line in ("#[[row]]" + example).splitlines()]
-    (row,) = parse_policy("\n".join([head, *lines]).encode()).rows.values()
+    text = "\n".join([head, *lines])
+    (row,) = parse_policy(text.encode()).rows.values()
+    snp = text[text.index("[row.snp]") : text.index("# For guests on Intel TDX")]
+    tdx = [line.removeprefix("#") for line in text.replace(snp, "").splitlines() if not line.startswith("# ")]
+    (other,) = parse_policy("\n".join(tdx).encode()).rows.values()
     # Nothing that a row can say is missing from the example.
-    assert all(getattr(part, field) not in (None, ()) for part in (row, row.snp, row.gpu) for field in part.__struct_fields__)
+    assert row.snp and other.tdx
+    parts = (row, row.snp, row.gpu, other.tdx)
+    said = [(part, field) for part in parts for field in part.__struct_fields__ if (part, field) != (row, "tdx")]
+    assert all(getattr(part, field) not in (None, ()) for part, field in said)
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, DenialReason, KeyReleaseDeniedError
 from agent.evidence.binding import KeyturnClaims
 from agent.evidence.snp_abi import FirmwareVersion, GuestPolicy, Product, SigningKey, SnpReport, TcbVersion
+from agent.evidence.tdx_abi import TdAttributes, TdBody
 from agent.verify.nvidia import GpuClaims
+from agent.verify.pck import PckExtension
 from agent.verify.snp import SnpClaims
+from agent.verify.tdx import TcbStatus, TdxClaims
 
 NOW = datetime(2026, 11, 22, 12, 0, tzinfo=UTC)
 URI = Ident("kbs:///models/tiny/1")
@@ -74,6 +77,51 @@ REPORT = SnpReport(
     signature_r=1,
     signature_s=1,
 )
+SNP_FIELDS = [name.replace(".", "__") for name in ROW if name.startswith("snp.")]
+TDX_ROW = {
+    "tdx__mr_td": f'[{{ id = "firmware-2", value = "{"42" * 48}" }}, {{ id = "firmware-1", value = "{"41" * 48}" }}]',
+    "tdx__mr_config_id": f'[{{ id = "config-1", value = "{"22" * 32 + "00" * 16}" }}]',
+    "tdx__rtmr_1": f'[{{ id = "loader-1", value = "{"51" * 48}" }}]',
+    "tdx__rtmr_2": f'[{{ id = "kernel-1", value = "{"52" * 48}" }}]',
+    "tdx__minimum_tee_tcb_svn": f'{{ id = "module-1", value = "060103{"00" * 13}" }}',
+    "tdx__tcb": '["UpToDate", "SWHardeningNeeded"]',
+}
+TDX_MATCHED = ("firmware-1", "config-1", "loader-1", "kernel-1", "module-1")
+TD = TdBody(
+    tee_tcb_svn=bytes((6, 1, 3)).ljust(16, b"\0"),
+    mr_seam=bytes(48),
+    mr_signer_seam=bytes(48),
+    seam_attributes=0,
+    td_attributes=TdAttributes(1 << 28),
+    xfam=3,
+    mr_td=b"\x41" * 48,
+    mr_config_id=b"\x22" * 32 + bytes(16),
+    mr_owner=bytes(48),
+    mr_owner_config=bytes(48),
+    rtmr_0=b"\x50" * 48,
+    rtmr_1=b"\x51" * 48,
+    rtmr_2=b"\x52" * 48,
+    rtmr_3=b"\x53" * 48,
+    report_data=bytes(64),
+)
+PLATFORM = PckExtension(
+    ppid=bytes(16), tcb=(0,) * 16, pce_svn=0, cpu_svn=bytes(16), pce_id=bytes(2), fmspc=bytes(6), sgx_type=0
+)
+
+
+def td(status: TcbStatus = TcbStatus.UP_TO_DATE, **changes: object) -> TdxClaims:
+    return TdxClaims(
+        quote_version=4,
+        td=replace(TD, **changes),  # type: ignore[arg-type]
+        qe_isv_svn=7,
+        platform=PLATFORM,
+        ppid_hash="00" * 32,
+        revocation_checked=False,
+        simulated=False,
+        tcb_status=status,
+    )
+
+
 GPU = GpuClaims(
     driver_version="580.95.05",
     vbios_version="96.00.74.00.1A",
@@ -110,13 +158,19 @@ def judge(
     *,
     report: SnpReport = REPORT,
     product: Product = Product.GENOA,
+    td: TdxClaims | None = None,
     gpus: tuple[GpuClaims, ...] = (GPU, OTHER_GPU),
     keyturn: KeyturnClaims | None = KEYTURN,
     key_uri: Ident = URI,
     now: datetime = NOW,
 ) -> Appraisal:
-    snp = SnpClaims(report=report, product=product, chip_id_hash="00" * 32, simulated=False)
-    return appraise(parse_policy(data or policy()), key_uri, snp=snp, gpus=gpus, keyturn=keyturn, now=now)
+    cpu = td or SnpClaims(report=report, product=product, chip_id_hash="00" * 32, simulated=False)
+    return appraise(parse_policy(data or policy()), key_uri, cpu=cpu, gpus=gpus, keyturn=keyturn, now=now)
+
+
+def tdx_policy(**changes: str | None) -> bytes:
+    """The same for guests on TDX."""
+    return policy(**dict.fromkeys(SNP_FIELDS), **(TDX_ROW | changes))
 
 
 def denied(**case: object) -> KeyReleaseDeniedError:
@@ -130,6 +184,10 @@ def test_a_complete_row_allows_and_names_what_matched() -> None:
     appraisal = judge()
     assert appraisal.reference_value_ids == MATCHED
     assert (appraisal.row.release_channel, appraisal.row.min_model_version, appraisal.row.lease_s) == ("stable", 3, 3600)
+
+
+def test_a_row_for_tds_allows_and_names_what_matched() -> None:
+    assert judge(tdx_policy(), td=td()).reference_value_ids == TDX_MATCHED + MATCHED[3:]
 
 
 def tcb(**changes: int) -> SnpReport:
@@ -166,6 +224,27 @@ WRONG_CLAIMS = [
         Claim.TCB_FMC,
         "tcb-1",
     ),  # it has none
+    ({"td": td()}, Claim.TEE, None),
+    ({"data": tdx_policy()}, Claim.TEE, None),
+    *(
+        ({"data": tdx_policy(**row), "td": td(**changes)}, claim, value)
+        for row, changes, claim, value in (
+            ({}, {"mr_td": bytes(48)}, Claim.MR_TD, "firmware-2"),
+            ({}, {"mr_config_id": b"\x22" * 32 + bytes(15) + b"\1"}, Claim.MR_CONFIG_ID, "config-1"),
+            ({"tdx__rtmr_0": f'[{{ id = "rtmr", value = "{"00" * 48}" }}]'}, {}, Claim.RTMR_0, "rtmr"),
+            ({}, {"rtmr_1": bytes(48)}, Claim.RTMR_1, "loader-1"),
+            ({}, {"rtmr_2": bytes(48)}, Claim.RTMR_2, "kernel-1"),
+            ({"tdx__rtmr_3": f'[{{ id = "rtmr", value = "{"00" * 48}" }}]'}, {}, Claim.RTMR_3, "rtmr"),
+            ({}, {"td_attributes": TdAttributes(1 << 28 | 1 << 29)}, Claim.TD_MIGRATABLE, None),
+            ({}, {"td_attributes": TdAttributes(0)}, Claim.TD_SEPT_VE, None),
+            ({}, {"tee_tcb_svn": bytes((5, 1, 3)).ljust(16, b"\0")}, Claim.TEE_TCB_SVN, "module-1"),
+            ({}, {"tee_tcb_svn": bytes((9, 0, 9)).ljust(16, b"\xff")}, Claim.TEE_TCB_SVN, "module-1"),
+            ({}, {"tee_tcb_svn_2": bytes((6, 1, 2)).ljust(16, b"\0")}, Claim.TEE_TCB_SVN, "module-1"),
+            ({}, {"status": TcbStatus.NOT_EVALUATED}, Claim.TCB_STATUS, None),
+            ({}, {"status": TcbStatus.OUT_OF_DATE}, Claim.TCB_STATUS, None),
+            ({"tdx__tcb": '["not_evaluated"]'}, {}, Claim.TCB_STATUS, None),
+        )
+    ),
     ({"gpus": (GPU,)}, Claim.GPU_COUNT, None),
     ({"gpus": (GPU, OTHER_GPU, replace(GPU, leaf_key_sha256="03" * 32))}, Claim.GPU_COUNT, None),
     ({"gpus": ()}, Claim.GPU_COUNT, None),
@@ -214,15 +293,31 @@ MISSING = EMPTY | {
 }
 
 
-@pytest.mark.parametrize(("field", "claim"), MISSING.items())
+TDX_EMPTY = {
+    "tdx__mr_td": Claim.MR_TD,
+    "tdx__mr_config_id": Claim.MR_CONFIG_ID,
+    "tdx__rtmr_1": Claim.RTMR_1,
+    "tdx__rtmr_2": Claim.RTMR_2,
+    "tdx__tcb": Claim.TCB_STATUS,
+}
+TDX_MISSING = TDX_EMPTY | {"tdx__minimum_tee_tcb_svn": Claim.TEE_TCB_SVN}
+
+
+@pytest.mark.parametrize(("field", "claim"), [*MISSING.items(), *TDX_MISSING.items()])
 def test_a_missing_field_matches_nothing(field: str, claim: Claim) -> None:
-    error = denied(data=policy(**{field: None}))
+    case = {"data": tdx_policy(**{field: None}), "td": td()} if field in TDX_ROW else {"data": policy(**{field: None})}
+    error = denied(**case)
     assert (error.reason, error.claim, error.reference_value_id) == (DenialReason.REFERENCE_VALUE, claim.value, None)
 
 
-@pytest.mark.parametrize(("field", "claim"), EMPTY.items())
+@pytest.mark.parametrize(
+    ("field", "claim"),
+    [*EMPTY.items(), *TDX_EMPTY.items(), ("tdx__rtmr_0", Claim.RTMR_0), ("tdx__rtmr_3", Claim.RTMR_3)],
+)
 def test_an_empty_list_matches_nothing(field: str, claim: Claim) -> None:
-    error = denied(data=policy(**{field: "[]"}))
+    error = denied(
+        **({"data": tdx_policy(**{field: "[]"}), "td": td()} if "tdx" in field else {"data": policy(**{field: "[]"})})
+    )
     assert (error.reason, error.claim) == (DenialReason.REFERENCE_VALUE, claim.value)
 
 
@@ -237,6 +332,8 @@ OTHER_DENIALS = [
     ({"data": b'schema = "keyturn-policy/v1"\nversion = "2026-11-22"\n'}, DenialReason.POLICY, Claim.ROW),
     ({"data": policy(revoked="true")}, DenialReason.POLICY, Claim.REVOKED),
     ({"now": datetime(2026, 12, 31, 0, 0, 1, tzinfo=UTC)}, DenialReason.POLICY, Claim.NOT_AFTER),
+    ({"data": policy(**dict.fromkeys(SNP_FIELDS))}, DenialReason.REFERENCE_VALUE, Claim.TEE),
+    ({"data": policy(**dict.fromkeys(SNP_FIELDS)), "td": td()}, DenialReason.REFERENCE_VALUE, Claim.TEE),
     ({"product": Product.MILAN}, DenialReason.REFERENCE_VALUE, Claim.TCB_PRODUCT),
     (
         {
@@ -264,7 +361,26 @@ def test_what_no_reference_value_can_allow_is_denied_by_its_name(
 
 def test_the_tables_above_reach_every_claim() -> None:
     reached = {claim for _, claim, _ in WRONG_CLAIMS} | set(MISSING.values()) | {claim for _, _, claim in OTHER_DENIALS}
+    reached |= set(TDX_MISSING.values())
     assert reached == set(Claim)
+
+
+def test_every_status_but_revoked_can_be_allowed_by_its_name() -> None:
+    for status in set(TcbStatus) - {TcbStatus.REVOKED}:
+        assert judge(tdx_policy(tdx__tcb=f'["{status.value}"]'), td=td(status))
+    assert denied(data=tdx_policy(), td=td(TcbStatus.REVOKED)).claim == Claim.TCB_STATUS.value
+
+
+def test_a_module_that_is_newer_in_every_component_is_accepted() -> None:
+    newer = bytes((7, 1, 4)).ljust(16, b"\0")
+    assert judge(tdx_policy(), td=td(tee_tcb_svn=newer, tee_tcb_svn_2=newer, mr_service_td=bytes(48)))
+
+
+def test_the_registers_of_hardware_and_run_time_are_looked_at_where_they_are_listed() -> None:
+    listed = {f"tdx__rtmr_{n}": f'[{{ id = "rtmr-{n}", value = "{f"5{n}" * 48}" }}]' for n in (0, 3)}
+    matched = judge(tdx_policy(**listed), td=td()).reference_value_ids
+    assert {"rtmr-0", "rtmr-3"} <= set(matched)
+    assert judge(tdx_policy(), td=td(rtmr_0=bytes(48), rtmr_3=bytes(48)))
 
 
 def test_the_last_moment_of_a_row_still_counts() -> None:
@@ -325,6 +441,10 @@ BROKEN = [
     (policy(gpu__driver_versions='[{ id = "config-1", value = "1" }]'), ConfigProblem.BAD_VALUE, "row[0].gpu.driver_versions"),
     (policy(snp__minimum_tcb=TURIN_ROW[:-1] + "," + TURIN_ROW[1:].replace("-2", "-3")), ConfigProblem.BAD_VALUE,
      "row[0].snp.minimum_tcb"),
+    (policy(tdx__mr_td=TDX_ROW["tdx__mr_td"]), ConfigProblem.BAD_VALUE, "row[0].tdx"),
+    (tdx_policy(tdx__tcb='["Revoked"]'), ConfigProblem.BAD_VALUE, "row[0].tdx.tcb[0]"),
+    (tdx_policy(tdx__rtmr_0=TDX_ROW["tdx__rtmr_1"]), ConfigProblem.BAD_VALUE, "row[0].tdx.rtmr_1"),
+    (tdx_policy(tdx__debug="false"), ConfigProblem.UNKNOWN_KEY, "row[0].tdx.debug"),
     (policy() + policy().split(b"\n", 2)[2], ConfigProblem.BAD_VALUE, "row[1].key_uri"),
 ]  # fmt: skip
 

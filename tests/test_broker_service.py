@@ -456,6 +456,12 @@ def test_another_key_on_the_same_stream_is_a_protocol_failure(site: Site) -> Non
     assert (failure.code, failure.reason) == (3, "PROTOCOL_MALFORMED")
 
 
+def test_evidence_of_another_tee_than_the_hello_named_is_a_protocol_failure(site: Site) -> None:
+    failure = broken_off(site, lambda _: replace(HELLO, tee=Tee.TDX), lambda _: attestation(site, Nonce(bytes(32))))
+    assert (failure.code, failure.reason) == (3, "PROTOCOL_MALFORMED")
+    assert [(line["decision"], line["tee"]) for line in site.audit()] == [("failed", "tdx")]
+
+
 def test_what_is_no_message_is_a_protocol_failure_that_repeats_nothing(site: Site) -> None:
     failure = broken_off(site, lambda _: b"\xff\xfftell me")
     assert failure == Failure(3, Ident("PROTOCOL_MALFORMED"))

@@ -158,6 +158,7 @@ BAD_VALUE, NOT_FOUND = "value is out of range or malformed", "file not found or 
         ("token_key", "{}/token.pub", ("token-key", BAD_VALUE)),
         ("audit", "/nonexistent/audit", ("audit", NOT_FOUND)),
         ("endorsements", "/nonexistent", ("endorsements", NOT_FOUND)),
+        ("tdx_collateral", "/nonexistent", ("tdx-collateral", NOT_FOUND)),
         ("unsafe_simulation_roots", "{}", ("unsafe-simulation-roots", NOT_FOUND)),
     ],
 )

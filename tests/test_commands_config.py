@@ -21,6 +21,16 @@ def test_the_example_checks_and_the_digest_is_the_guests_host_data(tmp_path: Pat
     assert json.loads(capsys.readouterr().out)["host_data"] == digest
 
 
+def test_for_a_td_the_digest_is_as_long_as_mrconfigid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = EXAMPLE.replace('attester = "snp"', 'attester = "tdx"')
+    (tmp_path / "keyturn.toml").write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest() + "00" * 16
+    assert main(["config", "check", str(tmp_path / "keyturn.toml")]) == 0
+    assert f"MRCONFIGID (SHA-256 of the file, zero-padded): {digest}" in capsys.readouterr().out
+    assert main(["config", "check", "--json", str(tmp_path / "keyturn.toml")]) == 0
+    assert json.loads(capsys.readouterr().out)["mr_config_id"] == digest
+
+
 def test_explain_one_key_or_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "gpu.ready_state"]) == 0
     assert capsys.readouterr().out == EXPLAIN["gpu.ready_state"] + "\n"

@@ -35,6 +35,8 @@ def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMac
     attester, gpus = open_hardware(parse(simulated.encode()).config)
     assert type(attester).__name__ == "SimulatedSnp"
     assert gpus is not None
+    attester, _ = open_hardware(parse(simulated.replace("ed-snp", "ed-tdx").encode()).config)
+    assert type(attester).__name__ == "SimulatedTdx"
     for tee in ("snp", "tdx"):
         with pytest.raises(NoAttesterError) as caught:
             open_hardware(parse(EXAMPLE.replace('attester = "snp"', f'attester = "{tee}"').encode()).config)

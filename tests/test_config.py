@@ -63,6 +63,7 @@ NEEDS = ConfigProblem.NEEDS_OTHER_KEY
         (change('manifest_digest = "sha256:', 'manifest_digest = "sha512:'), BAD, "artifact.manifest_digest"),
         (change("https://models.example.com/my-model", "ftp://models"), BAD, "artifact.source"),
         (change('attester = "snp"', 'attester = "simulated-snp"'), NEEDS, "simulation.machine"),
+        (change('attester = "snp"', 'attester = "simulated-tdx"'), NEEDS, "simulation.machine"),
         (EXAMPLE + '[simulation]\nmachine = "/machine"\n', NEEDS, "simulation.machine"),
         (change("timeout_s = 180", "route_timeout_s = 3601"), BAD, "broker.route_timeout_s"),
         (change("timeout_s = 180", "route_timeout_s = -1"), BAD, "broker.route_timeout_s"),
@@ -104,6 +105,7 @@ def test_a_large_file_is_refused_before_it_is_parsed() -> None:
 
 def test_simulation_is_chosen_by_name() -> None:
     assert parse(SIMULATED.encode()).config.tee.attester == "simulated-snp"
+    assert parse(SIMULATED.replace("ed-snp", "ed-tdx").encode()).config.tee.attester == "simulated-tdx"
 
 
 def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:

@@ -43,6 +43,13 @@ def test_a_boot_gives_the_server_the_bytes_that_were_sealed_and_leaves_nothing()
     assert {"verdict_accepted", "gate_passed", "server_ready", "wiped"} <= {event["event"] for event in events}
 
 
+def test_a_td_boots_as_well() -> None:
+    status, result, events = demo("--once", "--tee", "tdx")
+    check_good(status, result)
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
+
+
 def test_one_flipped_byte_of_ciphertext_ends_with_the_artifact_status_and_no_server() -> None:
     status, result, events = demo("--once", "--flip-byte")
     assert (status, result["ok"], result["exit_status"]) == (19, False, 19)

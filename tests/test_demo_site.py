@@ -12,6 +12,7 @@ import pytest
 from agent import config
 from agent.broker.policy import parse_policy
 from agent.demo import site
+from agent.evidence import Tee
 from agent.sim.machine import SimulatedMachine
 
 
@@ -47,20 +48,28 @@ def test_one_bit_of_the_largest_blob_is_flipped(tmp_path: Path) -> None:
     assert (blobs / "large").read_bytes() == bytes(500) + b"\x01" + bytes(499)
 
 
-@pytest.mark.parametrize("user", [None, site.ServerUser(0, 0), site.ServerUser(1000, 100)])
+@pytest.mark.parametrize(
+    ("user", "tee"),
+    [(None, Tee.SNP), (None, Tee.TDX), (site.ServerUser(0, 0), Tee.SNP), (site.ServerUser(1000, 100), Tee.SNP)],
+)
 def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
-    tmp_path: Path, machine: SimulatedMachine, model: site.SealedModel, user: site.ServerUser | None
+    tmp_path: Path, machine: SimulatedMachine, model: site.SealedModel, user: site.ServerUser | None, tee: Tee
 ) -> None:
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, model, broker, "http://127.0.0.1:1/", 8080, user)
+        text = site.configuration_text(machine, tee, model, broker, "http://127.0.0.1:1/", 8080, user)
         measured = config.parse(text.encode())
         machine.host_data = measured.digest
-        broker.load_policy(site.policy_text(machine, model))
+        broker.load_policy(site.policy_text(machine, tee, model))
     assert measured.config.broker.endpoints == (f"127.0.0.1:{broker.port}",)
     assert measured.config.server.unsafe_run_as_root == (user == site.ServerUser(0, 0))
     assert measured.config.server.uid == (1000 if user and user.uid == 1000 else site.SERVER_UID)
-    row = parse_policy(site.policy_text(machine, model).encode()).rows[site.KEY_URI]
-    assert row.snp.host_data[0].value == hashlib.sha256(text.encode()).hexdigest()
+    row = parse_policy(site.policy_text(machine, tee, model).encode()).rows[site.KEY_URI]
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    if tee is Tee.TDX:
+        assert row.snp is None and row.tdx and row.tdx.mr_config_id[0].value == digest + "00" * 16
+    else:
+        assert row.tdx is None and row.snp and row.snp.host_data[0].value == digest
+    assert measured.config.tee.attester == f"simulated-{tee.value}"
     assert row.manifest_digests[0].value == model.manifest_digest
 
 

@@ -25,6 +25,10 @@ class Counting(Attester):
         self.asked += 1
         return self._real.collect(report_data)
 
+    def launch_digest(self) -> bytes:
+        self.asked += 1
+        return self._real.launch_digest()
+
 
 def configured(machine: SimulatedMachine) -> FoundConfig:
     text = EXAMPLE.replace('"snp"', '"simulated-snp"') + f'[simulation]\nmachine = "{machine.directory}"\n'

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError, GpuFaultError, MalformedEvidenceError, VmRestartRequiredError
-from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData
+from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData, Tee
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
 from agent.evidence.collect import Devices, check_distinct, check_measured, open_devices
 from agent.evidence.gate import ExpectedReady
@@ -53,22 +53,28 @@ def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine
         devices_of(machine)
 
 
+@pytest.mark.parametrize(("tee", "length"), [(Tee.SNP, 32), (Tee.TDX, 48)])
 @pytest.mark.parametrize("algorithm", ["sha256", "sha384", "sha512"])
-def test_a_longer_digest_is_compared_as_host_data_holds_it(machine: SimulatedMachine, algorithm: str) -> None:
+def test_a_longer_digest_is_compared_as_the_field_of_the_tee_holds_it(
+    machine: SimulatedMachine, algorithm: str, tee: Tee, length: int
+) -> None:
     digest = hashlib.new(algorithm, b"initdata").digest()
-    machine.host_data = digest[:32]
-    devices_of(machine, digest=digest)
-    machine.host_data = digest[:31] + bytes([digest[31] ^ 1])
-    with pytest.raises(ConfigNotMeasuredError):
-        devices_of(machine, digest=digest)
+    field = digest[:length].ljust(length, b"\0")
+    machine.host_data = field
+    check_measured(machine.attester(tee), digest)
+    for position in (0, length - 1):
+        machine.host_data = field[:position] + bytes([field[position] ^ 1]) + field[position + 1 :]
+        with pytest.raises(ConfigNotMeasuredError):
+            check_measured(machine.attester(tee), digest)
 
 
-def test_a_configuration_of_the_image_decides_only_where_nobody_passed_initdata(machine: SimulatedMachine) -> None:
+@pytest.mark.parametrize("tee", Tee)
+def test_a_configuration_of_the_image_decides_only_where_nobody_passed_initdata(machine: SimulatedMachine, tee: Tee) -> None:
     machine.host_data = bytes(32)
-    devices_of(machine, digest=b"")
+    check_measured(machine.attester(tee), b"")
     machine.host_data = bytes(31) + b"\1"
     with pytest.raises(ConfigNotMeasuredError):
-        devices_of(machine, digest=b"")
+        check_measured(machine.attester(tee), b"")
 
 
 def test_ready_before_the_boot_is_found_when_devices_are_opened(machine: SimulatedMachine) -> None:

@@ -125,6 +125,12 @@ def test_evidence_of_a_host_without_certificates_is_one_request(
     assert claims.report.report_data == DATA
 
 
+def test_host_data_is_a_reports(device: SevGuest, fake: FakeSevGuest, machine: SimulatedMachine) -> None:
+    machine.host_data = bytes(range(32))
+    assert device.launch_digest() == machine.host_data
+    assert len(fake.asked) == 1
+
+
 def test_what_the_host_has_is_asked_for_once(device: SevGuest, fake: FakeSevGuest) -> None:
     device.collect(DATA)
     assert parse_report(device.collect(OTHER).report).report_data == OTHER

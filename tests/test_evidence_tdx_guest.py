@@ -22,8 +22,9 @@ from agent.errors import (
     NoAttesterError,
     Owner,
 )
-from agent.evidence import Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
 from agent.evidence.cpu import TDX_PATIENCE
+from agent.evidence.tdx_abi import pack_tdreport
 from agent.evidence.tdx_guest import (
     ATTEST_CONF,
     DEVICE,
@@ -33,6 +34,8 @@ from agent.evidence.tdx_guest import (
     connect_to_host,
     read_port,
 )
+from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_td_report
 from tests.fake_fuse_node import fuse_node
 from tests.fake_nodes import FakeQgs, FakeTdxGuest, answer, quote_answer
 from tests.quotes import quote, tdreport
@@ -108,6 +111,24 @@ def test_a_recorded_report_is_one(device: TdxGuest, module: FakeTdxGuest) -> Non
     assert device.report(data) == module.report
     with pytest.raises(EvidenceBindingError):
         device.report(DATA)
+
+
+def test_mrconfigid_is_the_modules_word_and_no_service_is_asked(
+    device: TdxGuest, module: FakeTdxGuest, qgs: FakeQgs, machine: SimulatedMachine
+) -> None:
+    machine.host_data = bytes(range(48))
+    module.report = pack_tdreport(make_td_report(machine, NO_REPORT_DATA))
+    module.errors = [errno.EBUSY]
+    assert device.launch_digest() == bytes(range(48))
+    assert (module.asked, qgs.ports) == (2, [])
+
+
+def test_a_report_that_is_none_says_no_mrconfigid(device: TdxGuest, module: FakeTdxGuest, machine: SimulatedMachine) -> None:
+    report = bytearray(pack_tdreport(make_td_report(machine, NO_REPORT_DATA)))
+    report[576] ^= 1  # within MRCONFIGID: the digest that the MAC covers no longer fits
+    module.report = bytes(report)
+    with pytest.raises(MalformedEvidenceError):
+        device.launch_digest()
 
 
 def test_the_number_of_the_ioctl_is_that_of_a_report() -> None:

@@ -25,17 +25,19 @@ from agent.errors import (
     NoAttesterError,
     Owner,
 )
-from agent.evidence import Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
 from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Patience
 from agent.evidence.snp_abi import REPORT_BYTES, CertificateKind, parse_report
-from agent.evidence.tdx_abi import MAX_QUOTE_BYTES
+from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport
 from agent.evidence.tsm import MAX_SNP_BLOB_BYTES, REPORT_ROOT, TsmSnp, TsmTdx
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_td_report
 from agent.threads import in_thread, pause
 from agent.verify.snp import verify_snp
 from tests.certificates import pem, table
 from tests.children import in_child
 from tests.fake_configfs import FakeConfigfs, Faults, fake_configfs
+from tests.fake_nodes import FakeTdxGuest
 from tests.quotes import quote
 from tests.shared import shared_data
 
@@ -126,6 +128,13 @@ def test_evidence_verifies_and_took_one_request_in_the_safe_order(fake: FakeConf
         "mkdir", "provider", "generation", "privlevel_floor", "inblob 64",
         "outblob", "firmware", "auxblob", "generation", "rmdir",
     ]  # fmt: skip
+
+
+def test_host_data_is_a_reports(fake: FakeConfigfs, machine: SimulatedMachine) -> None:
+    machine.host_data = bytes(range(32))
+    report = machine.attester().collect(NO_REPORT_DATA).report
+    assert opened(fake, Faults(report=report)).launch_digest() == machine.host_data
+    assert fake.requests() == 1
 
 
 def test_each_collect_is_a_request_of_its_own(fake: FakeConfigfs) -> None:
@@ -342,6 +351,23 @@ def test_a_tdx_quote_took_one_request_in_the_safe_order_and_lost_its_padding(fak
     assert fake_tdx.calls() == [
         "mkdir", "provider", "generation", "inblob 64", "outblob", "firmware", "generation", "rmdir",
     ]  # fmt: skip
+
+
+def test_mrconfigid_is_the_modules_word_and_no_quote_is_made(
+    fake_tdx: FakeConfigfs, tmp_path: Path, machine: SimulatedMachine
+) -> None:
+    (tmp_path / "tdx_guest").touch()
+    module = FakeTdxGuest()
+    machine.host_data = bytes(range(48))
+    module.report = pack_tdreport(make_td_report(machine, NO_REPORT_DATA))
+    device = TsmTdx(fake_tdx.root, device=tmp_path / "tdx_guest", ioctl=module.ioctl)
+    assert device.launch_digest() == bytes(range(48))
+    assert fake_tdx.requests() == 0
+
+
+def test_without_the_device_node_nobody_says_mrconfigid(fake_tdx: FakeConfigfs, tmp_path: Path) -> None:
+    with pytest.raises(NoAttesterError):
+        TsmTdx(fake_tdx.root, device=tmp_path / "tdx_guest").launch_digest()
 
 
 def test_a_quote_service_that_comes_back_gives_a_quote(fake_tdx: FakeConfigfs) -> None:

@@ -10,8 +10,18 @@ from hypothesis import strategies as st
 
 from agent.closed import Ident
 from agent.errors import AgentError, DenialReason, MalformedEvidenceError, ProtocolProblem, RemoteProtocolError
-from agent.evidence import CompositeEvidence, Evidence, Nonce, Tee
-from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, KeyResponse, TeePublicKey
+from agent.evidence import CompositeEvidence, Evidence, Nonce, Tee, tdx_abi
+from agent.handshake import (
+    MAX_QUOTE_BYTES,
+    Accepted,
+    Attestation,
+    Challenge,
+    Denied,
+    Hello,
+    KeyRequest,
+    KeyResponse,
+    TeePublicKey,
+)
 from agent.handshake import grpc_wire as wire
 from agent.handshake.pb import kbs_pb2 as pb
 
@@ -21,6 +31,7 @@ URI = Ident("kbs:///models/demo/key.v1")
 KEY = TeePublicKey(b"x" * 32, b"y" * 32)
 EVIDENCE = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
 HELLO, ATTESTATION = Hello(ID, URI, Tee.SNP), Attestation(ID, KEY, EVIDENCE)
+OF_A_TD = Attestation(ID, KEY, CompositeEvidence(Evidence(Tee.TDX, b"q" * (128 << 10)), ""))
 CHALLENGE = Challenge(ID, Nonce(b"n" * 32), 180)
 ACCEPTED = Accepted(ID, "a.b.c", Ident("p1"), (Ident("rv-1"), Ident("rv-2")))
 DENIALS = [
@@ -64,7 +75,7 @@ def key_response(**fields: object) -> bytes:
     return pb.ReleaseKeyResponse(**members).SerializeToString()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("message", [HELLO, ATTESTATION])
+@pytest.mark.parametrize("message", [HELLO, Hello(ID, URI, Tee.TDX), ATTESTATION, OF_A_TD])
 def test_requests_come_back(message: Hello | Attestation) -> None:
     assert wire.parse_attest_request(wire.pack_attest_request(message), STATE) == message
 
@@ -74,6 +85,10 @@ def test_requests_come_back(message: Hello | Attestation) -> None:
 )
 def test_responses_come_back(message: Challenge | Accepted | Denied) -> None:
     assert wire.parse_attest_response(wire.pack_attest_response(message), STATE) == message
+
+
+def test_a_quote_that_a_device_gives_fits_into_an_attestation() -> None:
+    assert MAX_QUOTE_BYTES == tdx_abi.MAX_QUOTE_BYTES
 
 
 def test_key_request_and_response_come_back() -> None:
@@ -104,7 +119,7 @@ def test_the_method_names_are_the_protos() -> None:
         (ProtocolProblem.MALFORMED, hello().replace(b"request-1", b".equest-1")),
         (ProtocolProblem.VERSION, hello(protocol_version="2")),
         (ProtocolProblem.VERSION, hello(protocol_version="")),
-        (ProtocolProblem.MALFORMED, hello(tee="tdx")),
+        (ProtocolProblem.MALFORMED, hello(tee="sgx")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/b")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/../c")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/b/c/d")),
@@ -118,6 +133,8 @@ def test_the_method_names_are_the_protos() -> None:
         (ProtocolProblem.MALFORMED, attestation(snp=pb.SnpEvidence(report=b"r" * 1184, cert_chain=[b"c"] * 9))),
         (ProtocolProblem.MALFORMED, attestation(snp=pb.SnpEvidence(report=b"r" * 1184, cert_chain=[b"c" * 8193]))),
         (ProtocolProblem.MALFORMED, attestation(snp=pb.SnpEvidence(report=b"r" * 1184, cert_chain=[b""]))),
+        (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence())),
+        (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence(quote=b"q" * ((128 << 10) + 1)))),
         (ProtocolProblem.MALFORMED, attestation(additional_evidence=b"\xff")),
         (ProtocolProblem.OVERSIZED, attestation(additional_evidence=b"a" * ((512 << 10) + 1))),
     ],

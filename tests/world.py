@@ -21,9 +21,11 @@ from typing import Any
 
 from agent.artifact.seal import seal_model
 from agent.broker import bootstrap
+from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest.initdata import fit
 from agent.server.presets import command_digest
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_td_report
 
 KEY_URI = "kbs:///models/tiny/1"
 KEY = bytes(range(100, 132))
@@ -76,6 +78,7 @@ class World:
         given: bytes | dict[str, bytes] | None = None,
         key: bytes = KEY,
         stem: str = "model",
+        tee: Tee = Tee.SNP,
     ) -> None:
         self.folder = folder
         self.undo = undo
@@ -97,7 +100,7 @@ class World:
         key_file.write_bytes(key)
         key_file.chmod(0o600)
         self.key_file = key_file
-        self.tee: dict[str, Any] = {"attester": "simulated-snp"}
+        self.tee: dict[str, Any] = {"attester": f"simulated-{tee.value}"}
         self.gpu: dict[str, Any] = {"count": gpus}
         self.broker_config: dict[str, Any] = {
             "endpoints": [f"127.0.0.1:{self.broker_port}"],
@@ -136,6 +139,16 @@ class World:
             "debug": False,
             "vmpl": 0,
         }
+        td = make_td_report(self.machine, NO_REPORT_DATA).body
+        self.row_tdx: dict[str, Any] = {
+            "mr_td": [{"id": "firmware-1", "value": td.mr_td.hex()}],
+            "rtmr_1": [{"id": "loader-1", "value": td.rtmr_1.hex()}],
+            "rtmr_2": [{"id": "kernel-1", "value": td.rtmr_2.hex()}],
+            "minimum_tee_tcb_svn": {"id": "module-1", "value": td.tee_tcb_svn.hex()},
+            "tcb": ["not_evaluated"],
+        }
+        self.row_tee = tee
+        """Whose section the row has."""
         self.row_gpu: dict[str, Any] = {"count": gpus}
         if gpus:
             self.row_gpu |= {
@@ -175,7 +188,8 @@ class World:
     def write_policy(self) -> Path:
         text = 'schema = "keyturn-policy/v1"\nversion = "7"\n'
         if self.row:
-            text += f"[[row]]\n{_toml(self.row)}[row.snp]\n{_toml(self.row_snp)}[row.gpu]\n{_toml(self.row_gpu)}"
+            section = self.row_tdx if self.row_tee is Tee.TDX else self.row_snp
+            text += f"[[row]]\n{_toml(self.row)}[row.{self.row_tee.value}]\n{_toml(section)}[row.gpu]\n{_toml(self.row_gpu)}"
         path = self.folder / "policy.toml"
         path.write_text(text)
         return path
@@ -242,7 +256,8 @@ class World:
         config = self.write_config()
         if initdata:
             config = self.write_initdata(config, initdata)
-        self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), 32))
+        length = 48 if self.tee["attester"] == "simulated-tdx" else 32
+        self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), length))
         return config
 
     def start_agent(
@@ -268,11 +283,12 @@ class World:
         return path
 
     def launch(self, digest: bytes) -> None:
-        """The guest as it is launched with this digest of its configuration, 32 bytes, and a policy that expects it."""
+        """The guest as it is launched with this digest, as long as the field of its TEE, and a policy that expects it."""
         if self.row and self.gpu["count"]:
             argv = command_digest(tuple(self.server["command"]))
             self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
-        self.row_snp.setdefault("host_data", [{"id": "config-1", "value": digest.hex()}])
+        self.row_snp.setdefault("host_data", [{"id": "config-1", "value": fit(digest, 32).hex()}])
+        self.row_tdx.setdefault("mr_config_id", [{"id": "config-1", "value": fit(digest, 48).hex()}])
         self.machine.host_data = self.host_data or digest
         self.machine.save()
 

@@ -9,13 +9,39 @@ from cryptography import x509
 from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
-from agent.errors import ConfigError, ConfigProblem, MalformedEvidenceError
+from agent.errors import BrokerFailureError, ConfigError, ConfigProblem, MalformedEvidenceError
 from agent.verify.roots import SIMULATED_MARK, UNREADABLE
 from agent.verify.snp import load_certificate
+from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES
 
 SIMULATION_ROOT_FILES = ("ark.pem", "sgx-root.pem", "nvidia-root.pem")
 MAX_FILE_BYTES = 64 << 10
+_UNAVAILABLE = 14  # gRPC status
 _PEM = re.compile(rb"-----BEGIN CERTIFICATE-----([A-Za-z0-9+/=\s]+)-----END CERTIFICATE-----")
+
+
+@dataclass(frozen=True, slots=True)
+class TdxCollateral:
+    """Intel's word on patch levels: a folder of `<FMSPC>.json`, the QuoteCollateralV3 of the platforms with that FMSPC.
+
+    Read for every quote, because Intel renews it every month. What is in it is judged by `verify/tdx_collateral.py`.
+    """
+
+    directory: Path
+
+    def find(self, fmspc: bytes) -> bytes | None:
+        """What there is for platforms with this FMSPC, one byte too long if it is longer than any may be; None for nothing.
+
+        Raises:
+            BrokerFailureError: it is there and cannot be read.
+        """
+        try:
+            with (self.directory / f"{fmspc.hex()}.json").open("rb") as stream:
+                return stream.read(MAX_COLLATERAL_BYTES + 1)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise BrokerFailureError(_UNAVAILABLE, Ident("COLLATERAL_IO")) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +50,12 @@ class TrustAnchors:
     simulation_roots: empty unless the broker was started with `--unsafe-simulation-roots`.
     endorsements: certificates of chips and their issuers, for guests whose host supplies none. They are not trusted:
         they must lead to a pinned root like any other.
+    tdx_collateral: None: nobody evaluates the TCB of TDX platforms.
     """
 
     simulation_roots: tuple[x509.Certificate, ...] = ()
     endorsements: tuple[x509.Certificate, ...] = ()
+    tdx_collateral: TdxCollateral | None = None
 
 
 def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:

@@ -5,7 +5,7 @@ learns of it. Blocking: the service calls it in worker threads. Knows no wire an
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 
 from agent.broker.anchors import TrustAnchors
@@ -26,11 +26,13 @@ from agent.errors import (
     RemoteProtocolError,
     TokenError,
 )
-from agent.evidence import Nonce, RuntimeData
+from agent.evidence import Evidence, Nonce, RuntimeData, Tee
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
 from agent.handshake import Accepted, Attestation, Denied, Hello, KeyRequest, KeyResponse, TokenClaims
 from agent.verify.nvidia import verify_gpu
-from agent.verify.snp import verify_snp
+from agent.verify.snp import SnpClaims, verify_snp
+from agent.verify.tdx import TdxClaims, verify_tdx
+from agent.verify.tdx_collateral import evaluate_tcb
 
 _CERTIFICATE_CHECKS = (
     EvidenceCheck.CERTIFICATE_CHAIN,
@@ -87,7 +89,8 @@ class Authority:
             attestation: Evidence and public key of the guest.
             nonce: the 32 bytes that this stream's last Challenge carried.
         Raises:
-            BrokerFailureError: the decision could not be recorded, and so does not count.
+            BrokerFailureError: the decision could not be recorded, and so does not count; or there is collateral that cannot
+                be read.
         """
         policy, now = self.policy, self._now()
         record = replace(
@@ -96,32 +99,33 @@ class Authority:
             tee=Ident(hello.tee.value),
         )
         try:
-            # 1. A genuine chip signed the report.
+            # 1. A genuine chip signed the report, or a genuine platform the quote.
             evidence = attestation.evidence
-            snp = verify_snp(evidence.primary, self._anchors.simulation_roots, self._anchors.endorsements, now)
+            cpu = self._verify_cpu(evidence.primary, now)
+            said = _said(cpu)
             record = replace(
                 record,
-                measurement=Ident(snp.report.measurement.hex()),
-                host_data=Ident(snp.report.host_data.hex()),
-                chip_id_hash=Ident(snp.chip_id_hash),
-                simulated=snp.simulated,
+                measurement=Ident(said.measurement.hex()),
+                host_data=Ident(said.launch_digest.hex()),
+                chip_id_hash=Ident(said.chip_id_hash),
+                simulated=cpu.simulated,
             )
 
             # 2. For this handshake: it covers our nonce, the guest's key and all that was sent about devices.
             runtime = RuntimeData(nonce, attestation.tee_pubkey.x, attestation.tee_pubkey.y)
             # refusal: test_broker_service.py::test_a_second_hello_voids_the_first_nonce
-            if snp.report.report_data != report_data(runtime, evidence.additional_evidence):
-                raise EvidenceVerificationError(EvidenceFormat.SNP_REPORT, EvidenceCheck.REPORT_DATA)
+            if said.report_data != report_data(runtime, evidence.additional_evidence):
+                raise EvidenceVerificationError(said.format, EvidenceCheck.REPORT_DATA)
 
             # 3. So did every GPU.
             sent, keyturn = parse_additional_evidence(evidence.additional_evidence)
             wanted = device_nonce(runtime)
             gpus = [verify_gpu(gpu, wanted, self._anchors.simulation_roots, now) for gpu in sent]
-            simulated = snp.simulated or any(gpu.simulated for gpu in gpus)
+            simulated = cpu.simulated or any(gpu.simulated for gpu in gpus)
             record = replace(record, simulated=simulated)
 
             # 4. What they say is what the row wants.
-            appraisal = appraise(policy, hello.key_uri, snp=snp, gpus=gpus, keyturn=keyturn, now=now)
+            appraisal = appraise(policy, hello.key_uri, cpu=cpu, gpus=gpus, keyturn=keyturn, now=now)
         except (MalformedEvidenceError, EvidenceVerificationError, KeyReleaseDeniedError) as error:
             denial = error if isinstance(error, KeyReleaseDeniedError) else _denial_of(error, policy)
             self._record_denial(record, denial)
@@ -212,6 +216,16 @@ class Authority:
         tee = Ident(asked.tee.value) if isinstance(asked, Hello) else None
         self._audit.append(replace(record, decision=Decision.FAILED, reason=reason, tee=tee))
 
+    def _verify_cpu(self, evidence: Evidence, now: datetime) -> SnpClaims | TdxClaims:
+        anchors = self._anchors
+        match evidence.tee:
+            case Tee.SNP:
+                return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now)
+            case Tee.TDX:
+                claims = verify_tdx(evidence, anchors.simulation_roots, now)
+                collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None
+                return evaluate_tcb(claims, evidence, collateral, now)
+
     def _record(
         self, step: AuditStep, request_id: Ident | None, key_uri: Ident | None, policy: PolicyTable, now: datetime
     ) -> AuditRecord:
@@ -227,6 +241,27 @@ class Authority:
     def _record_denial(self, record: AuditRecord, denial: KeyReleaseDeniedError) -> None:
         reason, value = Ident(denial.reason.value), denial.reference_value_id
         self._audit.append(replace(record, reason=reason, claim=denial.claim, reference_value_id=value))
+
+
+@dataclass(frozen=True, slots=True)
+class _Said:
+    """What both TEEs say, under one name each; the rest is the policy's."""
+
+    format: EvidenceFormat
+    report_data: bytes
+    measurement: bytes
+    launch_digest: bytes
+    chip_id_hash: str
+
+
+def _said(claims: SnpClaims | TdxClaims) -> _Said:
+    match claims:
+        case SnpClaims(report=report):
+            return _Said(
+                EvidenceFormat.SNP_REPORT, report.report_data, report.measurement, report.host_data, claims.chip_id_hash
+            )
+        case TdxClaims(td=td):
+            return _Said(EvidenceFormat.TDX_QUOTE, td.report_data, td.mr_td, td.mr_config_id, claims.ppid_hash)
 
 
 def failure_reason(error: TokenError | RemoteProtocolError | BrokerFailureError) -> Ident:

@@ -50,6 +50,18 @@ version = "1"
 #debug = false
 #vmpl = 0
 #
+## For guests on Intel TDX, instead of [row.snp]: a row has one of the two. MRTD measures the firmware alone, RTMR 1 and 2 boot
+## loader and kernel; RTMR 0 (virtual hardware) and 3 (extended at run time) are looked at where they are listed.
+##[row.tdx]
+##mr_td = [{ id = "firmware-1", value = "{zeros96}" }]
+##mr_config_id = [{ id = "config-1", value = "{zeros96}" }]
+##rtmr_0 = [{ id = "hardware-1", value = "{zeros96}" }]
+##rtmr_1 = [{ id = "loader-1", value = "{zeros96}" }]
+##rtmr_2 = [{ id = "kernel-1", value = "{zeros96}" }]
+##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]
+##minimum_tee_tcb_svn = { id = "module-1", value = "06010300000000000000000000000000" }
+##tcb = ["UpToDate"]                   # Intel's words; without --tdx-collateral only "not_evaluated", on purpose, matches
+#
 #[row.gpu]
 #count = 1                             # 0 for guests without GPUs, which need none of the following
 #driver_versions = [{ id = "driver-1", value = "580.95.05" }]

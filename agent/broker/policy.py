@@ -5,7 +5,7 @@ values that matched, or raises the denial with the first claim that failed. No r
 matches nothing; a device that says nothing matches nothing.
 
 The lists of a row are alternatives, each on its own: any listed measurement goes with any listed HOST_DATA. What belongs
-together only as a pair needs two key URIs.
+together only as a pair needs two key URIs. So do guests of both TEEs: a row has the section of one, as the weaker would decide.
 """
 
 import enum
@@ -23,6 +23,7 @@ from agent.evidence.binding import KeyturnClaims
 from agent.evidence.snp_abi import TcbVersion
 from agent.verify.nvidia import GpuClaims
 from agent.verify.snp import SnpClaims
+from agent.verify.tdx import TdxClaims
 
 SCHEMA = "keyturn-policy/v1"
 PRODUCTION_ENVIRONMENT = 2
@@ -35,12 +36,26 @@ _KeyUri = Annotated[
 ]
 
 
+_TcbStatus = Literal[
+    "not_evaluated",
+    "UpToDate",
+    "SWHardeningNeeded",
+    "ConfigurationNeeded",
+    "ConfigurationAndSWHardeningNeeded",
+    "OutOfDate",
+    "OutOfDateConfigurationNeeded",
+    "TDRelaunchAdvised",
+    "TDRelaunchAdvisedConfigurationNeeded",
+]
+
+
 class Claim(enum.Enum):
     """Every claim a denial can name here, in the order of the checks."""
 
     ROW = "policy.row"
     REVOKED = "policy.revoked"
     NOT_AFTER = "policy.not_after"
+    TEE = "policy.tee"
     MEASUREMENT = "snp.measurement"
     HOST_DATA = "snp.host_data"
     DEBUG = "snp.policy.debug"
@@ -52,6 +67,16 @@ class Claim(enum.Enum):
     TCB_SNP = "snp.tcb.snp"
     TCB_MICROCODE = "snp.tcb.microcode"
     TCB_FMC = "snp.tcb.fmc"
+    MR_TD = "tdx.mr_td"
+    MR_CONFIG_ID = "tdx.mr_config_id"
+    RTMR_0 = "tdx.rtmr_0"
+    RTMR_1 = "tdx.rtmr_1"
+    RTMR_2 = "tdx.rtmr_2"
+    RTMR_3 = "tdx.rtmr_3"
+    TD_MIGRATABLE = "tdx.attributes.migratable"
+    TD_SEPT_VE = "tdx.attributes.sept_ve_disable"
+    TEE_TCB_SVN = "tdx.tee_tcb_svn"
+    TCB_STATUS = "tdx.tcb"
     GPU_DUPLICATE = "gpu.duplicate"
     GPU_COUNT = "gpu.count"
     DRIVER_VERSION = "gpu.driver_version"
@@ -124,6 +149,33 @@ class SnpRow(_Section, frozen=True):
     vmpl: Annotated[int, msgspec.Meta(ge=0, le=3)] | None = None
 
 
+class TcbSvn(_Section, frozen=True):
+    """The lowest security version of each component of TEE_TCB_SVN: the TDX module's minor and major one, then microcode."""
+
+    id: _Name
+    value: Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+
+
+class TdxRow(_Section, frozen=True):
+    """Reference values of a TD. MRTD measures the firmware alone, so boot loader and kernel (RTMR 1 and 2) must be listed too.
+
+    Attributes:
+        rtmr_0: of the virtual hardware, as the firmware found it, and rtmr_3, extended at run time: None does not look at
+            them; an empty list still matches nothing.
+        tcb: Intel's words for TCB levels that are good enough; `not_evaluated` for platforms of which the broker has no
+            collateral. A revoked platform is never good enough, nor is a debug TD: `verify_tdx` refuses that one.
+    """
+
+    mr_td: tuple[_Measurement, ...] = ()
+    mr_config_id: tuple[_Measurement, ...] = ()
+    rtmr_0: tuple[_Measurement, ...] | None = None
+    rtmr_1: tuple[_Measurement, ...] = ()
+    rtmr_2: tuple[_Measurement, ...] = ()
+    rtmr_3: tuple[_Measurement, ...] | None = None
+    minimum_tee_tcb_svn: TcbSvn | None = None
+    tcb: tuple[_TcbStatus, ...] = ()
+
+
 class GpuRow(_Section, frozen=True):
     """Reference values of the GPUs. `ready`: the ready state when a boot attests first, true where its init sets it."""
 
@@ -141,6 +193,7 @@ class Row(_Section, frozen=True):
         not_after: the last moment of the row, with a time zone.
         min_model_version: the rollback floor, 0 for none.
         lease_s: seconds the key may be used; None for without end.
+        snp, tdx: one of the two: the TEE that the guest must have.
     """
 
     key_uri: _KeyUri
@@ -151,7 +204,8 @@ class Row(_Section, frozen=True):
     not_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
     manifest_digests: tuple[_Digest, ...] = ()
     server_command_digests: tuple[_Digest, ...] = ()
-    snp: SnpRow = SnpRow()
+    snp: SnpRow | None = None
+    tdx: TdxRow | None = None
     gpu: GpuRow = GpuRow()
 
 
@@ -210,7 +264,7 @@ def appraise(
     table: PolicyTable,
     key_uri: Ident,
     *,
-    snp: SnpClaims,
+    cpu: SnpClaims | TdxClaims,
     gpus: Sequence[GpuClaims],
     keyturn: KeyturnClaims | None,
     now: datetime,
@@ -220,7 +274,7 @@ def appraise(
     Args:
         table: the policy.
         key_uri: the key that is asked for.
-        snp: what the CPU said.
+        cpu: what the CPU said.
         gpus: what each GPU said, in any order.
         keyturn: what the agent in the measured image says of itself, covered by the report; None when there are no GPUs.
         now: with a time zone.
@@ -228,53 +282,26 @@ def appraise(
         KeyReleaseDeniedError: with the first claim that failed. The reference value it names is the only candidate, or
             the first of the list.
     """
-    matched: list[str] = []
-
-    def one_of(claim: Claim, values: Sequence[_Measurement | _HostData | _Version | _Digest], got: str) -> None:
-        # refusal: test_an_empty_list_matches_nothing
-        if not values:
-            raise table.denial(DenialReason.REFERENCE_VALUE, claim)
-        for value in values:
-            if value.value == got:
-                matched.append(value.id)
-                return
-        # refusal: test_one_wrong_claim_is_denied_by_its_name
-        raise table.denial(DenialReason.CLAIM, claim, values[0].id)
-
-    def equal(claim: Claim, value: int | None, got: int) -> None:
-        # refusal: test_a_missing_field_matches_nothing
-        if value is None:
-            raise table.denial(DenialReason.REFERENCE_VALUE, claim)
-        # refusal: test_one_wrong_claim_is_denied_by_its_name
-        require(claim, value == got)
-
-    def require(claim: Claim, holds: bool) -> None:
-        # refusal: test_one_wrong_claim_is_denied_by_its_name
-        if not holds:
-            raise table.denial(DenialReason.CLAIM, claim)
+    judge = _Judge(table)
+    one_of, equal, require = judge.one_of, judge.equal, judge.require
 
     # 1. The row.
     row = table.live_row(key_uri, now)
 
-    # 2. The guest: what was launched, with which configuration, and who else may look into it.
-    report = snp.report
-    # refusal: test_one_wrong_claim_is_denied_by_its_name
-    one_of(Claim.MEASUREMENT, row.snp.measurements, report.measurement.hex())
-    one_of(Claim.HOST_DATA, row.snp.host_data, report.host_data.hex())
-    equal(Claim.DEBUG, row.snp.debug, report.policy.debug)
-    require(Claim.MIGRATION, not report.policy.migrate_ma)  # a migration agent holds the guest's memory: no row can allow it
-    equal(Claim.VMPL, row.snp.vmpl, report.vmpl)
-
-    # 3. The firmware: the one that signed, and the one under which the guest was launched, which may be older.
-    minimum = next((entry for entry in row.snp.minimum_tcb if entry.product == snp.product.value), None)
+    # 2. The CPU TEE. A section is for its own TEE alone.
     # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
-    if minimum is None:
-        raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_PRODUCT)
-    for tcb in (report.reported_tcb, report.launch_tcb):
-        _appraise_tcb(table, minimum, tcb)
-    matched.append(minimum.id)
+    if row.snp is None and row.tdx is None:
+        raise table.denial(DenialReason.REFERENCE_VALUE, Claim.TEE)
+    match cpu, row.snp, row.tdx:
+        case SnpClaims(), SnpRow() as snp, _:
+            _appraise_snp(judge, snp, cpu)
+        case TdxClaims(), _, TdxRow() as tdx:
+            _appraise_tdx(judge, tdx, cpu)
+        case _:
+            # refusal: test_one_wrong_claim_is_denied_by_its_name
+            raise table.denial(DenialReason.CLAIM, Claim.TEE)
 
-    # 4. The GPUs: first that they are different ones, so that a doubled one is not taken for a wrong number.
+    # 3. The GPUs: first that they are different ones, so that a doubled one is not taken for a wrong number.
     # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if len({gpu.leaf_key_sha256 for gpu in gpus}) != len(gpus):
         raise table.denial(DenialReason.DEVICE, Claim.GPU_DUPLICATE)
@@ -285,7 +312,7 @@ def appraise(
         one_of(Claim.DRIVER_VERSION, row.gpu.driver_versions, gpu.driver_version)
         one_of(Claim.VBIOS_VERSION, row.gpu.vbios_versions, gpu.vbios_version)
 
-    # 5. What the agent says of itself. Without GPUs there is no place for it, and HOST_DATA covers the configuration.
+    # 4. What the agent says of itself. Without GPUs there is no place for it; the configuration is covered by step 2.
     # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
     if gpus and keyturn is None:
         raise table.denial(DenialReason.DEVICE, Claim.KEYTURN)
@@ -311,7 +338,102 @@ def appraise(
         one_of(Claim.MANIFEST, row.manifest_digests, keyturn.manifest_digest)
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.COMMAND, row.server_command_digests, keyturn.server_command_digest)
-    return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(matched)))
+    return Appraisal(row, tuple(Ident(name) for name in dict.fromkeys(judge.matched)))
+
+
+class _Judge:
+    """Single claims against values of a row, and the ids of those that matched, in the order of the checks."""
+
+    def __init__(self, table: PolicyTable) -> None:
+        self.table = table
+        self.matched: list[str] = []
+
+    def one_of(self, claim: Claim, values: Sequence[_Measurement | _HostData | _Version | _Digest], got: str) -> None:
+        # refusal: test_an_empty_list_matches_nothing
+        if not values:
+            raise self.table.denial(DenialReason.REFERENCE_VALUE, claim)
+        for value in values:
+            if value.value == got:
+                self.matched.append(value.id)
+                return
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        raise self.table.denial(DenialReason.CLAIM, claim, values[0].id)
+
+    def equal(self, claim: Claim, value: int | None, got: int) -> None:
+        # refusal: test_a_missing_field_matches_nothing
+        if value is None:
+            raise self.table.denial(DenialReason.REFERENCE_VALUE, claim)
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        self.require(claim, value == got)
+
+    def require(self, claim: Claim, holds: bool) -> None:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        if not holds:
+            raise self.table.denial(DenialReason.CLAIM, claim)
+
+
+def _appraise_snp(judge: _Judge, row: SnpRow, claims: SnpClaims) -> None:
+    one_of, equal, require = judge.one_of, judge.equal, judge.require
+    report = claims.report
+
+    # 1. The guest: what was launched, with which configuration, and who else may look into it.
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    one_of(Claim.MEASUREMENT, row.measurements, report.measurement.hex())
+    one_of(Claim.HOST_DATA, row.host_data, report.host_data.hex())
+    equal(Claim.DEBUG, row.debug, report.policy.debug)
+    require(Claim.MIGRATION, not report.policy.migrate_ma)  # a migration agent holds the guest's memory: no row can allow it
+    equal(Claim.VMPL, row.vmpl, report.vmpl)
+
+    # 2. The firmware: the one that signed, and the one under which the guest was launched, which may be older.
+    minimum = next((entry for entry in row.minimum_tcb if entry.product == claims.product.value), None)
+    # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
+    if minimum is None:
+        raise judge.table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_PRODUCT)
+    for tcb in (report.reported_tcb, report.launch_tcb):
+        _appraise_tcb(judge.table, minimum, tcb)
+    judge.matched.append(minimum.id)
+
+
+def _appraise_tdx(judge: _Judge, row: TdxRow, claims: TdxClaims) -> None:
+    one_of, require = judge.one_of, judge.require
+    td = claims.td
+
+    # 1. The TD: what was launched, with which configuration, and what its firmware and boot loader started.
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    one_of(Claim.MR_TD, row.mr_td, td.mr_td.hex())
+    one_of(Claim.MR_CONFIG_ID, row.mr_config_id, td.mr_config_id.hex())
+    one_of(Claim.RTMR_1, row.rtmr_1, td.rtmr_1.hex())
+    one_of(Claim.RTMR_2, row.rtmr_2, td.rtmr_2.hex())
+    if row.rtmr_0 is not None:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        one_of(Claim.RTMR_0, row.rtmr_0, td.rtmr_0.hex())
+    if row.rtmr_3 is not None:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        one_of(Claim.RTMR_3, row.rtmr_3, td.rtmr_3.hex())
+
+    # 2. Nobody else holds its memory, and no page is taken from it unnoticed. No row can allow either.
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    require(Claim.TD_MIGRATABLE, not td.td_attributes.migratable)
+    require(Claim.TD_SEPT_VE, td.td_attributes.sept_ve_disable)
+
+    # 3. The TDX module: the one under which the TD was launched and, where the quote says so, the one that runs.
+    minimum = row.minimum_tee_tcb_svn
+    # refusal: test_a_missing_field_matches_nothing
+    if minimum is None:
+        raise judge.table.denial(DenialReason.REFERENCE_VALUE, Claim.TEE_TCB_SVN)
+    lowest = bytes.fromhex(minimum.value)
+    for levels in (td.tee_tcb_svn, td.tee_tcb_svn_2):
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        if levels is not None and any(got < least for got, least in zip(levels, lowest, strict=True)):
+            raise judge.table.denial(DenialReason.CLAIM, Claim.TEE_TCB_SVN, minimum.id)
+    judge.matched.append(minimum.id)
+
+    # 4. What Intel says of the platform, or that nobody asked.
+    # refusal: test_an_empty_list_matches_nothing
+    if not row.tcb:
+        raise judge.table.denial(DenialReason.REFERENCE_VALUE, Claim.TCB_STATUS)
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    require(Claim.TCB_STATUS, claims.tcb_status.value in row.tcb)
 
 
 def _appraise_tcb(table: PolicyTable, minimum: MinimumTcb, got: TcbVersion) -> None:
@@ -345,6 +467,9 @@ def parse_policy(data: bytes) -> PolicyTable:
         # refusal: test_a_broken_policy_is_refused_with_its_place
         if row.key_uri in rows:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].key_uri"))
+        # refusal: test_a_broken_policy_is_refused_with_its_place
+        if row.snp is not None and row.tdx is not None:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].tdx"))
         _check_unique(f"row[{index}]", row)
         rows[row.key_uri] = row
     return PolicyTable(Ident(file.version), rows)
@@ -352,12 +477,20 @@ def parse_policy(data: bytes) -> PolicyTable:
 
 def _check_unique(where: str, row: Row) -> None:
     """One id names one value in a row, and a processor generation has one minimum: a record must not be ambiguous."""
-    lists: dict[str, Sequence[_Measurement | _HostData | _Version | _Digest | MinimumTcb]] = {
+    snp, tdx = row.snp or SnpRow(), row.tdx or TdxRow()
+    lists: dict[str, Sequence[_Measurement | _HostData | _Version | _Digest | MinimumTcb | TcbSvn]] = {
         "manifest_digests": row.manifest_digests,
         "server_command_digests": row.server_command_digests,
-        "snp.measurements": row.snp.measurements,
-        "snp.host_data": row.snp.host_data,
-        "snp.minimum_tcb": row.snp.minimum_tcb,
+        "snp.measurements": snp.measurements,
+        "snp.host_data": snp.host_data,
+        "snp.minimum_tcb": snp.minimum_tcb,
+        "tdx.mr_td": tdx.mr_td,
+        "tdx.mr_config_id": tdx.mr_config_id,
+        "tdx.rtmr_0": tdx.rtmr_0 or (),
+        "tdx.rtmr_1": tdx.rtmr_1,
+        "tdx.rtmr_2": tdx.rtmr_2,
+        "tdx.rtmr_3": tdx.rtmr_3 or (),
+        "tdx.minimum_tee_tcb_svn": (tdx.minimum_tee_tcb_svn,) if tdx.minimum_tee_tcb_svn else (),
         "gpu.driver_versions": row.gpu.driver_versions,
         "gpu.vbios_versions": row.gpu.vbios_versions,
     }
@@ -369,5 +502,5 @@ def _check_unique(where: str, row: Row) -> None:
                 raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.{name}"))
             seen.add(value.id)
     # refusal: test_a_broken_policy_is_refused_with_its_place
-    if len({entry.product for entry in row.snp.minimum_tcb}) != len(row.snp.minimum_tcb):
+    if len({entry.product for entry in snp.minimum_tcb}) != len(snp.minimum_tcb):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"{where}.snp.minimum_tcb"))

@@ -285,6 +285,9 @@ class _AttestStream:
             self.hello = message
         elif self.hello is None:
             raise RemoteProtocolError(ProtocolProblem.UNEXPECTED_MESSAGE, self.state)
+        # refusal: test_evidence_of_another_tee_than_the_hello_named_is_a_protocol_failure
+        elif message.evidence.primary.tee is not self.hello.tee:
+            raise RemoteProtocolError(ProtocolProblem.MALFORMED, self.state)
         return message
 
     async def write(self, message: Challenge | Accepted | Denied) -> None:

@@ -45,6 +45,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--audit", metavar="FILE", help="audit log, appended to")
     parser.add_argument("--endorsements", metavar="DIR", help="AMD certificates (.pem, .der) for hosts that supply none")
     parser.add_argument(
+        "--tdx-collateral",
+        metavar="DIR",
+        help="Intel's collateral for TDX platforms, <FMSPC>.json each; without it no TCB status is evaluated",
+    )
+    parser.add_argument(
         "--unsafe-simulation-roots",
         metavar="DIR",
         help="accept evidence of simulated silicon under the roots in DIR; its tokens and audit lines say so",
@@ -70,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    from agent.broker.anchors import TrustAnchors, load_endorsements, load_simulation_roots
+    from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
     from agent.broker.audit import AuditLog
     from agent.broker.authority import Authority
     from agent.broker.keystore import DirectoryKeyStore
@@ -80,6 +85,7 @@ async def _serve(args: argparse.Namespace) -> int:
     anchors = TrustAnchors(
         load_simulation_roots(Path(args.unsafe_simulation_roots)) if args.unsafe_simulation_roots is not None else (),
         load_endorsements(Path(args.endorsements)) if args.endorsements is not None else (),
+        TdxCollateral(_folder(args.tdx_collateral, "tdx-collateral")) if args.tdx_collateral is not None else None,
     )
     token_key = TokenKey(_read(args.token_key, "token-key", private=True))
     policy = _load_policy(args.policy)
@@ -87,13 +93,12 @@ async def _serve(args: argparse.Namespace) -> int:
     listen = _LISTEN.fullmatch(args.listen)
     if listen is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("listen"))
-    if not Path(args.keys).is_dir():
-        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("keys"))
+    keys = DirectoryKeyStore(_folder(args.keys, "keys"))
     try:
         audit = AuditLog(Path(args.audit))
     except OSError as error:
         raise ConfigError(ConfigProblem.NOT_FOUND, Ident("audit")) from error
-    authority = Authority(policy, anchors, token_key, DirectoryKeyStore(Path(args.keys)), audit, now=lambda: datetime.now(UTC))
+    authority = Authority(policy, anchors, token_key, keys, audit, now=lambda: datetime.now(UTC))
     server = BrokerServer(authority, _report)
     port = await server.start(args.listen, tls)
 
@@ -140,6 +145,12 @@ def _load_tls(certificate: str, key: str) -> "Tls":
     except (OSError, ValueError) as error:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("tls-cert")) from error
     return tls
+
+
+def _folder(path: str, key: str) -> Path:
+    if not Path(path).is_dir():
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident(key))
+    return Path(path)
 
 
 def _read(path: str, key: str, *, private: bool = False) -> bytes:

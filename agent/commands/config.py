@@ -8,12 +8,13 @@ from agent import config
 from agent.closed import Ident
 from agent.config_source import read_bounded
 from agent.errors import ConfigError, ConfigProblem
+from agent.guest.initdata import fit
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser("config", help=summary, description=summary, allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|explain|example")
-    check = actions.add_parser("check", help="parse a configuration and print its digest (the guest's HOST_DATA)")
+    check = actions.add_parser("check", help="parse a configuration and print its digest (the guest's HOST_DATA or MRCONFIGID)")
     check.add_argument("file", metavar="FILE", help="configuration file, - for standard input")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     explain = actions.add_parser("explain", help="what a key means; without KEY, all of them")
@@ -34,10 +35,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(file: str, as_json: bool) -> int:
     measured = config.parse(read_bounded(file))
-    if as_json:
-        print(json.dumps({"ok": True, "schema": config.SCHEMA, "host_data": measured.digest.hex()}))
+    if measured.config.tee.attester.endswith("tdx"):
+        key, name, digest = "mr_config_id", "MRCONFIGID (SHA-256 of the file, zero-padded)", fit(measured.digest, 48)
     else:
-        print(f"ok: {config.SCHEMA}\nHOST_DATA (SHA-256 of the file): {measured.digest.hex()}")
+        key, name, digest = "host_data", "HOST_DATA (SHA-256 of the file)", measured.digest
+    if as_json:
+        print(json.dumps({"ok": True, "schema": config.SCHEMA, key: digest.hex()}))
+    else:
+        print(f"ok: {config.SCHEMA}\n{name}: {digest.hex()}")
     return 0
 
 

@@ -24,6 +24,9 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
+        "--tee", choices=("snp", "tdx"), default="snp", help="the CPU TEE of the simulated machine; default snp"
+    )
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -38,8 +41,9 @@ def run(args: argparse.Namespace) -> int:
     """The agent's exit status; 29 when the agent was content and the demo is not."""
     from agent.demo.run import Options, run
     from agent.demo.view import HumanView, JsonView
+    from agent.evidence import Tee
 
-    options = Options(once=args.once, flip_byte=args.flip_byte)
+    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee))
     if not args.json:
         with HumanView() as view:
             result = run(options, view)

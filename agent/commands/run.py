@@ -30,10 +30,13 @@ def add_parser(verbs: Any, summary: str) -> None:
     source.add_argument(
         "--config",
         metavar="FILE",
-        help="configuration, - for standard input; HOST_DATA is its SHA-256. Keep the file: a lease is renewed with it",
+        help="configuration, - for standard input; HOST_DATA or MRCONFIGID is its SHA-256. Keep the file: a lease is "
+        "renewed with it",
     )
     source.add_argument(
-        "--initdata", metavar="FILE", help="initdata document with an entry keyturn.toml; HOST_DATA is the document's digest"
+        "--initdata",
+        metavar="FILE",
+        help="initdata document with an entry keyturn.toml; HOST_DATA or MRCONFIGID is the document's digest",
     )
     source.add_argument(
         "--guest",
@@ -94,9 +97,10 @@ def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
 
 def open_tee(cfg: "MeasuredConfig") -> "Attester":
     """The CPU TEE."""
-    if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).attester()
     from agent.evidence import Tee
+
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).attester(Tee(cfg.tee.attester.removeprefix("simulated-")))
     from agent.evidence.detect import open_interface
 
     return open_interface(Tee(cfg.tee.attester))

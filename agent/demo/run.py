@@ -23,6 +23,7 @@ from typing import Protocol
 from agent.demo import layout_server, site
 from agent.errors import EXIT_STATUS, AgentError, Owner, Step, error_to_record
 from agent.events import Message, ServerReady, ServerStarted, StageEnded, message_from_record
+from agent.evidence import Tee
 from agent.guest import mounts
 from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
 from agent.sim.machine import SimulatedMachine
@@ -39,6 +40,7 @@ class Options:
 
     once: bool
     flip_byte: bool
+    tee: Tee = Tee.SNP
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +134,11 @@ def run(options: Options, view: View) -> Result:
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
             with view.preparing("configuration, measured at launch"):
                 port = _free_port()
-                text = site.configuration_text(machine, model, broker, store_url, port, user).encode()
+                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user).encode()
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
-                broker.load_policy(site.policy_text(machine, model))
+                broker.load_policy(site.policy_text(machine, options.tee, model))
             return _boot(folder, model, port, options, view)
 
 

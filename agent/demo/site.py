@@ -23,6 +23,7 @@ from agent.artifact.seal import seal_model
 from agent.artifact.stream import KEY_BYTES
 from agent.broker import bootstrap
 from agent.demo import minilm
+from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest import hardening
 from agent.server.presets import command_digest
 from agent.sim.machine import SimulatedMachine
@@ -189,9 +190,8 @@ def start_keyturn(*arguments: str, stdout: int, stderr: int) -> Iterator[subproc
             process.terminate()
 
 
-def policy_text(machine: SimulatedMachine, model: SealedModel) -> str:
+def policy_text(machine: SimulatedMachine, tee: Tee, model: SealedModel) -> str:
     """The broker's policy: one row, for exactly this machine, configuration, model and server command."""
-    tcb = machine.tcb
     return f"""\
 schema = "keyturn-policy/v1"
 version = "demo"
@@ -205,14 +205,7 @@ min_model_version = {MODEL_VERSION}
 manifest_digests = [{{ id = "model", value = "{model.manifest_digest}" }}]
 server_command_digests = [{{ id = "server-command", value = "{command_digest(SERVER_COMMAND)}" }}]
 
-[row.snp]
-measurements = [{{ id = "guest-image", value = "{machine.measurement.hex()}" }}]
-host_data = [{{ id = "configuration", value = "{machine.host_data.hex()}" }}]
-minimum_tcb = [{{ id = "firmware", product = "Genoa", bootloader = {tcb.bootloader}, tee = {tcb.tee}, snp = {tcb.snp}, \
-microcode = {tcb.microcode} }}]
-debug = false
-vmpl = 0
-
+{_tdx_section(machine) if tee is Tee.TDX else _snp_section(machine)}
 [row.gpu]
 count = {machine.gpu.count}
 driver_versions = [{{ id = "driver", value = "{machine.gpu.driver_version}" }}]
@@ -222,8 +215,42 @@ ready = false
 """
 
 
+def _snp_section(machine: SimulatedMachine) -> str:
+    tcb = machine.tcb
+    return f"""\
+[row.snp]
+measurements = [{{ id = "guest-image", value = "{machine.measurement.hex()}" }}]
+host_data = [{{ id = "configuration", value = "{machine.host_data.hex()}" }}]
+minimum_tcb = [{{ id = "firmware", product = "Genoa", bootloader = {tcb.bootloader}, tee = {tcb.tee}, snp = {tcb.snp}, \
+microcode = {tcb.microcode} }}]
+debug = false
+vmpl = 0
+"""
+
+
+def _tdx_section(machine: SimulatedMachine) -> str:
+    from agent.sim.tdx import make_td_report
+
+    td = make_td_report(machine, NO_REPORT_DATA).body
+    return f"""\
+[row.tdx]
+mr_td = [{{ id = "guest-firmware", value = "{td.mr_td.hex()}" }}]
+mr_config_id = [{{ id = "configuration", value = "{td.mr_config_id.hex()}" }}]
+rtmr_1 = [{{ id = "guest-loader", value = "{td.rtmr_1.hex()}" }}]
+rtmr_2 = [{{ id = "guest-kernel", value = "{td.rtmr_2.hex()}" }}]
+minimum_tee_tcb_svn = {{ id = "module", value = "{td.tee_tcb_svn.hex()}" }}
+tcb = ["not_evaluated"]
+"""
+
+
 def configuration_text(
-    machine: SimulatedMachine, model: SealedModel, broker: Broker, store_url: str, server_port: int, user: ServerUser | None
+    machine: SimulatedMachine,
+    tee: Tee,
+    model: SealedModel,
+    broker: Broker,
+    store_url: str,
+    server_port: int,
+    user: ServerUser | None,
 ) -> str:
     """The guest's configuration: all the agent gets."""
     if user is None:
@@ -236,7 +263,7 @@ def configuration_text(
 schema = "keyturn/v1"
 
 [tee]
-attester = "simulated-snp"
+attester = "simulated-{tee.value}"
 
 [simulation]
 machine = {json.dumps(str(machine.directory))}

@@ -19,6 +19,8 @@ GpuNonce = NewType("GpuNonce", bytes)
 
 NONCE_BYTES = 32
 REPORT_DATA_BYTES = 64
+NO_REPORT_DATA = ReportData(bytes(REPORT_DATA_BYTES))
+"""For a report that only tells us something and proves nothing to anybody."""
 GPU_NONCE_BYTES = 32
 
 
@@ -61,6 +63,16 @@ class Attester(Protocol):
             DeviceError: the device refused, after as many requests as its interface allows; never retried by who is told.
             MalformedEvidenceError: what came back does not parse.
             EvidenceBindingError: what came back carries other report data.
+        """
+
+    def launch_digest(self) -> bytes:
+        """What the host set at launch to stand for the configuration, by the word of the TEE itself and nobody else's.
+
+        Returns:
+            HOST_DATA (SNP, 32 bytes) or MRCONFIGID (TDX, 48 bytes).
+
+        Raises:
+            AgentError: as `collect`.
         """
 
 

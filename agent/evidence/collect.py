@@ -9,18 +9,15 @@ from dataclasses import InitVar, dataclass
 
 from agent.errors import ConfigNotMeasuredError, GpuCountError
 from agent.evidence import (
-    REPORT_DATA_BYTES,
     Attester,
     CompositeEvidence,
     GpuEvidence,
     GpuInventory,
     GpuSystem,
-    ReportData,
     RuntimeData,
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
 from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
-from agent.evidence.snp_abi import parse_report
 from agent.guest.initdata import fit
 from agent.handshake import Verdict
 from agent.verify.nvidia import parse_chain
@@ -97,23 +94,23 @@ class MeasuredGuest:
 
 
 def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
-    """Ask for one report, and compare its HOST_DATA.
+    """Ask the TEE what this guest was launched with: HOST_DATA of SNP, MRCONFIGID of TDX.
 
     Before, nothing the configuration says is acted upon but the opening of a connection.
 
     Args:
         attester: the CPU TEE.
         config_digest: over the measured configuration, or over the initdata document that came with it, 32, 48 or 64 bytes;
-            HOST_DATA must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
-            is no initdata: HOST_DATA must be zero.
+            the field must equal it, cut or zero-padded. Empty when the launch measurement covers the configuration and there
+            is no initdata: the field must be zero.
 
     Raises:
-        ConfigNotMeasuredError: HOST_DATA is not the digest of our configuration, or stands for initdata we do not have.
+        ConfigNotMeasuredError: the field is not the digest of our configuration, or stands for initdata we do not have.
         DeviceError, MalformedEvidenceError, EvidenceBindingError: the device misbehaved.
     """
-    host_data = parse_report(attester.collect(ReportData(bytes(REPORT_DATA_BYTES))).report).host_data
-    # refusal: test_a_longer_digest_is_compared_as_host_data_holds_it
-    if host_data != fit(config_digest, len(host_data)):
+    launched_with = attester.launch_digest()
+    # refusal: test_a_longer_digest_is_compared_as_the_field_of_the_tee_holds_it
+    if launched_with != fit(config_digest, len(launched_with)):
         raise ConfigNotMeasuredError
     return MeasuredGuest(attester, made_by=_ONLY_CHECK_MEASURED)
 

@@ -86,7 +86,7 @@ def open_interface(tee: Tee, places: Places | None = None) -> Attester:
 def _interfaces(at: Places) -> dict[Tee, tuple[Callable[[], Attester], ...]]:
     return {
         Tee.SNP: (lambda: TsmSnp(at.report_root), lambda: SevGuest(at.sev_guest, at.vmpl_file)),
-        Tee.TDX: (lambda: TsmTdx(at.report_root), lambda: TdxGuest(at.tdx_guest, at.attest_conf)),
+        Tee.TDX: (lambda: TsmTdx(at.report_root, device=at.tdx_guest), lambda: TdxGuest(at.tdx_guest, at.attest_conf)),
     }
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from agent.closed import Ident
 from agent.errors import AttestationKeyLostError, DeviceError, EvidenceFormat, MalformedEvidenceError, NoAttesterError
-from agent.evidence import REPORT_DATA_BYTES, Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
 from agent.evidence.cpu import snp_evidence
 from agent.evidence.snp_abi import (
     GHCB_INVALID_LENGTH,
@@ -30,6 +30,7 @@ from agent.evidence.snp_abi import (
     pack_report_request,
     parse_certificates_bytes,
     parse_exit_info,
+    parse_report,
     parse_report_response,
 )
 from agent.threads import pause
@@ -117,6 +118,10 @@ class SevGuest:
             else:
                 report, table = self._with_certificates(descriptor, report_data, vmpl)
         return snp_evidence(report, table, report_data)
+
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`: of a report, which firmware and guest keep from the host on its way."""
+        return parse_report(self.collect(NO_REPORT_DATA).report).host_data
 
     def _with_certificates(self, descriptor: int, report_data: ReportData, vmpl: int) -> tuple[bytes, bytes]:
         # 1. The length, unless it is known. A host without certificates answers with a report at once.

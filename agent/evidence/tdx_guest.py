@@ -2,8 +2,9 @@
 
 The device makes a TDREPORT, which only its own processor can check. The service makes a quote of it, which anybody can: it is
 reached over vsock, at the port the image names in `/etc/tdx-attest.conf`. The host could answer as it likes; that the quote
-carries our data is checked here, that it is genuine by whoever verifies it. A service may be asked again and need not be waited
-for; the ioctl takes microseconds.
+carries our data is checked here, that it is genuine by whoever verifies it. So what the TD was launched with is read out of a
+TDREPORT, also where configfs-tsm makes the quotes. A service may be asked again and need not be waited for; the ioctl takes
+microseconds.
 Source: Linux 6.12, Documentation/virt/coco/tdx-guest.rst; Intel DCAP, QuoteGeneration/quote_wrapper/tdx_attest.
 """
 
@@ -27,7 +28,7 @@ from agent.errors import (
     MalformedEvidenceError,
     NoAttesterError,
 )
-from agent.evidence import REPORT_DATA_BYTES, Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
 from agent.evidence.cpu import TDX_PATIENCE, Patience, tdx_evidence
 from agent.evidence.qgs_abi import (
     LENGTH_BYTES,
@@ -36,7 +37,7 @@ from agent.evidence.qgs_abi import (
     parse_frame_length,
     parse_quote_response,
 )
-from agent.evidence.tdx_abi import MAX_QUOTE_BYTES
+from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, parse_tdreport
 
 DEVICE = Path("/dev/tdx_guest")
 ATTEST_CONF = Path("/etc/tdx-attest.conf")
@@ -105,7 +106,7 @@ class TdxGuest:
         self._connect = connect
         self._patience = patience
         self._deadline_s = deadline_s
-        os.close(self._open())
+        os.close(_open(device))
         self._port = read_port(conf)
 
     def collect(self, report_data: ReportData) -> Evidence:
@@ -121,25 +122,13 @@ class TdxGuest:
         """
         return self._patience.ask(lambda: tdx_evidence(self._quote(self.report(report_data)), report_data))
 
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`."""
+        return mr_config_id(self._device, self._ioctl, self._patience)
+
     def report(self, report_data: ReportData) -> bytes:
         """The TDREPORT over `report_data`: 1024 bytes. Raises as `collect`."""
-        assert len(report_data) == REPORT_DATA_BYTES
-        argument = bytearray(report_data) + bytearray(TDREPORT_BYTES)
-        descriptor = self._open()
-        try:
-            self._ioctl(descriptor, TDX_CMD_GET_REPORT0, argument)
-        except OSError as exc:
-            kind = DeviceUnavailableError if exc.errno in _DEVICE_AGAIN else DeviceError
-            raise kind(_INTERFACE, _REPORT0, exc.errno or 0) from exc
-        finally:
-            os.close(descriptor)
-        report = bytes(argument[REPORT_DATA_BYTES:])
-        if report[0] != _TDREPORT_TYPE:
-            raise MalformedEvidenceError(EvidenceFormat.TDX_REPORT, Ident("type"), report[0], _TDREPORT_TYPE)
-        # refusal: test_a_report_over_other_data_is_refused
-        if report[_REPORT_DATA] != report_data:
-            raise EvidenceBindingError(EvidenceFormat.TDX_REPORT)
-        return report
+        return _tdreport(self._device, self._ioctl, report_data)
 
     def _quote(self, report: bytes) -> bytes:
         """What the service makes of a TDREPORT."""
@@ -161,13 +150,46 @@ class TdxGuest:
             raise DeviceUnavailableError(_QGS, Ident("GET_QUOTE"), errno.ENODATA)
         return response.quote
 
-    def _open(self) -> int:
-        try:
-            return os.open(self._device, os.O_RDWR | os.O_CLOEXEC)
-        except OSError as exc:
-            if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
-                raise NoAttesterError(Ident(self.tee.value)) from exc
-            raise DeviceError(_INTERFACE, Ident("open"), exc.errno or 0) from exc
+
+def mr_config_id(device: Path, ioctl: Ioctl, patience: Patience) -> bytes:
+    """MRCONFIGID (48 bytes), out of a TDREPORT.
+
+    Not out of a quote: that comes from the host, who could put any MRCONFIGID into one that nobody has verified yet. A TDREPORT
+    is written into this guest's memory by the TDX module.
+
+    Raises:
+        NoAttesterError, DeviceError, MalformedEvidenceError, EvidenceBindingError: as `TdxGuest.collect`.
+    """
+    return parse_tdreport(patience.ask(lambda: _tdreport(device, ioctl, NO_REPORT_DATA))).body.mr_config_id
+
+
+def _tdreport(device: Path, ioctl: Ioctl, report_data: ReportData) -> bytes:
+    assert len(report_data) == REPORT_DATA_BYTES
+    argument = bytearray(report_data) + bytearray(TDREPORT_BYTES)
+    descriptor = _open(device)
+    try:
+        ioctl(descriptor, TDX_CMD_GET_REPORT0, argument)
+    except OSError as exc:
+        kind = DeviceUnavailableError if exc.errno in _DEVICE_AGAIN else DeviceError
+        raise kind(_INTERFACE, _REPORT0, exc.errno or 0) from exc
+    finally:
+        os.close(descriptor)
+    report = bytes(argument[REPORT_DATA_BYTES:])
+    if report[0] != _TDREPORT_TYPE:
+        raise MalformedEvidenceError(EvidenceFormat.TDX_REPORT, Ident("type"), report[0], _TDREPORT_TYPE)
+    # refusal: test_a_report_over_other_data_is_refused
+    if report[_REPORT_DATA] != report_data:
+        raise EvidenceBindingError(EvidenceFormat.TDX_REPORT)
+    return report
+
+
+def _open(device: Path) -> int:
+    try:
+        return os.open(device, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENXIO, errno.ENODEV):
+            raise NoAttesterError(Ident(Tee.TDX.value)) from exc
+        raise DeviceError(_INTERFACE, Ident("open"), exc.errno or 0) from exc
 
 
 def read_port(conf: Path) -> int:

@@ -11,6 +11,7 @@ Source: Linux 6.12, Documentation/ABI/testing/configfs-tsm, drivers/virt/coco/ts
 """
 
 import errno
+import fcntl
 import os
 import re
 import secrets
@@ -30,9 +31,12 @@ from agent.errors import (
     MalformedEvidenceError,
     NoAttesterError,
 )
-from agent.evidence import REPORT_DATA_BYTES, Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
 from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Patience, snp_evidence, tdx_evidence
+from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES
+from agent.evidence.tdx_guest import DEVICE as TDX_GUEST
+from agent.evidence.tdx_guest import Ioctl, mr_config_id
 
 REPORT_ROOT = Path("/sys/kernel/config/tsm/report")
 MAX_SNP_BLOB_BYTES = 32 << 10
@@ -90,6 +94,10 @@ class _Tsm(ABC):
         """
         assert len(report_data) == REPORT_DATA_BYTES
         return self._patience.ask(lambda: self._collect(report_data))
+
+    @abstractmethod
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`."""
 
     @abstractmethod
     def _collect(self, report_data: ReportData) -> Evidence:
@@ -173,6 +181,10 @@ class TsmSnp(_Tsm):
     patience = SNP_PATIENCE
     key_lost = frozenset((errno.ENOTTY, errno.EBADMSG, errno.ETIMEDOUT, errno.EIO))
 
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`: of a report, which firmware and guest keep from the host on its way."""
+        return parse_report(self.collect(NO_REPORT_DATA).report).host_data
+
     def _collect(self, report_data: ReportData) -> Evidence:
         with self._entry() as entry:
             # 1. Where the generation stands. Every accepted write adds 1.
@@ -206,6 +218,22 @@ class TsmTdx(_Tsm):
     tee = Tee.TDX
     again = _INTERFERENCE | {errno.EIO, errno.ETIMEDOUT}
     patience = TDX_PATIENCE
+
+    def __init__(
+        self,
+        root: Path = REPORT_ROOT,
+        patience: Patience | None = None,
+        device: Path = TDX_GUEST,
+        ioctl: Ioctl = fcntl.ioctl,
+    ) -> None:
+        """See `_Tsm`. The device node, which the same driver makes, is asked for `launch_digest` alone."""
+        super().__init__(root, patience)
+        self._device = device
+        self._ioctl = ioctl
+
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`."""
+        return mr_config_id(self._device, self._ioctl, self._patience)
 
     def _collect(self, report_data: ReportData) -> Evidence:
         with self._entry() as entry:

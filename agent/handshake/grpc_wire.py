@@ -22,6 +22,7 @@ from agent.handshake import (
     MAX_CERTIFICATES,
     MAX_JWE_BYTES,
     MAX_MESSAGE_BYTES,
+    MAX_QUOTE_BYTES,
     MAX_TOKEN_BYTES,
     MIN_CHALLENGE_LIFE_S,
     PROTOCOL_VERSION,
@@ -72,12 +73,16 @@ def pack_attest_request(message: Hello | Attestation) -> bytes:
             wire.hello.tee = message.tee.value
         case Attestation():
             primary = message.evidence.primary
-            if not _fit(primary.cert_chain):
-                raise MalformedEvidenceError(EvidenceFormat.SNP_CHAIN, Ident("cert_chain"))
+            match primary.tee:
+                case Tee.SNP:
+                    if not _fit(primary.cert_chain):
+                        raise MalformedEvidenceError(EvidenceFormat.SNP_CHAIN, Ident("cert_chain"))
+                    wire.attestation.snp.report = primary.report
+                    wire.attestation.snp.cert_chain.extend(primary.cert_chain)
+                case Tee.TDX:
+                    wire.attestation.tdx.quote = primary.report
             wire.attestation.tee_pubkey.x = message.tee_pubkey.x
             wire.attestation.tee_pubkey.y = message.tee_pubkey.y
-            wire.attestation.snp.report = primary.report
-            wire.attestation.snp.cert_chain.extend(primary.cert_chain)
             wire.attestation.additional_evidence = message.evidence.additional_evidence.encode()
     return wire.SerializeToString()
 
@@ -94,25 +99,39 @@ def parse_attest_request(data: bytes, state: Ident) -> Hello | Attestation:
         case "hello":
             if wire.hello.protocol_version != PROTOCOL_VERSION:
                 raise RemoteProtocolError(ProtocolProblem.VERSION, state)
-            if wire.hello.tee != Tee.SNP.value:
-                raise _malformed(state)
-            return Hello(request_id, parse_key_uri(wire.hello.key_uri, state), Tee.SNP)
+            try:
+                tee = Tee(wire.hello.tee)
+            except ValueError:
+                raise _malformed(state) from None
+            return Hello(request_id, parse_key_uri(wire.hello.key_uri, state), tee)
         case "attestation":
             sent = wire.attestation
-            sizes = (len(sent.tee_pubkey.x), len(sent.tee_pubkey.y), len(sent.snp.report))
-            if sizes != (COORDINATE_BYTES, COORDINATE_BYTES, SNP_REPORT_BYTES):
+            if (len(sent.tee_pubkey.x), len(sent.tee_pubkey.y)) != (COORDINATE_BYTES, COORDINATE_BYTES):
                 raise _malformed(state)
-            certificates = tuple(sent.snp.cert_chain)
-            if not _fit(certificates):
-                raise _malformed(state)
+            primary = _parse_primary(sent, state)
             if len(sent.additional_evidence) > MAX_ADDITIONAL_EVIDENCE_BYTES:
                 raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
             try:
                 additional = sent.additional_evidence.decode()
             except UnicodeDecodeError:
                 raise _malformed(state) from None
-            evidence = CompositeEvidence(Evidence(Tee.SNP, sent.snp.report, certificates), additional)
-            return Attestation(request_id, TeePublicKey(sent.tee_pubkey.x, sent.tee_pubkey.y), evidence)
+            key = TeePublicKey(sent.tee_pubkey.x, sent.tee_pubkey.y)
+            return Attestation(request_id, key, CompositeEvidence(primary, additional))
+        case _:
+            raise _malformed(state)
+
+
+def _parse_primary(sent: pb.Attestation, state: Ident) -> Evidence:
+    match sent.WhichOneof("primary_evidence"):
+        case "snp":
+            certificates = tuple(sent.snp.cert_chain)
+            if len(sent.snp.report) != SNP_REPORT_BYTES or not _fit(certificates):
+                raise _malformed(state)
+            return Evidence(Tee.SNP, sent.snp.report, certificates)
+        case "tdx":
+            if not 0 < len(sent.tdx.quote) <= MAX_QUOTE_BYTES:
+                raise _malformed(state)
+            return Evidence(Tee.TDX, sent.tdx.quote)
         case _:
             raise _malformed(state)
 

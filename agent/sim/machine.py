@@ -75,7 +75,7 @@ class SimulatedMachine:
         silicon: folder of the vendors' keys and roots.
         chip_id: 64 bytes; set to another value it no longer fits the machine's certificate.
         measurement: 48 bytes.
-        host_data: 32 bytes, the digest of the configuration the guest was launched with.
+        host_data: 32 bytes, the digest of the configuration the guest was launched with; MRCONFIGID of a TD, there up to 48.
         tcb: the reported TCB version; set to another value it no longer fits the machine's certificate.
         wrong_report_data: the device signs other data than it was asked to.
         flip_signature_bit: the report's signature is wrong by one bit.
@@ -164,7 +164,7 @@ class SimulatedMachine:
             fields |= {"tcb": TcbVersion(**fields["tcb"]), "gpu": GpuKnobs(**fields["gpu"])}
             machine = cls(directory=directory, **fields)
         except (OSError, ValueError, KeyError, TypeError) as exc:
-            raise NoAttesterError(Ident("simulated-snp")) from exc
+            raise NoAttesterError(Ident("simulated-machine")) from exc
         machine._on_disk = on_disk
         return machine
 

@@ -19,7 +19,7 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import DeviceError, EvidenceBindingError, EvidenceFormat
-from agent.evidence import Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
 from agent.evidence.snp_abi import (
     SIGNATURE_ALGORITHM_ECDSA_P384_SHA384,
     SIGNED_BYTES,
@@ -78,6 +78,10 @@ class SimulatedSnp:
         if parse_report(bytes(report)).report_data != report_data:
             raise EvidenceBindingError(EvidenceFormat.SNP_REPORT)
         return Evidence(Tee.SNP, bytes(report), (vcek, ask, ark))
+
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`."""
+        return parse_report(self.collect(NO_REPORT_DATA).report).host_data
 
 
 def make_report(machine: SimulatedMachine, report_data: ReportData) -> SnpReport:

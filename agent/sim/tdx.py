@@ -20,7 +20,7 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import DeviceError, EvidenceBindingError, EvidenceFormat
-from agent.evidence import Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
 from agent.evidence.ccel import SHA384, Event, EventLog, RuntimeEvent, SpecId, pack_runtime_event, replay
 from agent.evidence.snp_abi import GuestPolicy
 from agent.evidence.tdx_abi import (
@@ -31,6 +31,8 @@ from agent.evidence.tdx_abi import (
     TdxQuote,
     pack_qe_report,
     pack_quote,
+    pack_tdreport,
+    parse_tdreport,
     signed_part,
 )
 from agent.sim.machine import SimulatedMachine, write_file
@@ -82,7 +84,7 @@ class SimulatedTdx:
                 for path in (machine.directory / _PCK_FILE, machine.silicon / _CA_FILE, machine.silicon / ROOT_FILE)
             )
         except OSError as exc:
-            raise DeviceError(Ident("simulated-tdx"), Ident("open"), exc.errno or 0) from exc
+            raise DeviceError(self.interface, Ident("open"), exc.errno or 0) from exc
         body = make_td_report(machine, device_data).body
         if self._version == 4:
             body = replace(body, tee_tcb_svn_2=None, mr_service_td=None)
@@ -92,6 +94,12 @@ class SimulatedTdx:
         if quote.body.report_data != report_data:
             raise EvidenceBindingError(EvidenceFormat.TDX_QUOTE)
         return Evidence(Tee.TDX, pack_quote(quote) + bytes(self._padding))
+
+    def launch_digest(self) -> bytes:
+        """See `Attester.launch_digest`: of a TDREPORT."""
+        if self._machine.errno is not None:
+            raise DeviceError(self.interface, Ident("report"), self._machine.errno)
+        return parse_tdreport(pack_tdreport(make_td_report(self._machine, NO_REPORT_DATA))).body.mr_config_id
 
 
 def make_event_log(machine: SimulatedMachine) -> EventLog:

@@ -94,33 +94,42 @@ def verify_pck_chain(
     # 1. Three certificates, in the order of the specification. The root is one of ours, by its fingerprint.
     leaf, intermediate, root = _parse_chain(pem)
     trusted = {INTEL_SGX_ROOT_SHA256} | {fingerprint(each) for each in roots}
+    # refusal: test_a_root_of_the_same_name_with_another_key_is_not_trusted
     if root.fingerprint not in trusted:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
     # 2. Root and intermediate may issue certificates, and the leaf may sign and not issue. None says something critical that
     #    we do not understand. One intermediate is what a root at least allows: its path length may be 1 or unlimited.
+    # refusal: test_a_spoiled_chain_is_refused
     if not (root.may_issue and intermediate.may_issue and leaf.may_sign) or leaf.may_issue or root.path_length == 0:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
+    # refusal: test_a_spoiled_chain_is_refused
     if not root.critical | intermediate.critical | leaf.critical <= _UNDERSTOOD_CRITICAL:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
     # 3. Each is signed by the next, ECDSA P-256 with SHA-256 whatever it declares. The root's signature of itself would
     #    prove nothing: it is trusted by its fingerprint.
+    # refusal: test_a_spoiled_chain_is_refused
     _check_issued(intermediate, by=root)
+    # refusal: test_a_spoiled_chain_is_refused
     _check_issued(leaf, by=intermediate)
 
     # 4. All three are valid now.
     for certificate in (leaf, intermediate, root):
+        # refusal: test_every_certificate_must_be_valid_and_the_text_says_since_when_it_is_not
         if not certificate.not_before <= now <= certificate.not_after:
             limit = certificate.not_after if now > certificate.not_after else certificate.not_before
             raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY, int(now.timestamp()), int(limit.timestamp()))
 
     # 5. Their issuers have not taken them back, as far as lists were given.
     if crls:
+        # refusal: test_a_certificate_that_was_taken_back_is_refused
         _check_revocation(intermediate, root, crls, now)
+        # refusal: test_a_certificate_that_was_taken_back_is_refused
         _check_revocation(leaf, intermediate, crls, now)
 
     # 6. The leaf says which platform it is for.
+    # refusal: test_a_leaf_outside_intels_profile_is_malformed
     if leaf.sgx_extension is None:
         raise _malformed("sgx_extension")
     return VerifiedPck(
@@ -151,12 +160,14 @@ class _Certificate:
 
 
 def _parse_chain(pem: bytes) -> tuple[_Certificate, ...]:
+    # refusal: test_a_chain_that_is_not_three_certificates_is_malformed
     if len(pem) > MAX_CHAIN_BYTES:
         raise _malformed("length", len(pem), MAX_CHAIN_BYTES)
     try:
         certificates = x509.load_pem_x509_certificates(pem.removesuffix(b"\0"))
     except UNREADABLE as exc:
         raise _malformed("certificate") from exc
+    # refusal: test_a_chain_that_is_not_three_certificates_is_malformed
     if len(certificates) != CHAIN_CERTIFICATES:
         raise _malformed("number_of_certificates", len(certificates), CHAIN_CERTIFICATES)
     return tuple(map(_read, certificates))
@@ -174,6 +185,7 @@ def _read(certificate: x509.Certificate) -> _Certificate:
             for extension in extensions
             if extension.oid == SGX_EXTENSION and isinstance(extension.value, x509.UnrecognizedExtension)
         ]
+        # refusal: test_a_leaf_outside_intels_profile_is_malformed
         if not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
             raise _malformed("public_key")
         return _Certificate(
@@ -197,6 +209,7 @@ def _read(certificate: x509.Certificate) -> _Certificate:
 
 def _check_issued(certificate: _Certificate, by: _Certificate) -> None:
     signed = certificate.certificate
+    # refusal: test_a_spoiled_chain_is_refused
     if certificate.issuer != by.subject:
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
     try:
@@ -214,12 +227,14 @@ def _check_revocation(
         for crl in crls:
             if crl.issuer != issuer.subject or not crl.is_signature_valid(issuer.key):
                 continue
+            # refusal: test_a_certificate_that_was_taken_back_is_refused
             if crl.get_revoked_certificate_by_serial_number(certificate.certificate.serial_number) is not None:
                 raise _failed(EvidenceCheck.REVOCATION)
             until = crl.next_update_utc
             current |= crl.last_update_utc <= now and until is not None and now <= until
     except UNREADABLE as exc:
         raise _malformed("revocation_list") from exc
+    # refusal: test_with_lists_each_issuer_needs_one_that_is_its_own_and_current
     if not current:
         raise _failed(EvidenceCheck.REVOCATION_LIST)
 
@@ -269,6 +284,7 @@ def parse_pck_extension(der: bytes) -> PckExtension:
         ),
         configuration=configuration,
     )
+    # refusal: test_an_extension_cut_short_or_longer_is_malformed test_values_outside_the_profile_are_malformed
     if extension.sgx_type > 2 or pack_pck_extension(extension) != der:  # also what was not asked for, and its order
         raise _malformed("sgx_extension")
     return extension

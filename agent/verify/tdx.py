@@ -98,6 +98,7 @@ def verify_tdx(
     quote = parse_quote(evidence.report)
 
     # 2. It says that an enclave of Intel's made it. Other vendors would have another chain.
+    # refusal: test_another_vendors_enclave_is_refused
     if quote.qe_vendor_id != INTEL_QE_VENDOR_ID:
         raise _failed(EvidenceCheck.QE_VENDOR)
 
@@ -106,33 +107,42 @@ def verify_tdx(
 
     # 4. The PCK signed the report of the Quoting Enclave.
     qe = quote.qe_report
+    # refusal: test_a_report_of_the_enclave_that_another_platform_signed_is_refused
     _check_signature(pck.key, quote.qe_report_signature, pack_qe_report(qe), EvidenceCheck.QE_REPORT_SIGNATURE)
 
     # 5. That is Intel's enclave for TDs, and nobody can look into it. The platform certifies any enclave that the host lets
     #    use its provisioning key, so without this check a host could make quotes with an enclave of its own.
+    # refusal: test_an_enclave_that_is_not_intels_for_tds_is_refused_though_the_platform_certified_it
     if qe.mr_signer != INTEL_QE_SIGNER:
         raise _failed(EvidenceCheck.QE_IDENTITY)
+    # refusal: test_an_enclave_that_is_not_intels_for_tds_is_refused_though_the_platform_certified_it
     if qe.isv_prod_id != TD_QE_PRODUCT:
         raise _failed(EvidenceCheck.QE_IDENTITY, qe.isv_prod_id, TD_QE_PRODUCT)
     flags = int.from_bytes(qe.attributes[:8], "little") & ~_MODE64BIT
+    # refusal: test_an_enclave_that_is_not_intels_for_tds_is_refused_though_the_platform_certified_it
     if flags != TD_QE_ATTRIBUTES:
         raise _failed(EvidenceCheck.QE_IDENTITY, flags, TD_QE_ATTRIBUTES)
 
     # 6. It made the attestation key.
+    # refusal: test_a_spoiled_quote_is_refused
     if qe.report_data != hashlib.sha256(quote.attestation_key + quote.qe_auth_data).digest() + bytes(32):
         raise _failed(EvidenceCheck.ATTESTATION_KEY)
 
     # 7. The attestation key signed header and body.
+    # refusal: test_a_flipped_signature_bit_is_refused
     _check_signature(_attestation_key(quote), quote.signature, signed_part(quote), EvidenceCheck.REPORT_SIGNATURE)
 
     # 8. The TDX module that measured the TD is Intel's, and no debug build.
     td = quote.body
+    # refusal: test_a_td_whose_module_or_attributes_cannot_be_relied_on_is_refused
     if any(td.mr_signer_seam):
         raise _failed(EvidenceCheck.TDX_MODULE)
+    # refusal: test_a_td_whose_module_or_attributes_cannot_be_relied_on_is_refused
     if td.seam_attributes:
         raise _failed(EvidenceCheck.TDX_MODULE, td.seam_attributes, 0)
 
     # 9. The host can neither debug nor profile the TD.
+    # refusal: test_a_debug_td_is_refused_though_everything_else_is_genuine
     if td.td_attributes.under_debug:
         raise _failed(EvidenceCheck.TD_DEBUG, td.td_attributes.under_debug, 0)
 
@@ -159,6 +169,7 @@ def check_event_log(log: EventLog, td: TdBody) -> None:
         EvidenceVerificationError: an RTMR differs; `got` is its number.
     """
     for number, (replayed, quoted) in enumerate(zip(replay(log), td.rtmrs, strict=True)):
+        # refusal: test_an_event_log_with_one_event_more_or_less_is_refused
         if replayed != quoted:
             raise EvidenceVerificationError(EvidenceFormat.EVENT_LOG, EvidenceCheck.RTMR, number)
 

@@ -412,7 +412,9 @@ def attest_request(data: bytes) -> None:
 
 def attest_request_seeds() -> list[bytes]:
     evidence = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
-    return [grpc_wire.pack_attest_request(each) for each in (Hello(ID, KEY_URI, Tee.SNP), Attestation(ID, POINT, evidence))]
+    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA)), "")
+    attestations = [grpc_wire.pack_attest_request(Attestation(ID, POINT, each)) for each in (evidence, quoted)]
+    return [grpc_wire.pack_attest_request(Hello(ID, KEY_URI, Tee.SNP)), *attestations]
 
 
 def attest_response(data: bytes) -> None:
@@ -799,10 +801,15 @@ def policy(data: bytes) -> None:
 
 
 def policy_seeds() -> list[bytes]:
-    """The broker's example, as it is and with its row."""
+    """The broker's example, as it is, with its row for SNP, and with the one for TDX."""
     text = bootstrap.EXAMPLE_POLICY
-    row = "\n".join(line[1:] if line.startswith("#") and not line.startswith("# ") else line for line in text.splitlines())
-    return [text.encode(), row.replace("\n# ", "\n## ").encode()]
+    head, _, row = text.partition("#[[row]]")
+    lines = [line.removeprefix("#") for line in ("#[[row]]" + row).splitlines()]
+    snp, tdx = lines.index("[row.snp]"), lines.index("#[row.tdx]")
+    of_td = [*lines[:snp], *(line.removeprefix("#") if line[:2] != "# " else line for line in lines[tdx:])]
+    seeds = [head + "\n".join(each) for each in (lines, of_td)]
+    assert all(parse_policy(seed.encode()).rows for seed in seeds)
+    return [text.encode(), *(seed.encode() for seed in seeds)]
 
 
 class _AnsweringServer:

@@ -43,6 +43,7 @@ COMPLETE = (
     "agent/verify/nvidia.py",
     "agent/verify/ppcie.py",
     "agent/verify/snp.py",
+    "agent/verify/tdx.py",
 )
 REFUSING_CALLS = {"_require", "require", "equal", "one_of"}
 
