@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -21,7 +20,6 @@ from agent.evidence.gate import ExpectedReady, ReadyState, SecuredDevices, check
 from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
-from tests.gpus import gpu_machine
 
 SET_CALL = "nvmlSystemSetConfComputeGpusReadyState"
 ON = GpuModes(cc_feature=1, environment=2, devtools=0, multi_gpu_mode=0)
@@ -124,11 +122,6 @@ def test_any_change_since_attestation_is_a_fault(after: GpuInventory) -> None:
 
 
 # --- the gate itself --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpus(tmp_path: Path) -> SimulatedMachine:
-    return gpu_machine(tmp_path / "machine")
 
 
 def test_the_gate_sets_ready_once_and_as_its_last_act(gpus: SimulatedMachine) -> None:
