@@ -1,6 +1,7 @@
 """The real pynvml over simulated GPUs: every answer, every fault, every one of them once."""
 
 import ctypes
+import errno
 import os
 import shutil
 import subprocess
@@ -26,8 +27,9 @@ from agent.errors import (
     NoAttesterError,
 )
 from agent.evidence import GpuModes
-from agent.evidence.gpu import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, NvmlGpuSystem, is_held, open_nvml
+from agent.evidence.gpu import MAX_PARAMETER_BYTES, NvmlGpuSystem, is_held
 from agent.evidence.gpu_abi import parse_report
+from agent.evidence.gpu_watch import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, open_nvml
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, nvml_calls, open_gpu_system
 from tests.gpus import GENUINE_GPUS, NONCE, Recorded, gpu_machine, recorded
@@ -67,7 +69,13 @@ def test_inventory_modes_and_ready_state_are_read(gpus: SimulatedMachine) -> Non
     assert [(gpu.arch, gpu.vbios_version) for gpu in inventory.gpus] == [("HOPPER", "96.00.74.00.1A")] * 2
     assert len({gpu.uuid for gpu in inventory.gpus}) == len(inventory.gpus)
     assert inventory.modes == GpuModes(cc_feature=1, environment=2, devtools=0, multi_gpu_mode=0)
-    assert inventory.ready is False
+    assert (inventory.ready, inventory.persistent) == (False, True)
+
+
+def test_persistence_mode_and_architecture_are_the_drivers_word(gpus: SimulatedMachine) -> None:
+    gpus.gpu.persistent, gpus.gpu.architecture = False, pynvml.NVML_DEVICE_ARCH_BLACKWELL
+    inventory = gpus.gpu_system().inspect()
+    assert (inventory.persistent, {gpu.arch for gpu in inventory.gpus}) == (False, {"BLACKWELL"})
 
 
 def test_every_mode_lands_in_its_own_field(gpus: SimulatedMachine) -> None:
@@ -97,6 +105,7 @@ def test_evidence_is_collected_of_every_gpu_in_order(gpus: SimulatedMachine) -> 
         ("nvmlDeviceGetVbiosVersion", "nvmlDeviceGetVbiosVersion"),
         (SETTINGS_CALL, SETTINGS_CALL),
         ("nvmlSystemGetConfComputeGpusReadyState", "nvmlSystemGetConfComputeGpusReadyState"),
+        ("nvmlDeviceGetPersistenceMode", "nvmlDeviceGetPersistenceMode"),
     ],
 )
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN, 12345])
@@ -421,7 +430,15 @@ def test_a_log_without_end_is_a_fault(gpus: SimulatedMachine) -> None:
 
 
 @pytest.mark.parametrize("file", ["cmdline", "nvidia-params"])
-@pytest.mark.parametrize("key", ["RmConfidentialCompute=0x1", "RmConfComputeSpdmPolicy=0", "rmconfidentialcompute=3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "RmConfidentialCompute=0x1",
+        "RmConfComputeSpdmPolicy=0",
+        "rmconfidentialcompute=3",
+        "Rm Confidential\tCompute=1",  # as the driver reads it
+    ],
+)
 def test_registry_keys_that_weaken_confidential_computing_are_refused(gpus: SimulatedMachine, file: str, key: str) -> None:
     system = gpus.gpu_system()
     (gpus.directory / file).write_text(f'console=ttyS0 nvidia.NVreg_RegistryDwords="RMOther=1;{key}"\n')
@@ -443,6 +460,17 @@ def test_parameters_that_cannot_be_read_are_a_device_error(gpus: SimulatedMachin
     with pytest.raises(DeviceError) as caught:
         system.inspect()
     assert (caught.value.interface, caught.value.code) == ("kernel-parameters", 2)
+
+
+@pytest.mark.parametrize("file", ["cmdline", "nvidia-params"])
+def test_parameters_without_end_are_a_device_error(gpus: SimulatedMachine, file: str) -> None:
+    system = gpus.gpu_system()
+    (gpus.directory / file).write_bytes(b"a" * MAX_PARAMETER_BYTES)
+    system.inspect()
+    (gpus.directory / file).write_bytes(b"a" * (MAX_PARAMETER_BYTES + 1))
+    with pytest.raises(DeviceError) as caught:
+        system.inspect()
+    assert (caught.value.interface, caught.value.code) == ("kernel-parameters", errno.EFBIG)
 
 
 def test_function_pointers_of_another_library_are_not_used(gpus: SimulatedMachine, tmp_path: Path) -> None:

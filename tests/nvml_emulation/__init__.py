@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from agent.evidence.gpu import NvmlGpuSystem, open_nvml
+from agent.evidence.gpu import NvmlGpuSystem
+from agent.evidence.gpu_watch import open_nvml
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, open_gpu_system
 
