@@ -20,7 +20,7 @@ from agent.events import message_from_record
 from agent.evidence.gpu_watch import NVML_LIBRARIES, watch
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, nvml_calls
-from tests.children import in_child
+from tests.children import in_child, readable
 from tests.gpus import gpu_machine
 from tests.nvml_emulation import DriverMachine, answered
 
@@ -51,6 +51,8 @@ def told_by(machine: SimulatedMachine, happens: Callable[[], object]) -> AgentEr
     while nvml_calls(machine).count(READY_CALL) <= asked and os.waitid(os.P_PID, pid, ended) is None:
         time.sleep(0.01)  # until it has looked once
     happens()
+    if not readable(ours.fileno(), 10):  # neither a word nor the end
+        os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
     packet = ours.receive()
