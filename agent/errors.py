@@ -352,7 +352,7 @@ class GpuCountError(AgentError):
     got: int
 
     def what(self) -> str:
-        return f"expected {self.expected} distinct GPUs of the configured kind, got {self.got}"
+        return f"expected {self.expected} distinct GPUs, got {self.got}"
 
 
 class GpuMode(enum.Enum):
