@@ -25,6 +25,7 @@ from tests.gpus import gpu_machine
 from tests.nvml_emulation import DriverMachine, answered
 
 READY_CALL = "nvmlSystemGetConfComputeGpusReadyState"
+DEADLINE_S = 10
 MAX_RESIDENT_KIB = 24 << 10
 
 
@@ -47,11 +48,12 @@ def told_by(machine: SimulatedMachine, happens: Callable[[], object]) -> AgentEr
         finally:
             os._exit(1)
     theirs.close()
-    ended = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while nvml_calls(machine).count(READY_CALL) <= asked and os.waitid(os.P_PID, pid, ended) is None:
-        time.sleep(0.01)  # until it has looked once
+    began = time.monotonic()
+    while nvml_calls(machine).count(READY_CALL) <= asked and not readable(ours.fileno(), 0.01):
+        if time.monotonic() - began > DEADLINE_S:
+            break
     happens()
-    if not readable(ours.fileno(), 10):  # neither a word nor the end
+    if not readable(ours.fileno(), DEADLINE_S):  # neither a word nor the end
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)
     assert os.waitstatus_to_exitcode(status) == 0
