@@ -10,6 +10,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     supervisor.py    standard library only: worker, server, signals;  beside it loop.py (waiting), publish.py (mounts),
                      telling.py and health.py (the faces), worker_process.py and channel.py (a worker and the wire to it)
     renewal.py       the lease of what is served, obeyed and renewed;  lease.py  the rules of that
+    gpu_watch.py     the process that watches the GPUs while the server serves
     unhandled.py     what nobody caught becomes an event, never a traceback
     worker.py        the process around boot.py: its outcome, its one error
     boot.py          the worker's story, one step after the other

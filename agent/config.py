@@ -49,6 +49,7 @@ class SimulationConfig(_Section, frozen=True, kw_only=True):
 
 class GpuConfig(_Section, frozen=True, kw_only=True):
     count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    architecture: Literal["hopper", "blackwell"] | None = None
     ready_state: Literal["own", "preset"] = "own"
 
 
@@ -243,6 +244,7 @@ EXPLAIN = {
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
+    "gpu.architecture": "hopper or blackwell: every GPU must be of it; default: any that can attest",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",
     "broker.endpoints": "host:port of each address of the one broker; they are tried in turn, and say nothing of who answers",

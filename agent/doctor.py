@@ -196,7 +196,8 @@ def _host_data(guest: Guest) -> None:
 
 
 def _gpu(guest: Guest) -> None:
-    from agent.evidence.gpu import is_held, open_nvml
+    from agent.evidence.gpu import is_held
+    from agent.evidence.gpu_watch import open_nvml
 
     if not guest.config.gpu.count:
         raise _SkippedError(Skip.NO_GPU)
@@ -214,7 +215,7 @@ def _gpu_inventory(guest: Guest) -> None:
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with signals_wait():
-        check_inventory(gpus.inspect(), config.count, expected)
+        check_inventory(gpus.inspect(), config.count, expected, config.architecture and config.architecture.upper())
 
 
 def _gpu_faults(guest: Guest) -> None:

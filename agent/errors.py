@@ -422,13 +422,14 @@ class GpuMode(enum.Enum):
     DEVTOOLS = "devtools mode"
     MULTI_GPU = "multi-GPU mode"
     REGISTRY_KEYS = "registry keys that weaken confidential computing"
+    PERSISTENCE = "persistence mode"
 
 
 @dataclasses.dataclass(eq=False)
 class GpuModeError(AgentError):
     owner = Owner.HOST
     step = Step.GPU
-    next_step = "set the GPU's confidential-computing mode on the host and restart the guest"
+    next_step = "set the GPU's mode, on the host or for persistence in the guest's image, and restart the guest"
     mode: GpuMode
     got: int
     expected: int
@@ -442,6 +443,7 @@ class GpuFault(enum.Enum):
     CC_FATAL = "confidential computing fatal error in the kernel log"
     INVENTORY_CHANGED = "GPU inventory changed after attestation"
     READY_NOT_SET = "ready state does not read back as set"
+    READY_LOST = "ready state fell back while the model was served"
     KERNEL_LOG_UNREADABLE = "kernel log is not readable"
 
 

@@ -172,6 +172,14 @@ class GatePassed(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class GpuWatchLost(Event):
+    """The process that watches the GPUs while the server serves was killed or broke; another one takes its place."""
+
+    status: int
+    signal: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DestinationChosen(Event):
     """`noswap`: the kernel never swaps this memory. `swap_active`: the guest has swap, and the configuration allows it."""
 

@@ -227,8 +227,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "registered, or the service is older than the guest's kernel."
             ),
             (
-                "nvml: look the number up in `nvmlReturn_t` of the driver's `nvml.h`; 9 means that the driver is not "
-                "loaded, 15 that the GPU fell off the bus."
+                "nvml: look the number up in `nvmlReturn_t` of `nvml.h`; 9 means that the driver is not loaded, 15 that the "
+                "GPU fell off the bus. At nvmlInit NVRM lines in the guest's kernel log say why: `confidential compute "
+                "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
+                "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
             ),
             "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
         ),
@@ -334,14 +336,17 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     # --- GPU ----------------------------------------------------------------------------------------------------------
     errors.GpuCountError: Explanation(
         "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
-        "twice, or two of them sign their evidence with the same key. A GPU that is not in the evidence could read what "
-        "is sent to it, so more than expected is as wrong as fewer.",
+        "twice, of another architecture than `gpu.architecture`, or two of them sign their evidence with the same key. A GPU "
+        "that is not in the evidence could read what is sent to it, so more than expected is as wrong as fewer.",
         (
             (
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
-            "Does the measured `gpu.count` fit this kind of machine? A change to it is a new HOST_DATA or MRCONFIGID.",
+            (
+                "Do the measured `gpu.count` and `gpu.architecture` fit this kind of machine? A change to them is a new "
+                "HOST_DATA or MRCONFIGID."
+            ),
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
                 "not counted."
@@ -354,7 +359,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     errors.GpuModeError: Explanation(
         "A GPU is in a mode in which it protects nothing, or in one this agent does not know: confidential computing "
         "off, devtools on, an environment other than production, or a registry key of the driver that weakens the "
-        "protection. It was read before attestation, and again at the GPU gate.",
+        "protection; or persistence mode is off, so that the GPU would be lost when the boot's own process closes it. It was "
+        "read before attestation, and again at the GPU gate.",
         (
             (
                 "On the host: `nvidia_gpu_tools.py --query-cc-mode`, then `nvidia_gpu_tools.py --set-cc-mode=on "
@@ -369,6 +375,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "and of the image's modprobe options; `/proc/driver/nvidia/params` shows what the driver has."
             ),
             (
+                "Persistence mode: the image must start nvidia-persistenced and wait until it says that its services are "
+                "initialised, before the agent. A confidential GPU initialises once per reset; after this failure it needs "
+                "one, so restart the guest and not only its container."
+            ),
+            (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
                 "host together."
             ),
@@ -377,8 +388,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.GpuFaultError: Explanation(
         "The GPUs were acceptable and something happened to them: a fatal XID or a confidential-computing fault stands "
-        "in the kernel log, they changed between attestation and gate, or the ready state is not what was set. The key "
-        "was not opened.",
+        "in the kernel log, they changed between attestation and gate, or the ready state is not what was set. Before the "
+        "gate the key was not opened; while the model was served, the server was stopped and its memory freed.",
         (
             (
                 "Fatal XID: the number in brackets is in NVIDIA's Xid catalog (48, 94, 95 and 140 are memory errors, 79 "
@@ -393,6 +404,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Ready state not set: with `gpu.ready_state` = preset the image's init must run `nvidia-smi "
                 "conf-compute -srs 1` before the agent starts. With own, something took the state back or the driver "
                 "ignored it."
+            ),
+            (
+                "Ready state fell back while the model was served: the driver took it back because its encrypted session "
+                "with a GPU is over, after a failed rotation of keys, a lost heartbeat or a failed report. Nothing sets it "
+                "again: the GPUs need a reset and a new guest. An Xid near that time in the kernel log says more."
             ),
             "Kernel log not readable: the agent needs `/dev/kmsg`, and CAP_SYSLOG where `kernel.dmesg_restrict` is 1.",
         ),
@@ -901,7 +917,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.WorkerLostError: Explanation(
         "The process that boots (the worker) ended without saying how: something killed it, or it broke below Python. "
-        "The supervisor noticed, freed what it held and stopped. Nothing was published.",
+        "The supervisor noticed, freed what it held and stopped. Before `server_started` nothing was published. After it, the "
+        "events `gpu_watch_lost` say that it was the process that watches the GPUs: it was replaced three times, and lost "
+        "once more within ten minutes.",
         (
             (
                 "Signal 9: nearly always memory. Look for `Out of memory: Killed process` in the guest's kernel log, "

@@ -33,6 +33,10 @@ class Loop:
             self._turn()
             after_each_turn()
 
+    def end(self) -> None:
+        """As a handler."""
+        self.ended = True
+
     def watch(self, descriptor: int, handler: Handler) -> None:
         """Call `handler` whenever `descriptor` is readable."""
         self.selector.register(descriptor, selectors.EVENT_READ, handler)

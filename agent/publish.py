@@ -31,6 +31,8 @@ class HandedModel:
         descriptors: as `LoadedArtifact.descriptors`; ours now.
         version: of the model.
         lease: of its key; None: it may be used without end.
+        watch_gpus: it is served with GPUs.
+        simulated_machine: the folder of the simulated machine they belong to.
     """
 
     plan: ServerPlan
@@ -40,6 +42,8 @@ class HandedModel:
     descriptors: tuple[int, ...]
     version: int
     lease: Lease | None
+    watch_gpus: bool
+    simulated_machine: str | None
 
     def record(self) -> dict[str, object]:
         """For the channel; the descriptors travel beside it."""
@@ -51,6 +55,8 @@ class HandedModel:
             "version": self.version,
             "lease_s": self.lease.seconds if self.lease else None,
             "lease_since": self.lease.since if self.lease else None,
+            "watch_gpus": self.watch_gpus,
+            "simulated_machine": self.simulated_machine,
         }
 
     @classmethod
@@ -66,6 +72,8 @@ class HandedModel:
             descriptors=descriptors,
             version=int(record["version"]),
             lease=None if record["lease_s"] is None else Lease(int(record["lease_s"]), float(record["lease_since"])),
+            watch_gpus=bool(record["watch_gpus"]),
+            simulated_machine=record["simulated_machine"],
         )
 
 

@@ -50,6 +50,7 @@ from agent.events import (
     WorkerEnded,
     message_from_record,
 )
+from agent.gpu_watch import GpuWatch, WatchMain
 from agent.guest import hardening, mounts, systemd
 from agent.health import HealthPort
 from agent.loop import Loop
@@ -84,7 +85,7 @@ class HostHints:
 class Supervisor:
     """One boot from fork to wipe. `run` may be called once."""
 
-    def __init__(self, mode: str, hints: HostHints, worker: WorkerMain) -> None:
+    def __init__(self, mode: str, hints: HostHints, worker: WorkerMain, watch: WatchMain) -> None:
         """Nothing is started yet."""
         self._worker_main = worker
         self._teller = Teller(
@@ -101,6 +102,7 @@ class Supervisor:
         self._given: str | None = None  # where plaintext outlives a killed worker
         self._model: HandedModel | None = None
         self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
+        self._gpu_watch = GpuWatch(self._loop, watch, self._tell, self._fail)
         self._undo = ExitStack()  # compensations of publishing
         self._placement: Placement | None = None
         self._policy: policy.RestartPolicy | None = None
@@ -148,7 +150,9 @@ class Supervisor:
                 HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
-        self._worker = WorkerProcess(self._loop, self._in_boot, self._on_packet, self._on_worker_end)
+        self._worker = WorkerProcess(
+            self._loop, lambda channel: self._worker_main(channel, None), self._on_packet, self._on_worker_end
+        )
 
     def _tell(self, message: Message) -> None:
         self._teller.tell(message)
@@ -157,6 +161,7 @@ class Supervisor:
         """A signal asks for the end."""
         again, self._stop_signal = self._stop_signal != 0, number
         self._renewal.stop()
+        self._gpu_watch.stop()
         if self._worker:
             # Its device thread is joined, never killed: that can take a minute, and the status says so.
             self._tell(Stopping(number, Ident("worker")))
@@ -171,9 +176,6 @@ class Supervisor:
             self._loop.ended = True  # asked twice: do not wait for the server
 
     # --- worker -------------------------------------------------------------------------------------------------------
-
-    def _in_boot(self, channel: Channel) -> int:
-        return self._worker_main(channel, None)
 
     def _in_renewal(self, channel: Channel) -> int:
         assert self._model
@@ -214,6 +216,8 @@ class Supervisor:
             self._renewal.obey(model.lease)
         if self._error:
             return
+        if model.watch_gpus:
+            self._gpu_watch.begin(model.simulated_machine)
         try:
             with stage(Stage.PUBLISH, self._tell):
                 self._placement = publish(model, self._private_mounts, self._undo)
@@ -332,10 +336,7 @@ class Supervisor:
             assert self._model
             self._asked_to_stop = True
             self._server.ask_to_stop()
-            self._loop.wake("kill", self._model.plan.stop_timeout_s, self._end)
-
-    def _end(self) -> None:
-        self._loop.ended = True
+            self._loop.wake("kill", self._model.plan.stop_timeout_s, self._loop.end)
 
     def _on_unhandled(self, event: ExceptionUnhandled) -> None:
         """Kept for the end of this turn: a finalizer may raise in the middle of telling something else."""
@@ -356,7 +357,8 @@ class Supervisor:
 
     def _children(self) -> tuple[int, ...]:
         """Our own children that are not the server's."""
-        return tuple(child.pid for child in (self._worker, self._renewal.worker, self._probe) if child)
+        children = (self._worker, self._renewal.worker, self._gpu_watch.worker, self._probe)
+        return tuple(child.pid for child in children if child)
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
@@ -366,6 +368,7 @@ class Supervisor:
             return
         self._error = error
         self._renewal.stop()
+        self._gpu_watch.stop()
         self._ask_server_to_stop()
         self._tell(error)
 
@@ -388,6 +391,7 @@ class Supervisor:
                 self._error = self._error or error
                 self._tell(error)
         wiped &= self._removed(self._undo.close)
+        self._gpu_watch.destroy()
         if worker := self._worker or self._renewal.worker:  # last: server and model wait for nobody's device request
             if worker.is_alive():
                 self._tell(Stopping(self._stop_signal, Ident("worker")))

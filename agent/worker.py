@@ -23,6 +23,7 @@ from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, 
 from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
 from agent.evidence import Attester, GpuSystem
 from agent.evidence.gate import ExpectedReady
+from agent.guest import hardening
 from agent.guest.network import has_route, wait_for_route
 from agent.guest.uevents import appears
 from agent.lease import Lease
@@ -59,9 +60,7 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
     Returns:
         This process's exit status: 0 when the outcome was told.
     """
-    null = os.open(os.devnull, os.O_RDWR)
-    for standard in (0, 1, 2):
-        os.dup2(null, standard)
+    hardening.lead_standard_descriptors_nowhere()
 
     def notify(event: Event) -> None:
         channel.send(message_to_record(event))
@@ -138,6 +137,8 @@ async def _boot(
         descriptors=loaded.descriptors,
         version=loaded.version,
         lease=None if lease_s is None else Lease(lease_s, lease_from),
+        watch_gpus=cfg.gpu.count > 0,
+        simulated_machine=cfg.simulation.machine if cfg.simulation else None,
     )
     return {"loaded": handed.record()}, handed.descriptors
 
@@ -222,6 +223,7 @@ async def _open(
             guest,
             gpus,
             gpu_count=cfg.gpu.count,
+            architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
             manifest_digest=cfg.artifact.manifest_digest,
             server_command_digest=command_digest(plan.argv),

@@ -1,11 +1,14 @@
 """Simulated silicon for every test, so that a plain clone without recorded evidence tests the same verifiers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.sim.machine import SimulatedMachine, create_silicon
+from tests import nvml_emulation
+from tests.gpus import gpu_machine
 
 # gRPC restarts its poller in whatever a test forks. Between fork and exec that thread meets closed descriptors, and says so on
 # what is already the child's stderr, among its JSON lines. Nothing of ours uses gRPC on both sides of a fork.
@@ -24,6 +27,23 @@ def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("silicon")
     create_silicon(directory, gpus=8)
     return directory
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library that stands for the driver's, compiled; a skip without a compiler."""
+    return nvml_emulation.build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(params=["in this process", "as a library"])
+def gpus(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SimulatedMachine]:
+    """Two GPUs and no CPU TEE; pynvml drives the simulator itself, or a `libnvidia-ml.so.1` before it."""
+    machine = gpu_machine(tmp_path / "machine")
+    if request.param == "in this process":
+        yield machine
+    else:
+        with nvml_emulation.answered(machine, request.getfixturevalue("nvml_library")) as reached:
+            yield reached
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 
 import pytest
 
@@ -21,11 +20,12 @@ from agent.evidence.gate import ExpectedReady, ReadyState, SecuredDevices, check
 from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
-from tests.gpus import gpu_machine
 
 SET_CALL = "nvmlSystemSetConfComputeGpusReadyState"
 ON = GpuModes(cc_feature=1, environment=2, devtools=0, multi_gpu_mode=0)
-INVENTORY = GpuInventory("580.95.05", (Gpu("GPU-1", "HOPPER", "96"), Gpu("GPU-2", "HOPPER", "96")), ON, ready=False)
+INVENTORY = GpuInventory(
+    "580.95.05", (Gpu("GPU-1", "HOPPER", "96"), Gpu("GPU-2", "HOPPER", "96")), ON, ready=False, persistent=True
+)
 VERDICT = Verdict(
     Ident("request-1"),
     "token",
@@ -68,6 +68,7 @@ def test_protected_gpus_pass(inventory: GpuInventory) -> None:
         (with_modes(cc_feature=2), GpuMode.CC_FEATURE, 2, 1),
         (with_modes(multi_gpu_mode=3), GpuMode.MULTI_GPU, 3, 0),
         (with_modes(multi_gpu_mode=3, cc_feature=0), GpuMode.MULTI_GPU, 3, 0),
+        (dataclasses.replace(INVENTORY, persistent=False), GpuMode.PERSISTENCE, 0, 1),
     ],
 )
 def test_modes_that_protect_nothing_are_refused(inventory: GpuInventory, mode: GpuMode, got: int, expected: int) -> None:
@@ -90,6 +91,15 @@ def test_a_missing_extra_or_repeated_gpu_is_refused(inventory: GpuInventory, got
     with pytest.raises(GpuCountError) as caught:
         check_inventory(inventory, 2, ExpectedReady.UNSET)
     assert (caught.value.expected, caught.value.got) == (2, got)
+
+
+def test_a_gpu_of_another_architecture_is_refused() -> None:
+    check_inventory(INVENTORY, 2, ExpectedReady.UNSET, "HOPPER")
+    mixed = dataclasses.replace(INVENTORY, gpus=(INVENTORY.gpus[0], Gpu("GPU-2", "BLACKWELL", "97")))
+    for inventory, got in ((INVENTORY, 0), (mixed, 1)):
+        with pytest.raises(GpuCountError) as caught:
+            check_inventory(inventory, 2, ExpectedReady.UNSET, "BLACKWELL")
+        assert (caught.value.expected, caught.value.got) == (2, got)
 
 
 def test_a_ready_state_somebody_else_set_needs_a_new_vm() -> None:
@@ -124,11 +134,6 @@ def test_any_change_since_attestation_is_a_fault(after: GpuInventory) -> None:
 
 
 # --- the gate itself --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def gpus(tmp_path: Path) -> SimulatedMachine:
-    return gpu_machine(tmp_path / "machine")
 
 
 def test_the_gate_sets_ready_once_and_as_its_last_act(gpus: SimulatedMachine) -> None:
@@ -192,6 +197,8 @@ def test_a_gpu_system_without_its_attested_inventory_is_a_bug(gpus: SimulatedMac
         ("cc_feature", 0),
         ("multi_gpu_mode", 1),
         ("ready", 1),
+        ("architecture", 10),
+        ("persistent", False),
     ],
 )
 def test_a_machine_that_changed_since_attestation_does_not_pass(gpus: SimulatedMachine, knob: str, value: object) -> None:

@@ -1,8 +1,12 @@
 """The real pynvml over simulated GPUs: every answer, every fault, every one of them once."""
 
 import ctypes
+import errno
 import os
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +27,13 @@ from agent.errors import (
     NoAttesterError,
 )
 from agent.evidence import GpuModes
-from agent.evidence.gpu import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, NvmlGpuSystem, is_held, open_nvml
+from agent.evidence.gpu import MAX_PARAMETER_BYTES, NvmlGpuSystem, is_held
 from agent.evidence.gpu_abi import parse_report
+from agent.evidence.gpu_watch import FATAL_XIDS, MAX_KERNEL_LOG_BYTES, NVML_LIBRARIES, open_nvml
 from agent.sim.machine import SimulatedMachine
-from agent.sim.nvml import SimulatedNvml, nvml_calls
-from tests.gpus import NONCE, gpu_machine
+from agent.sim.nvml import SimulatedNvml, nvml_calls, open_gpu_system
+from tests.gpus import GENUINE_GPUS, NONCE, Recorded, gpu_machine, recorded
+from tests.nvml_emulation import LIBRARY, answered
 
 REPORT_CALL = "nvmlDeviceGetConfComputeGpuAttestationReport"
 CERTIFICATE_CALL = "nvmlDeviceGetConfComputeGpuCertificate"
@@ -36,8 +42,8 @@ SET_CALL = "nvmlSystemSetConfComputeGpusReadyState"
 
 
 @pytest.fixture
-def gpus(tmp_path: Path) -> Iterator[SimulatedMachine]:
-    yield gpu_machine(tmp_path / "machine")
+def gpus(gpus: SimulatedMachine) -> Iterator[SimulatedMachine]:
+    yield gpus
     assert pynvml.nvmlLib is None, "no library is left behind in pynvml"
     assert pynvml._nvmlGetFunctionPointer_cache == {}
 
@@ -54,14 +60,7 @@ class Library:
 
 
 def system_over(machine: SimulatedMachine, library: object) -> NvmlGpuSystem:
-    machine.gpu_system()  # makes the machine's files
-    directory = machine.directory
-    return NvmlGpuSystem(
-        library,
-        kernel_log=directory / "kmsg",
-        kernel_command_line=directory / "cmdline",
-        driver_parameters=directory / "nvidia-params",
-    )
+    return open_gpu_system(machine, library)
 
 
 def test_inventory_modes_and_ready_state_are_read(gpus: SimulatedMachine) -> None:
@@ -70,7 +69,13 @@ def test_inventory_modes_and_ready_state_are_read(gpus: SimulatedMachine) -> Non
     assert [(gpu.arch, gpu.vbios_version) for gpu in inventory.gpus] == [("HOPPER", "96.00.74.00.1A")] * 2
     assert len({gpu.uuid for gpu in inventory.gpus}) == len(inventory.gpus)
     assert inventory.modes == GpuModes(cc_feature=1, environment=2, devtools=0, multi_gpu_mode=0)
-    assert inventory.ready is False
+    assert (inventory.ready, inventory.persistent) == (False, True)
+
+
+def test_persistence_mode_and_architecture_are_the_drivers_word(gpus: SimulatedMachine) -> None:
+    gpus.gpu.persistent, gpus.gpu.architecture = False, pynvml.NVML_DEVICE_ARCH_BLACKWELL
+    inventory = gpus.gpu_system().inspect()
+    assert (inventory.persistent, {gpu.arch for gpu in inventory.gpus}) == (False, {"BLACKWELL"})
 
 
 def test_every_mode_lands_in_its_own_field(gpus: SimulatedMachine) -> None:
@@ -100,6 +105,7 @@ def test_evidence_is_collected_of_every_gpu_in_order(gpus: SimulatedMachine) -> 
         ("nvmlDeviceGetVbiosVersion", "nvmlDeviceGetVbiosVersion"),
         (SETTINGS_CALL, SETTINGS_CALL),
         ("nvmlSystemGetConfComputeGpusReadyState", "nvmlSystemGetConfComputeGpusReadyState"),
+        ("nvmlDeviceGetPersistenceMode", "nvmlDeviceGetPersistenceMode"),
     ],
 )
 @pytest.mark.parametrize("code", [pynvml.NVML_ERROR_GPU_IS_LOST, pynvml.NVML_ERROR_UNKNOWN, 12345])
@@ -189,6 +195,72 @@ def test_a_size_outside_the_buffer_is_malformed(
     function = ctypes.CFUNCTYPE(ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p)(answer)
     with pytest.raises(MalformedEvidenceError):
         system_over(gpus, Library(gpus, name, function)).collect(NONCE)
+
+
+def replay(machine: SimulatedMachine, name: str) -> Recorded:
+    """The machine's one GPU answers as a recorded one did."""
+    was = recorded(name)
+    (machine.silicon / "gpu-0.report").write_bytes(was.report)
+    (machine.silicon / "gpu-0.pem").write_bytes(was.chain)
+    machine.gpu.count = 1
+    if was.evidence.arch == "BLACKWELL":
+        machine.gpu.architecture = pynvml.NVML_DEVICE_ARCH_BLACKWELL
+    return was
+
+
+@pytest.mark.parametrize("name", GENUINE_GPUS)
+def test_recorded_evidence_comes_out_as_it_was(gpus: SimulatedMachine, name: str) -> None:
+    was = replay(gpus, name)
+    (evidence,) = gpus.gpu_system().collect(was.nonce)
+    assert (evidence.arch, evidence.report, evidence.certificate_chain) == (was.evidence.arch, was.report, was.chain)
+
+
+def test_recorded_evidence_answers_no_other_nonce(gpus: SimulatedMachine) -> None:
+    replay(gpus, "hopper_590.12_ppcie_0")
+    with pytest.raises(EvidenceBindingError):
+        gpus.gpu_system().collect(NONCE)
+
+
+def test_recorded_evidence_with_a_wrong_signature_does_not_leave_the_guest(gpus: SimulatedMachine) -> None:
+    was = replay(gpus, "hopper_invalid_signature")
+    with pytest.raises(EvidenceVerificationError) as caught:
+        gpus.gpu_system().collect(was.nonce)
+    assert caught.value.check is EvidenceCheck.REPORT_SIGNATURE
+
+
+def test_pynvml_finds_the_library_that_stands_for_the_drivers_as_it_finds_that(nvml_library: Path, tmp_path: Path) -> None:
+    program = (
+        "import pynvml as n; n.nvmlInit(); print(n.nvmlSystemGetDriverVersion(), n.nvmlDeviceGetCount()); n.nvmlShutdown()"
+    )
+    with answered(gpu_machine(tmp_path / "machine"), nvml_library) as machine:
+        assert machine.library.name == LIBRARY
+        environment = {"LD_LIBRARY_PATH": str(machine.library.parent)}
+        done = subprocess.run((sys.executable, "-c", program), env=environment, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("580.95.05 2\n", "")
+
+
+def test_the_library_says_what_the_drivers_says_of_a_wrong_call(nvml_library: Path, tmp_path: Path) -> None:
+    with answered(gpu_machine(tmp_path / "machine"), nvml_library) as machine:
+        nvml, count, text = ctypes.CDLL(str(machine.library)), ctypes.c_uint(), ctypes.create_string_buffer(9)
+        assert nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == pynvml.NVML_ERROR_UNINITIALIZED
+        assert nvml.nvmlInitWithFlags(0) == pynvml.NVML_SUCCESS
+        assert nvml.nvmlDeviceGetCount_v2(None) == pynvml.NVML_ERROR_INVALID_ARGUMENT
+        assert nvml.nvmlSystemGetDriverVersion(text, 9) == pynvml.NVML_ERROR_INSUFFICIENT_SIZE
+        settings = pynvml.c_nvmlSystemConfComputeSettings_v1_t()
+        settings.version = 1
+        code = nvml.nvmlSystemGetConfComputeSettings(ctypes.byref(settings))
+        assert code == pynvml.NVML_ERROR_ARGUMENT_VERSION_MISMATCH
+        assert nvml.nvmlShutdown() == pynvml.NVML_SUCCESS
+        assert nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) == pynvml.NVML_ERROR_UNINITIALIZED
+        (machine.library.parent / "nvml.sock").unlink()
+        assert nvml.nvmlInitWithFlags(0) == pynvml.NVML_ERROR_DRIVER_NOT_LOADED
+
+
+def test_a_slow_gpu_is_waited_for_and_the_next_one_is_not_asked_meanwhile(gpus: SimulatedMachine) -> None:
+    gpus.gpu.delay_calls = {REPORT_CALL: 0.3}
+    began = time.monotonic()
+    assert len(gpus.gpu_system().collect(NONCE)) == 2
+    assert time.monotonic() - began >= 0.6
 
 
 def test_an_architecture_without_attestation_is_no_attester(gpus: SimulatedMachine) -> None:
@@ -358,7 +430,15 @@ def test_a_log_without_end_is_a_fault(gpus: SimulatedMachine) -> None:
 
 
 @pytest.mark.parametrize("file", ["cmdline", "nvidia-params"])
-@pytest.mark.parametrize("key", ["RmConfidentialCompute=0x1", "RmConfComputeSpdmPolicy=0", "rmconfidentialcompute=3"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "RmConfidentialCompute=0x1",
+        "RmConfComputeSpdmPolicy=0",
+        "rmconfidentialcompute=3",
+        "Rm Confidential\tCompute=1",  # as the driver reads it
+    ],
+)
 def test_registry_keys_that_weaken_confidential_computing_are_refused(gpus: SimulatedMachine, file: str, key: str) -> None:
     system = gpus.gpu_system()
     (gpus.directory / file).write_text(f'console=ttyS0 nvidia.NVreg_RegistryDwords="RMOther=1;{key}"\n')
@@ -380,6 +460,17 @@ def test_parameters_that_cannot_be_read_are_a_device_error(gpus: SimulatedMachin
     with pytest.raises(DeviceError) as caught:
         system.inspect()
     assert (caught.value.interface, caught.value.code) == ("kernel-parameters", 2)
+
+
+@pytest.mark.parametrize("file", ["cmdline", "nvidia-params"])
+def test_parameters_without_end_are_a_device_error(gpus: SimulatedMachine, file: str) -> None:
+    system = gpus.gpu_system()
+    (gpus.directory / file).write_bytes(b"a" * MAX_PARAMETER_BYTES)
+    system.inspect()
+    (gpus.directory / file).write_bytes(b"a" * (MAX_PARAMETER_BYTES + 1))
+    with pytest.raises(DeviceError) as caught:
+        system.inspect()
+    assert (caught.value.interface, caught.value.code) == ("kernel-parameters", errno.EFBIG)
 
 
 def test_function_pointers_of_another_library_are_not_used(gpus: SimulatedMachine, tmp_path: Path) -> None:

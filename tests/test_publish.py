@@ -19,7 +19,7 @@ PLAN: ServerPlan = plan_server(parse(EXAMPLE.encode()).config.server)
 
 
 def handed(destination: DestinationKind, descriptors: tuple[int, ...] = (), directory: str | None = None) -> HandedModel:
-    return HandedModel(PLAN, destination, directory, "weights/model.gguf", descriptors, 3, Lease(60, 123.5))
+    return HandedModel(PLAN, destination, directory, "weights/model.gguf", descriptors, 3, Lease(60, 123.5), True, None)
 
 
 def test_what_the_worker_hands_over_survives_the_channel() -> None:

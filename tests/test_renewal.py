@@ -140,10 +140,10 @@ def status_of(agent: Agent) -> dict[str, Any]:
 
 
 def worker_of(agent: Agent) -> int:
-    """The child that is not the server, while there is no probe."""
+    """The child that is not the server nor, because it came first, the watch over the GPUs; while there is no probe."""
     server = status_of(agent)["server"]["pid"]
     children = Path(f"/proc/{agent.process.pid}/task/{agent.process.pid}/children").read_text().split()
-    (worker,) = {int(child) for child in children} - {server}
+    _, worker = sorted({int(child) for child in children} - {server})
     return worker
 
 

@@ -175,7 +175,7 @@ def test_the_supervisor_tells_them_at_the_end_of_its_turn_and_goes_on() -> None:
 
         thread = threading.Thread(target=raise_when_running)
         thread.start()
-        status = Supervisor("run", HostHints(None, None, None), worker).run()
+        status = Supervisor("run", HostHints(None, None, None), worker, lambda *_: 0).run()
         thread.join()
         assert status == 21
         found = b""

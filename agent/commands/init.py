@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 
 from agent.channel import Channel
 from agent.closed import Ident
-from agent.commands.run import health_address, open_hardware
+from agent.commands.run import health_address, open_hardware, watch_gpus
 from agent.config_source import find_in_guest
 from agent.errors import ConfigError, ConfigProblem
 from agent.report import BootReport
@@ -45,6 +45,6 @@ def _supervise(hints: dict[str, str]) -> BootReport:
     address = None if asked is None else health_address(asked)
     if asked is not None and address is None:
         raise ConfigError(ConfigProblem.ADDRESS, Ident("keyturn.health"))
-    supervisor = Supervisor("init", HostHints(DEFAULT_STATUS_FILE, None, address), worker)
+    supervisor = Supervisor("init", HostHints(DEFAULT_STATUS_FILE, None, address), worker, watch_gpus)
     supervisor.run()
     return supervisor.report

@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return work(channel, find, open_hardware, served_version)
 
     hints = HostHints(status_file or None, termination_log, address)
-    return Supervisor("run", hints, worker).run()
+    return Supervisor("run", hints, worker, watch_gpus).run()
 
 
 def _config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None]":
@@ -115,6 +115,18 @@ def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
     from agent.evidence.gpu import NvmlGpuSystem
 
     return NvmlGpuSystem()
+
+
+def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:
+    """In the watch process: see `evidence/gpu_watch.py`."""
+    from agent.evidence.gpu_watch import watch
+
+    if simulated_machine is None:
+        return watch(channel)
+    machine = _simulated_machine(simulated_machine)
+    from agent.sim.nvml import KERNEL_LOG, SimulatedNvml
+
+    return watch(channel, SimulatedNvml(machine), machine.directory / KERNEL_LOG)
 
 
 def _simulated_machine(directory: str) -> "SimulatedMachine":

@@ -118,6 +118,7 @@ class GpuInventory:
     gpus: tuple[Gpu, ...]
     modes: GpuModes
     ready: bool
+    persistent: bool  # every GPU stays initialised when nobody has it open
 
 
 class GpuSystem(Protocol):

@@ -120,6 +120,7 @@ def open_devices(
     gpus: GpuSystem | None,
     *,
     gpu_count: int,
+    architecture: str | None = None,
     expected_ready: ExpectedReady,
     manifest_digest: str,
     server_command_digest: str,
@@ -130,6 +131,7 @@ def open_devices(
         guest: whose configuration may decide.
         gpus: None exactly when `gpu_count` is 0.
         gpu_count: configured number of GPUs.
+        architecture: configured one of every GPU; None for any.
         expected_ready: the ready state of the GPUs, and whose work it is.
         manifest_digest: what the evidence says will be loaded.
         server_command_digest: what the evidence says will be run.
@@ -142,7 +144,7 @@ def open_devices(
     if gpus:
         inventory = gpus.inspect()
         # refusal: test_ready_before_the_boot_is_found_when_devices_are_opened
-        check_inventory(inventory, gpu_count, expected_ready)
+        check_inventory(inventory, gpu_count, expected_ready, architecture)
         # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
     return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)

@@ -54,17 +54,18 @@ class SecuredDevices:
             raise RuntimeError("only secure() makes SecuredDevices")
 
 
-def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady) -> None:
+def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady, architecture: str | None = None) -> None:
     """Check what must hold before attestation, and again before the gate.
 
     Args:
         inventory: as just read.
         count: configured number of GPUs, 1 or more.
         expected: the ready state.
+        architecture: configured one of every GPU, in Trustee's words; None for any that can attest.
 
     Raises:
-        GpuModeError: a mode in which the GPUs protect nothing, or one we do not know.
-        GpuCountError: a GPU is missing, extra, or listed twice.
+        GpuModeError: a mode in which the GPUs protect nothing, one we do not know, or one that this boot would not outlive.
+        GpuCountError: a GPU is missing, extra, listed twice, or of another architecture.
         VmRestartRequiredError: ready is 1 and should not be.
         GpuFaultError: ready is 0 and should not be.
     """
@@ -84,6 +85,12 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
     if modes.cc_feature != _CC_ON and modes.multi_gpu_mode not in _MULTI_GPU_MODES:
         raise GpuModeError(GpuMode.CC_FEATURE, modes.cc_feature, _CC_ON)
 
+    # A GPU in confidential-computing mode initialises once per reset. Without persistence mode the worker, whose end closes it,
+    # would be its last user, and the server would find none.
+    # refusal: test_modes_that_protect_nothing_are_refused
+    if not inventory.persistent:
+        raise GpuModeError(GpuMode.PERSISTENCE, got=0, expected=1)
+
     distinct = len({gpu.uuid for gpu in inventory.gpus})
     # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if len(inventory.gpus) != count:
@@ -91,6 +98,10 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
     # refusal: test_a_missing_extra_or_repeated_gpu_is_refused
     if distinct != count:
         raise GpuCountError(count, distinct)
+    others = sum(architecture not in (None, gpu.arch) for gpu in inventory.gpus)
+    # refusal: test_a_gpu_of_another_architecture_is_refused
+    if others:
+        raise GpuCountError(count, count - others)
 
     # refusal: test_a_ready_state_somebody_else_set_needs_a_new_vm
     if inventory.ready and expected is ExpectedReady.UNSET:

@@ -1,7 +1,8 @@
 """The NVIDIA GPUs of this guest, through NVML: what they are, their Evidence, their faults, and the one ready state.
 
-Owns every NVML call and every kernel file that says something about GPUs. Decides nothing about modes, counts or order: that
-is `gate.py`. Checks of a report only what must hold before it leaves: it parses, carries our nonce, and its leaf key signed it.
+Owns the NVML calls of a boot, and what the kernel says of the driver's parameters; its log is `gpu_watch.py`'s. Decides nothing
+about modes, counts or order: that is `gate.py`. Checks of a report only what must hold before it leaves: it parses, carries our
+nonce, and its leaf key signed it.
 
 A failed report or certificate call latches a fatal state in the driver that only a VM restart clears, so no call is ever made
 twice. NVML is never shut down either: the end of the process does it, and an adapter whose last client leaves needs a reset.
@@ -9,11 +10,12 @@ Source: NVIDIA open-gpu-kernel-modules 595.45.04, conf_compute_api.c, conf_compu
 """
 
 import ctypes
+import errno
 import os
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,31 +34,14 @@ from agent.errors import (
 )
 from agent.evidence import Gpu, GpuEvidence, GpuInventory, GpuModes, GpuNonce
 from agent.evidence.gpu_abi import parse_report
+from agent.evidence.gpu_watch import KERNEL_LOG, NVML, KernelLog, open_nvml
 from agent.verify.nvidia import parse_chain, verify_report_signature
 
-# Absolute, so that neither the loader's search path nor its environment chooses the library.
-NVML_LIBRARIES = (
-    Path("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"),
-    Path("/usr/lib64/libnvidia-ml.so.1"),
-    Path("/usr/lib/libnvidia-ml.so.1"),
-)
-KERNEL_LOG = Path("/dev/kmsg")
 KERNEL_COMMAND_LINE = Path("/proc/cmdline")
 DRIVER_PARAMETERS = Path("/proc/driver/nvidia/params")
-MAX_KERNEL_LOG_BYTES = 64 << 20
 MAX_PARAMETER_BYTES = 64 << 10
 
-_NVML = Ident("nvml")
 _ARCHITECTURES = {pynvml.NVML_DEVICE_ARCH_HOPPER: "HOPPER", pynvml.NVML_DEVICE_ARCH_BLACKWELL: "BLACKWELL"}
-
-# XIDs after which a GPU must be reset: 48 and 140 uncorrected ECC, 79 off the bus, 94 and 95 (un)contained ECC, 119 and 120 its
-# firmware does not answer or failed, 143 initialisation failed, 151 rotation of a confidential-computing key failed.
-# Source: NVIDIA Xid catalog.
-FATAL_XIDS = frozenset((48, 79, 94, 95, 119, 120, 140, 143, 151))
-_XID = re.compile(rb"NVRM: Xid \([^)\n]{1,64}\): ([0-9]{1,5}),")
-_CC_FATAL = b"ConfCompute: Fatal error hit!"
-_LONGEST_MATCH_BYTES = 128
-_MAX_KERNEL_RECORD_BYTES = 8 << 10
 
 # The first can turn the ready check off and devtools on, the second the encrypted session.
 _WEAKENING_KEYS = re.compile(rb"RmConfidentialCompute|RmConfComputeSpdmPolicy", re.IGNORECASE)
@@ -83,20 +68,6 @@ def is_held(proc: Path = Path("/proc")) -> bool:
         if any(_GPU_NODE.fullmatch(link) for link in links):
             return True
     return False
-
-
-def open_nvml(candidates: tuple[Path, ...] = NVML_LIBRARIES) -> ctypes.CDLL:
-    """The driver's NVML.
-
-    Raises:
-        NoAttesterError: none of the absolute paths can be loaded.
-    """
-    for path in candidates:
-        try:
-            return ctypes.CDLL(str(path))
-        except OSError:
-            continue
-    raise NoAttesterError(_NVML)
 
 
 class NvmlGpuSystem:
@@ -144,6 +115,7 @@ class NvmlGpuSystem:
                 gpus=tuple(_inspect_gpu(handle) for handle in _handles()),
                 modes=_modes(),
                 ready=_ready(),
+                persistent=all(_is_persistent(handle) for handle in _handles()),
             )
 
     def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
@@ -164,17 +136,8 @@ class NvmlGpuSystem:
         Raises:
             GpuFaultError: a fatal XID or confidential-computing fault is there, or the log cannot be read.
         """
-        tail = b""
-        for chunk in _read_kernel_log(self._kernel_log):
-            window = tail + chunk
-            # refusal: test_a_confidential_computing_fault_is_a_fault
-            if _CC_FATAL in window:
-                raise GpuFaultError(GpuFault.CC_FATAL)
-            for match in _XID.finditer(window):
-                # refusal: test_a_log_that_only_blocks_has_ended
-                if int(match[1]) in FATAL_XIDS:
-                    raise GpuFaultError(GpuFault.FATAL_XID, int(match[1]))
-            tail = window[-_LONGEST_MATCH_BYTES:]
+        with closing(KernelLog(self._kernel_log)) as log:
+            log.check()
 
     def set_ready(self) -> None:
         """Set the ready state to 1, for all GPUs at once, and read it back. Nothing sets it back.
@@ -193,10 +156,14 @@ class NvmlGpuSystem:
         for path in self._parameter_files:
             try:
                 with path.open("rb") as file:
-                    text = file.read(MAX_PARAMETER_BYTES)
+                    text = file.read(MAX_PARAMETER_BYTES + 1)
             except OSError as exc:
                 raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
-            found = len(_WEAKENING_KEYS.findall(text))
+            # refusal: test_parameters_without_end_are_a_device_error
+            if len(text) > MAX_PARAMETER_BYTES:
+                raise DeviceError(Ident("kernel-parameters"), Ident("read"), errno.EFBIG)
+            # The driver takes white space out before it reads a key (rm_remove_spaces), also out of the middle of its name.
+            found = len(_WEAKENING_KEYS.findall(b"".join(text.split())))
             # refusal: test_registry_keys_that_weaken_confidential_computing_are_refused
             if found:
                 raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
@@ -218,9 +185,9 @@ def _call(name: str, *arguments: object) -> Any:
     try:
         return getattr(pynvml, name)(*arguments)
     except pynvml.NVMLError as exc:
-        raise DeviceError(_NVML, Ident(name), exc.value) from exc
+        raise DeviceError(NVML, Ident(name), exc.value) from exc
     except UnicodeDecodeError:  # a driver that returns text which is none
-        raise DeviceError(_NVML, Ident(name), pynvml.NVML_ERROR_UNKNOWN) from None
+        raise DeviceError(NVML, Ident(name), pynvml.NVML_ERROR_UNKNOWN) from None
 
 
 def _handles() -> Iterator[Any]:
@@ -244,12 +211,16 @@ def _inspect_gpu(handle: Any) -> Gpu:
     )
 
 
+def _is_persistent(handle: Any) -> bool:
+    return bool(_call("nvmlDeviceGetPersistenceMode", handle) == pynvml.NVML_FEATURE_ENABLED)
+
+
 def _modes() -> GpuModes:
     settings = pynvml.c_nvmlSystemConfComputeSettings_v1_t()
     # Unlike its siblings this function returns the code and never raises it.
     code = _call("nvmlSystemGetConfComputeSettings", ctypes.byref(settings))
     if code != pynvml.NVML_SUCCESS:
-        raise DeviceError(_NVML, Ident("nvmlSystemGetConfComputeSettings"), code)
+        raise DeviceError(NVML, Ident("nvmlSystemGetConfComputeSettings"), code)
     return GpuModes(
         cc_feature=settings.ccFeature,
         environment=settings.environment,
@@ -276,29 +247,3 @@ def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
     # refusal: test_a_size_outside_the_buffer_is_malformed
     verify_report_signature(parsed, parse_chain(chain))
     return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
-
-
-def _read_kernel_log(path: Path) -> Iterator[bytes]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as exc:
-        raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE) from exc
-    try:
-        budget = MAX_KERNEL_LOG_BYTES  # a log that grows faster than we read must end somewhere
-        while budget > 0:
-            try:
-                chunk = os.read(descriptor, 64 << 10)
-            except BlockingIOError:  # how /dev/kmsg says that there is no more
-                return
-            except BrokenPipeError:  # records were overwritten while we read; the next read continues with the oldest left
-                budget -= _MAX_KERNEL_RECORD_BYTES
-                continue
-            except OSError as exc:
-                raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE) from exc
-            if not chunk:
-                return
-            budget -= len(chunk)
-            yield chunk
-        raise GpuFaultError(GpuFault.KERNEL_LOG_UNREADABLE)
-    finally:
-        os.close(descriptor)

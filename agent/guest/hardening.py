@@ -135,6 +135,13 @@ def _forbid_new_privileges() -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
 
 
+def lead_standard_descriptors_nowhere() -> None:
+    """So that no library can say anything: descriptors 0, 1 and 2 become the null device."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+
+
 def close_descriptors_except(kept: Collection[int]) -> None:
     """Close every descriptor of this process but these."""
     first = 0

@@ -48,6 +48,9 @@ class GpuKnobs:
         fail_calls: NVML return code by function name; such a call does nothing else.
         repeat_first_gpu: every GPU answers with the first one's evidence.
         ready_falls_back_after: number of reads that see ready 1 before it falls back to 0; None for never.
+        delay_calls: seconds by function name that such a call takes longer.
+        architecture: NVML's number of it, the same for every GPU.
+        persistent: persistence mode is on, as nvidia-persistenced sets it.
     """
 
     count: int = 1
@@ -63,6 +66,9 @@ class GpuKnobs:
     trailing_byte: bool = False
     repeat_first_gpu: bool = False
     ready_falls_back_after: int | None = None
+    delay_calls: dict[str, float] = field(default_factory=dict)
+    architecture: int = 9
+    persistent: bool = True
     driver_version: str = "580.95.05"
     vbios_version: str = "96.00.74.00.1A"
 
@@ -187,6 +193,12 @@ class SimulatedMachine:
                 raise RuntimeError("the machine was saved by somebody else since it was loaded: load it again")
             write_file(path, new, mode=0o644)
         self._on_disk = new
+
+    def reread(self) -> None:
+        """Take in what another process saved of the GPUs: they belong to the machine, not to who opened them."""
+        on_disk = (self.directory / MACHINE_FILE).read_bytes()
+        if on_disk != self._on_disk:
+            self.gpu, self._on_disk = GpuKnobs(**json.loads(on_disk)["gpu"]), on_disk
 
     def attester(self, tee: Tee = Tee.SNP) -> Attester:
         """Its CPU TEE."""

@@ -7,6 +7,7 @@ five certificates that says SIMULATED in every one.
 
     silicon/nvidia-root.pem           the root a broker must be given to believe any of this
     silicon/gpu-N.key, gpu-N.pem      attestation key and chain of GPU N
+    silicon/gpu-N.report              instead of a key: what GPU N answers whatever it is asked, for recorded evidence
     kmsg, cmdline, nvidia-params      the machine's kernel log, kernel command line and driver parameters
     nvml.log                          every NVML function called, one a line
 
@@ -17,6 +18,7 @@ import ctypes
 import datetime
 import hashlib
 import secrets
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Sequence
@@ -74,6 +76,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nvmlDeviceGetUUID": (_ADDRESS, _ADDRESS, _U32),
     "nvmlDeviceGetArchitecture": (_ADDRESS, _ADDRESS),
     "nvmlDeviceGetVbiosVersion": (_ADDRESS, _ADDRESS, _U32),
+    "nvmlDeviceGetPersistenceMode": (_ADDRESS, _ADDRESS),
     "nvmlDeviceGetConfComputeGpuCertificate": (_ADDRESS, _ADDRESS),
     "nvmlDeviceGetConfComputeGpuAttestationReport": (_ADDRESS, _ADDRESS),
 }
@@ -166,8 +169,12 @@ def create_gpu_silicon(directory: Path, count: int) -> None:
         write_file(directory / f"gpu-{index}.key", private, mode=0o600)
 
 
-def open_gpu_system(machine: SimulatedMachine) -> NvmlGpuSystem:
+def open_gpu_system(machine: SimulatedMachine, library: object = None) -> NvmlGpuSystem:
     """The machine's GPUs, with the machine's own kernel log, command line and driver parameters.
+
+    Args:
+        machine: whose GPUs.
+        library: what has NVML's functions as attributes; None for `SimulatedNvml`.
 
     Raises:
         DeviceError: NVML is told to fail at its initialisation.
@@ -182,7 +189,7 @@ def open_gpu_system(machine: SimulatedMachine) -> NvmlGpuSystem:
         if not path.exists():
             path.write_text(text)
     return NvmlGpuSystem(
-        SimulatedNvml(machine),
+        SimulatedNvml(machine) if library is None else library,
         kernel_log=machine.directory / KERNEL_LOG,
         kernel_command_line=machine.directory / "cmdline",
         driver_parameters=machine.directory / "nvidia-params",
@@ -218,7 +225,9 @@ class SimulatedNvml:
         return entry
 
     def _answer(self, name: str, function: Callable[..., int], arguments: tuple[int, ...]) -> int:
+        self._machine.reread()
         gpu = self._machine.gpu
+        time.sleep(gpu.delay_calls.get(name, 0))
         if name in gpu.fail_calls:
             code = gpu.fail_calls[name]
         elif not self._initialised and name != "nvmlInitWithFlags":
@@ -296,7 +305,11 @@ class SimulatedNvml:
         return _write_text(text, size, f"GPU-{uuid.UUID(bytes=hashlib.sha256(chain).digest()[:16])}")
 
     def _nvmlDeviceGetArchitecture(self, _handle: int, architecture: int) -> int:
-        _U32.from_address(architecture).value = pynvml.NVML_DEVICE_ARCH_HOPPER
+        _U32.from_address(architecture).value = self._machine.gpu.architecture
+        return 0
+
+    def _nvmlDeviceGetPersistenceMode(self, _handle: int, mode: int) -> int:
+        _U32.from_address(mode).value = self._machine.gpu.persistent
         return 0
 
     def _nvmlDeviceGetVbiosVersion(self, _handle: int, text: int, size: int) -> int:
@@ -314,7 +327,9 @@ class SimulatedNvml:
         struct = pynvml.c_nvmlConfComputeGpuAttestationReport_t.from_address(answer)
         gpu = self._machine.gpu
         nonce = secrets.token_bytes(32) if gpu.wrong_nonce else bytes(struct.nonce)
-        report = self._report(self._signer(handle), GpuNonce(nonce))
+        signer = self._signer(handle)
+        recorded = self._machine.silicon / f"gpu-{signer}.report"
+        report = recorded.read_bytes() if recorded.exists() else self._report(signer, GpuNonce(nonce))
         struct.isCecAttestationReportPresent = pynvml.NVML_CC_CEC_ATTESTATION_REPORT_NOT_PRESENT
         struct.attestationReportSize = len(report)
         struct.attestationReport[: len(report)] = report

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from agent.channel import Channel
-from agent.commands.run import open_hardware
+from agent.commands.run import open_hardware, watch_gpus
 from agent.config_source import FoundConfig, find_in_guest
 from agent.errors import (
     ConfigConflictError,
@@ -140,7 +140,7 @@ def bug_in_the_worker(world: FaultWorld) -> str:
         hints = HostHints(str(world.folder / "status" / "status.json"), str(world.folder / "termination"), None)
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)
-        supervisor = Supervisor("run", hints, worker)
+        supervisor = Supervisor("run", hints, worker, watch_gpus)
         supervisor.run()
         return supervisor.report.last_line()
 

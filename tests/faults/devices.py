@@ -2,11 +2,16 @@
 
 import errno
 import os
+import shutil
+import signal
+import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from agent.errors import (
+    AgentError,
     AttestationKeyLostError,
     DeviceError,
     DeviceUnavailableError,
@@ -22,15 +27,20 @@ from agent.errors import (
     KeyReleaseDeniedError,
     MalformedEvidenceError,
     VmRestartRequiredError,
+    WorkerLostError,
 )
 from agent.evidence import ReportData
 from agent.evidence.cpu import TDX_PATIENCE
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_guest import TdxGuest
+from agent.gpu_watch import MAX_REPLACED
+from agent.sim.nvml import KERNEL_LOG, create_gpu_silicon
 from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
 from tests.fake_nodes import Fault as DriverFault
 from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
+from tests.faults.watch import descendants
+from tests.world import Agent, Outcome
 
 NEVER, ONCE = Attempts.NEVER, Attempts.ONCE
 
@@ -77,6 +87,15 @@ def one_gpu_twice(world: FaultWorld) -> None:
     world.machine.gpu.repeat_first_gpu = True
 
 
+def registry_key(world: FaultWorld) -> None:
+    text = 'RegistryDwords: "RmConfidentialCompute=0x1"\n'
+    (world.machine.directory / "nvidia-params").write_text(text)
+
+
+def architecture_is_blackwell(world: FaultWorld) -> None:
+    world.gpu["architecture"] = "blackwell"
+
+
 def ready_is_preset(world: FaultWorld) -> None:
     world.gpu["ready_state"] = "preset"
 
@@ -84,6 +103,97 @@ def ready_is_preset(world: FaultWorld) -> None:
 def _nvml(call: str, code: int = 999, *, name: str, attempts: Attempts = NEVER, audit: list[Audit] | None = None) -> Fault:
     fields = {"call": call, "code": code}
     return Fault(name, DeviceError, _gpu(fail_calls={call: code}), fields, audit if attempts is not NEVER else [], attempts)
+
+
+XID = "4,812,5123456,-;NVRM: Xid (PCI:0000:06:00): {}, pid='<unknown>', name=<unknown>, a description\n"
+
+
+def _logged(text: str) -> Callable[[FaultWorld], None]:
+    """It stands in the guest's kernel log before the agent starts."""
+
+    def arrange(world: FaultWorld) -> None:
+        (world.machine.directory / KERNEL_LOG).write_text(text)
+
+    return arrange
+
+
+def _fatal_xid(xid: int, what: str) -> Fault:
+    fields = {"fault": GpuFault.FATAL_XID, "code": xid}
+    return Fault(f"XID {xid} before the boot: {what}", GpuFaultError, _logged(XID.format(xid)), fields, [], NEVER)
+
+
+def _driver_refuses(name: str, text: str, code: int) -> Fault:
+    """The driver gives up on the GPU and says why in the kernel log; NVML then has nothing to open."""
+
+    def arrange(world: FaultWorld) -> None:
+        _logged(f"3,1,1,-;NVRM: {text}\n")(world)
+        world.machine.gpu.fail_calls = {"nvmlInitWithFlags": code}
+
+    return Fault(name, DeviceError, arrange, {"call": "nvmlInit", "code": code}, [], NEVER)
+
+
+def _served(name: str, happens: Callable[[FaultWorld], object], error: type[AgentError], **fields: object) -> Fault:
+    def during(world: FaultWorld, agent: Agent) -> Outcome:
+        agent.wait_for("server_ready")
+        happens(world)
+        return agent.wait()
+
+    return Fault(name, error, fields=fields, audit=SERVED, attempts=ONCE, during=during, while_serving=True)
+
+
+def xid_79(world: FaultWorld) -> None:
+    with (world.machine.directory / KERNEL_LOG).open("a") as log:
+        log.write(XID.format(79))
+
+
+def cc_fatal(world: FaultWorld) -> None:
+    with (world.machine.directory / KERNEL_LOG).open("a") as log:
+        log.write("3,9,9,-;NVRM: ConfCompute: Fatal error hit!\n")
+
+
+def ready_falls_back(world: FaultWorld) -> None:
+    world.machine.reread()
+    world.machine.gpu.ready = 0
+    world.machine.save()
+
+
+def gpu_is_lost(world: FaultWorld) -> None:
+    world.machine.reread()
+    world.machine.gpu.fail_calls = {"nvmlSystemGetConfComputeGpusReadyState": 15}
+    world.machine.save()
+
+
+def watch_killed_for_good(world: FaultWorld, agent: Agent) -> Outcome:
+    """Whatever kills it does so again and again: every watch is told and replaced, and then the guest stops."""
+    agent.wait_for("server_ready")
+    killed = 0
+    while agent.process.poll() is None and killed <= MAX_REPLACED:
+        for child in descendants(agent.process.pid):
+            with suppress(OSError):
+                if os.getsid(child) == os.getsid(agent.process.pid):  # the server has a session of its own
+                    os.kill(child, signal.SIGKILL)
+                    killed += 1
+                    while Path(f"/proc/{child}").exists():
+                        time.sleep(0.01)
+    outcome = agent.wait()
+    assert outcome.names().count("gpu_watch_lost") == MAX_REPLACED
+    return outcome
+
+
+def another_maker(world: FaultWorld) -> None:
+    """A GPU whose keys lead to a root that only calls itself NVIDIA's."""
+    silicon = world.folder / "machine" / "silicon"
+    shutil.copytree(world.silicon, silicon)
+    create_gpu_silicon(silicon, 1)
+    world.machine.silicon = silicon
+
+
+def started_again(world: FaultWorld, agent: Agent) -> Outcome:
+    """The agent serves, is stopped, and is started again in the same machine."""
+    agent.wait_for("server_ready")
+    assert agent.stop().status == 0
+    again = world.start_agent(world.folder / "keyturn.toml")
+    return again.wait()
 
 
 def short_report(world: FaultWorld) -> object:
@@ -168,11 +278,15 @@ ROWS = [
     _denied(
         "policy that wants another VBIOS", _row("gpu", vbios_versions=[{"id": "v", "value": "1.2.3"}]), "gpu.vbios_version"
     ),
+    _denied("GPU of another maker", another_maker, "gpu.certificate-chain"),
     Fault("ready already 1", VmRestartRequiredError, _gpu(ready=1), audit=[], attempts=NEVER),
     Fault("ready preset and not set", GpuFaultError, ready_is_preset, {"fault": GpuFault.READY_NOT_SET}, [], NEVER),
     Fault("devtools mode", GpuModeError, _gpu(devtools=1), {"mode": GpuMode.DEVTOOLS, "got": 1}, [], NEVER),
     Fault("simulation environment of the GPU", GpuModeError, _gpu(environment=1), {"mode": GpuMode.ENVIRONMENT}, [], NEVER),
     Fault("confidential computing off", GpuModeError, _gpu(cc_feature=0), {"mode": GpuMode.CC_FEATURE}, [], NEVER),
+    Fault("persistence mode off", GpuModeError, _gpu(persistent=False), {"mode": GpuMode.PERSISTENCE, "got": 0}, [], NEVER),
+    Fault("registry key in the driver's parameters", GpuModeError, registry_key, {"mode": GpuMode.REGISTRY_KEYS}, [], NEVER),
+    Fault("GPU of another architecture", GpuCountError, architecture_is_blackwell, {"got": 0, "expected": 1}, [], NEVER),
     Fault("unknown multi-GPU mode", GpuModeError, _gpu(multi_gpu_mode=9), {"mode": GpuMode.MULTI_GPU}, [], NEVER),
     Fault("GPU with a fatal error latched", DeviceError, _gpu(fatal_latched=True), {"code": 27}),
     Fault(
@@ -182,6 +296,43 @@ ROWS = [
         {"fault": GpuFault.READY_NOT_SET},
         audit=SERVED,
         attempts=ONCE,
+    ),
+    Fault("agent that starts again", VmRestartRequiredError, audit=SERVED, attempts=NEVER, during=started_again),
+    _driver_refuses(
+        "confidential computing off in a confidential VM", "GPU confidential compute capability is not enabled.", 9
+    ),
+    _driver_refuses(
+        "kernel without the driver's crypto", "libspdm_check_crypto_backend: Error - libspdm expects LKCA but found stubs!", 9
+    ),
+    _driver_refuses("session with the GPU that fails", "SPDM: Session establishment failed", 999),
+    _driver_refuses("GPU that is initialised twice", "GPU0 RmInitAdapter failed! (0x22:0x56:894)", 9),
+    _nvml("nvmlDeviceGetUUID", 15, name="GPU that is lost before attestation"),
+    _nvml("nvmlDeviceGetConfComputeGpuAttestationReport", 15, name="GPU that is lost in its report", attempts=Attempts.EITHER),
+    _fatal_xid(48, "uncorrected memory error"),
+    _fatal_xid(79, "off the bus"),
+    _fatal_xid(94, "contained memory error"),
+    _fatal_xid(95, "uncontained memory error"),
+    _fatal_xid(151, "rotation of a key failed"),
+    Fault(
+        "confidential computing fault before the boot",
+        GpuFaultError,
+        _logged("3,9,9,-;NVRM: ConfCompute: Fatal error hit!\n"),
+        {"fault": GpuFault.CC_FATAL},
+        [],
+        NEVER,
+    ),
+    _served("XID while serving", xid_79, GpuFaultError, fault=GpuFault.FATAL_XID, code=79),
+    _served("confidential computing fault while serving", cc_fatal, GpuFaultError, fault=GpuFault.CC_FATAL),
+    _served("ready that falls back while serving", ready_falls_back, GpuFaultError, fault=GpuFault.READY_LOST),
+    _served("GPU that is lost while serving", gpu_is_lost, DeviceError, code=15),
+    Fault(
+        "watch over the GPUs that is killed again and again",
+        WorkerLostError,
+        fields={"signal": 9},
+        audit=SERVED,
+        attempts=ONCE,
+        during=watch_killed_for_good,
+        while_serving=True,
     ),
     _nvml("nvmlSystemGetDriverVersion", name="driver that does not tell its version"),
     _nvml("nvmlSystemGetConfComputeSettings", name="driver without confidential computing"),

@@ -79,6 +79,7 @@ class Fault:
         files: of the model.
         needs_root: only root can arrange it.
         may_stay: files that this fault is meant to leave, beside `WRITTEN`.
+        while_serving: it comes when the model is served.
         drive: instead of a boot: what must raise `error` in this process, or return the last line that tells it.
     """
 
@@ -97,6 +98,7 @@ class Fault:
     files: int = 1
     may_stay: frozenset[str] = frozenset()
     needs_root: bool = False
+    while_serving: bool = False
     drive: Callable[[FaultWorld], object] | None = None
 
 
@@ -184,7 +186,10 @@ def _check_end(fault: Fault, outcome: Outcome) -> None:
     assert names.count("failed") == 1
     assert names[-1] == "stopped", names
     assert "wiped" in names[-3:], names  # a boot that is asked to stop while its server starts fails when that has ended
-    if fault.error.step not in (Step.SERVER, Step.LEASE, Step.AGENT):
+    if fault.while_serving:
+        assert "server_ready" in names
+        assert "server_ended" in names
+    elif fault.error.step not in (Step.SERVER, Step.LEASE, Step.AGENT):
         assert "server_started" not in names, "a model that no one may open was served"
     failure = outcome.failure
     assert (failure["owner"], failure["step"]) == (fault.error.owner.value, fault.error.step.value)

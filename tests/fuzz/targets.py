@@ -755,8 +755,8 @@ def handed_model(data: bytes) -> None:
 
 def handed_model_seeds() -> list[bytes]:
     models = (
-        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5)),
-        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None),
+        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5), True, "/machine"),
+        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None, False, None),
     )
     return [json.dumps(each.record()).encode() for each in models]
 
