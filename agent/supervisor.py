@@ -1,9 +1,9 @@
 """The supervisor: forks the worker, takes the open model from it, runs the model server, and tells the world.
 
 Small and single-threaded, standard library only; it never holds a key. Owns the process tree, signals, the private mount
-namespace and the four faces of `report.py`. What happens after key release ends with this process: the
-kernel kills worker and server with it (PDEATHSIG), and the model's mount goes with its namespace. The lease is obeyed through
-`renewal.py`, whatever the server does meanwhile; there is never more than one worker.
+namespace and the four faces of `report.py`. What happens after key release ends with this process: the kernel kills worker and
+server with it (PDEATHSIG), and the model's mount goes with its namespace. The lease is obeyed through `renewal.py`, whatever
+the server does meanwhile. There is never more than one worker, beside the watch over the GPUs (`gpu_watch.py`).
 """
 
 import os
