@@ -108,7 +108,7 @@ def test_child_that_is_not_hardened_does_leave_a_core_here(tmp_path: Path) -> No
 
 def drop_everything() -> None:
     """Root without capabilities: may still read files of root, may raise no limit."""
-    hardening.confine_child(None, None, os.getppid(), range(100))
+    hardening.confine_child(None, None, os.getppid(), {int(number) for number in os.listdir("/proc/self/fd")})
 
 
 def test_orphans_of_a_subreaper_become_its_children() -> None:
@@ -176,7 +176,7 @@ def confined(uid: int | None, gid: int | None) -> dict[str, str]:
             header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, ourselves
             assert _LIBC.capset(header, (ctypes.c_uint32 * 6)(low, low, 1 << _CAP_NET_RAW, high, high, 0)) == 0
             assert _LIBC.prctl(47, 2, _CAP_NET_RAW, 0, 0) == 0  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
-        hardening.confine_child(uid, gid, os.getppid(), range(100))
+        hardening.confine_child(uid, gid, os.getppid(), {int(number) for number in os.listdir("/proc/self/fd")})
         return status() | {"umask": oct(os.umask(0)), "core": str(resource.getrlimit(resource.RLIMIT_CORE))}
 
     return in_child(scenario)
