@@ -31,7 +31,7 @@ from agent.errors import (
     SwapActiveError,
 )
 from agent.guest import mounts
-from agent.guest.memory_info import MemoryInfo
+from agent.guest.memory_info import MACHINE, MemoryInfo
 from tests.children import in_child
 
 PAGE = mmap.PAGESIZE
@@ -263,6 +263,9 @@ def test_a_living_agents_directory_is_left_alone(given: Path, published: bool) -
     if published:
         living.seal_read_only()
     held = os.dup(living.hand_over()[0])
+    with pytest.raises(DestinationError) as looked:
+        check_destination("directory", str(given), [PAGE], None, allow_swap=True, memory=MACHINE)
+    assert looked.value.problem is DestinationProblem.IN_USE
     before = descriptors()
     wipe(str(given))
     with pytest.raises(DestinationError) as caught:

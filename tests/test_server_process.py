@@ -1,6 +1,5 @@
 """Real servers, each a few lines of Python, started and ended the way the supervisor does it."""
 
-import ctypes
 import dataclasses
 import errno
 import json
@@ -16,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.errors import ServerStartError, ServerStuckError
+from agent.errors import ServerStartError
 from agent.guest.hardening import die_with_parent
 from agent.server import Output, Placement, ServerPlan
 from agent.server.policy import Exited
@@ -439,30 +438,6 @@ def test_whole_descent_of_a_server_is_gone_after_destroy_and_other_children_are_
         return len({*descent, server.pid}), gone([*descent, server.pid]), spared
 
     assert in_child(scenario) == (7, True, True)
-
-
-@pytest.mark.skipif(not IS_ROOT, reason="only root can trace any process")
-def test_process_that_stays_after_sigkill_is_an_error_and_not_an_endless_wait() -> None:
-    def scenario() -> int:
-        server = spawn(running("import signal; signal.pause()"), PLACE)
-        ours, theirs = os.pipe()
-
-        def trace(parent: int) -> None:
-            """What is traced stays a zombie until its tracer has seen its end; this one never looks."""
-            die_with_parent(parent)
-            seized = ctypes.CDLL(None).ptrace(0x4206, server.pid, None, None)  # PTRACE_SEIZE
-            os.write(theirs, b"%d\n" % seized)
-            signal.pause()
-
-        tracer = fork(trace)
-        assert read_line(ours) == b"0\n"
-        try:
-            server.destroy(spare={tracer}, timeout_s=0.2)
-        except ServerStuckError as error:
-            return error.processes
-        return 0
-
-    assert in_child(scenario) == 1
 
 
 def idle(parent: int) -> None:

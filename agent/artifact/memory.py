@@ -315,6 +315,8 @@ def check_destination(
     folder = _open_given(directory)
     try:
         with translated():
+            if given.is_held(folder):
+                raise DestinationError(DestinationProblem.IN_USE)
             _check_space(folder, in_pages(sizes))
     finally:
         os.close(folder)
@@ -360,16 +362,13 @@ def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
 
 
 def _open_given(path: str) -> int:
-    """The folder, once it is known to be one that a model may go to: empty, or left by an agent that is dead."""
+    """The folder, once it is known to be one that a model may go to: empty, or an agent's; `given` knows whether that lives."""
     with translated():
         folder = os.open(path, _FOLDER)
         try:
             # refusal: test_a_given_directory_must_be_memory
             if not mounts.is_tmpfs(folder):
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
-            # refusal: test_a_living_agents_directory_is_left_alone
-            if given.is_held(folder):
-                raise DestinationError(DestinationProblem.IN_USE)
             names = set(os.listdir(folder))
             if MARK_NAME in names:
                 names -= {MARK_NAME, PUBLISHED_NAME}

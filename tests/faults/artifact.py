@@ -213,7 +213,7 @@ ROWS = [
         SERVED,
         ONCE,
     ),
-    Fault("two files mixed", SegmentAuthenticationError, two_files_mixed, {"file": 0}, SERVED, ONCE, files=2),
+    Fault("two files mixed", SegmentAuthenticationError, two_files_mixed, {"file": 0}, SERVED, ONCE, files=2, needs_root=True),
     Fault("file of an older release", SegmentAuthenticationError, old_file, {"file": 0}, SERVED, ONCE),
     Fault("blob one byte short", TruncatedArtifactError, _weights(lambda data: data[:-1]), {"file": 0}, SERVED, ONCE),
     Fault("blob that is empty", TruncatedArtifactError, _weights(lambda data: b""), {"file": 0}, SERVED, ONCE),

@@ -116,7 +116,11 @@ def against(change: Callable[[Broker], object], timeout_s: float = 20) -> Callab
 @functools.cache
 def _grpc_is_up() -> grpc.Channel:
     """gRPC opens descriptors of its own when it is first used and closes them at some later time: here it stays up."""
-    grpc.aio.init_grpc_aio()  # type: ignore[attr-defined]  # the stubs do not know it
+
+    async def begin() -> None:  # in a loop: a test before this one may have left none
+        grpc.aio.init_grpc_aio()  # type: ignore[attr-defined]  # the stubs do not know it
+
+    asyncio.run(begin())
     return grpc.insecure_channel(closed_port())
 
 

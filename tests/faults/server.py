@@ -180,5 +180,5 @@ ROWS = [
         Attempts.AGAIN,
         during=broker_gone_while_serving,
     ),
-    Fault("server that survives SIGKILL", ServerStuckError, fields={"processes": 1}, drive=survives_sigkill),
+    Fault("server that survives SIGKILL", ServerStuckError, fields={"processes": 1}, drive=survives_sigkill, needs_root=True),
 ]
