@@ -30,22 +30,20 @@ import re
 import secrets
 import threading
 import time
-import urllib.parse
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
-from agent.sim.trustee_as import TEES, AttestationService, parse_attestation, parse_json, parse_tee_pubkey
+from agent.sim.trustee_as import TEES, AttestationService, parse_attestation, parse_json, parse_tee_pubkey, tee_pubkey_of
 from agent.sim.trustee_evidence import EvidenceRefused, Fields
 from agent.sim.trustee_faults import replaced, send_broken
-from agent.sim.trustee_http import HttpServer, Request, Response
+from agent.sim.trustee_http import HttpServer, Request, Response, parse_query
 from agent.sim.trustee_jose import BadTokenError, TokenSigner, UnsupportedKeyError, encrypt, unb64url
 from agent.sim.trustee_knobs import AUTH_FAILED, ERROR_TYPE, REFUSALS, Knobs, LogEntry, Refusal
 from agent.sim.trustee_policies import PolicyError, allowed, resource_policy
@@ -56,14 +54,6 @@ Plugin = Callable[[str, Mapping[str, str]], bytes]
 """Path below the plugin and query to the answer's plaintext; KeyError: there is no such thing."""
 _SEMVER = re.compile(r"(\d+\.\d+\.\d+)(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
 _RESOURCE = re.compile(r"(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/){2}[A-Za-z0-9_-][A-Za-z0-9_.-]*")
-_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_TEE_PUBKEY_POINTERS = (
-    ("tdx", "attester_runtime_data", "tee-pubkey"),
-    ("tdx", "attester_user_data", "tee-pubkey"),
-    ("customized_claims", "runtime_data", "tee-pubkey"),
-    ("submods", "cpu0", "ear.veraison.annotated-evidence", "runtime_data_claims", "tee-pubkey"),
-    ("tee-pubkey",),
-)
 _JSON, _XML = "application/json", "text/xml"
 
 
@@ -206,7 +196,7 @@ class Trustee:
             return self._outside(request)
         if request.method not in ("GET", "POST", "PUT", "DELETE"):
             return Response(405)
-        query = _parse_query(request.query)
+        query = parse_query(request.query)
         if query is None:
             return Response(400, b"Query deserialize failed: malformed query", "text/plain; charset=utf-8")
         plugin, _, path = request.path.removeprefix(PREFIX).partition("/")
@@ -316,7 +306,7 @@ class Trustee:
         except KeyError as exc:
             raise _Refused(REFUSALS["plugin-internal"]) from exc
         try:
-            tee_pubkey = parse_tee_pubkey(_tee_pubkey_of(claims))
+            tee_pubkey = parse_tee_pubkey(tee_pubkey_of(claims))
         except EvidenceRefused as exc:
             raise _Refused(REFUSALS["token-verifier"]) from exc
         try:
@@ -408,26 +398,6 @@ def serve(
         yield kbs
     finally:
         kbs.stop()
-
-
-def _parse_query(text: str) -> dict[str, str] | None:
-    try:
-        if _PERCENT.search(text):
-            return None
-        return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict"))
-    except ValueError:
-        return None
-
-
-def _tee_pubkey_of(claims: Mapping[str, Any]) -> object:
-    """The first hit of the pointers KBS tries. Raises EvidenceRefused."""
-    for pointer in _TEE_PUBKEY_POINTERS:
-        value: object = claims
-        for step in pointer:
-            value = value.get(step) if isinstance(value, dict) else None
-        if value is not None:
-            return value
-    raise EvidenceRefused("no tee-pubkey")
 
 
 def _member_names(body: bytes) -> tuple[str, ...]:

@@ -34,6 +34,13 @@ TEES = (
 DEFAULT_HASH = "sha384"
 _HASHES = ("sha256", "sha384", "sha512", "sm3")
 _KEY_MEMBERS = {"RSA": ("alg", "n", "e"), "EC": ("crv", "alg", "x", "y"), "AKP": ("alg", "pub")}
+_TEE_PUBKEY_POINTERS = (
+    ("tdx", "attester_runtime_data", "tee-pubkey"),
+    ("tdx", "attester_user_data", "tee-pubkey"),
+    ("customized_claims", "runtime_data", "tee-pubkey"),
+    ("submods", "cpu0", "ear.veraison.annotated-evidence", "runtime_data_claims", "tee-pubkey"),
+    ("tee-pubkey",),
+)
 _PROFILE = "tag:github.com,2024:confidential-containers/Trustee"
 _ISSUER = "CoCo-Attestation-Service"
 _VERIFIER = {"developer": "https://confidentialcontainers.org", "build": "attestation-service 0.1.0"}
@@ -83,6 +90,17 @@ def parse_tee_pubkey(value: object) -> dict[str, str]:
     if kind not in _KEY_MEMBERS:
         raise EvidenceRefused("tee-pubkey: unknown variant")
     return {"kty": kind, **{name: key.text(name) for name in _KEY_MEMBERS[kind]}}
+
+
+def tee_pubkey_of(claims: Mapping[str, Any]) -> object:
+    """The first hit of the pointers KBS tries. Raises EvidenceRefused."""
+    for pointer in _TEE_PUBKEY_POINTERS:
+        value: object = claims
+        for step in pointer:
+            value = value.get(step) if isinstance(value, dict) else None
+        if value is not None:
+            return value
+    raise EvidenceRefused("no tee-pubkey")
 
 
 def parse_json(body: bytes | str) -> object:

@@ -6,12 +6,14 @@ are broken on the wire is `trustee_faults.py`'s business. Knows nothing of KBS m
 client of this protocol sends.
 """
 
+import re
 import socket
 import socketserver
 import ssl
 import sys
 import tempfile
 import threading
+import urllib.parse
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ MAX_BODY_BYTES = 2 << 20
 """Trustee's `payload_request_size`, by default."""
 IDLE_S = 60.0
 _DRAIN_S = 2.0
+_PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _METHODS = {"GET", "HEAD", "POST", "PUT", "DELETE", "PATCH", "OPTIONS"}
 
 
@@ -263,3 +266,13 @@ def _server_context(certificate_pem: bytes, key_pem: bytes) -> ssl.SSLContext:
         path.write_bytes(certificate_pem + b"\n" + key_pem)
         context.load_cert_chain(path)
     return context
+
+
+def parse_query(text: str) -> dict[str, str] | None:
+    """The last value of each name; None: a percent sign or the bytes it stands for are not right."""
+    try:
+        if _PERCENT.search(text):
+            return None
+        return dict(urllib.parse.parse_qsl(text, keep_blank_values=True, errors="strict"))
+    except ValueError:
+        return None

@@ -120,7 +120,7 @@ class CookieFault(enum.Enum):
 
     MISSING = "no Set-Cookie"
     EMPTY = "an empty value"
-    OVERSIZED = "a value of 64 KiB"
+    OVERSIZED = "a value of 32 KiB"
     INJECTING = "a value with a semicolon, a space and a second cookie"
 
 

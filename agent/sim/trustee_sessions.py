@@ -36,7 +36,7 @@ class Session:
             case CookieFault.EMPTY:
                 value = ""
             case CookieFault.OVERSIZED:
-                value = "0" * (64 << 10)
+                value = "0" * (32 << 10)
             case CookieFault.INJECTING:
                 value += " ; evil=1\tx"
         return (("set-cookie", f"{COOKIE}={value}; Expires={formatdate(self.expires_at, usegmt=True)}"),)
