@@ -1,4 +1,4 @@
-"""A guest as the KBS facts have it, by http.client and json alone: no code of our client, so that the test KBS has another reader."""
+"""A guest as the KBS facts have it, by http.client and json alone: the test KBS has a reader that is not our client."""
 
 import base64
 import hashlib
@@ -82,7 +82,7 @@ class RawGuest:
         self.nonce = ""
         self.token = ""
 
-    def call(self, method: str, path: str, body: bytes = b"", prefix: str = "/kbs/v0", **headers: str) -> Answer:
+    def call(self, method: str, path: str, body: bytes = b"", /, prefix: str = "/kbs/v0", **headers: str) -> Answer:
         """`headers` by name, underscores for hyphens; the cookie goes along if there is one."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.cookie and "cookie" not in sent:
@@ -141,7 +141,7 @@ class RawGuest:
         return self.attest()
 
     def get(self, path: str = "/resource/demo/model/1", **headers: str) -> Answer:
-        return self.call("GET", path, **headers)
+        return self.call("GET", path, b"", **headers)
 
     def opened(self, answer: Answer) -> bytes:
         """The plaintext of an answer, by jwcrypto."""

@@ -1,6 +1,7 @@
 """The test KBS against the facts: messages, sessions, refusals, tokens, administration."""
 
 import base64
+import hashlib
 import json
 import re
 import threading
@@ -8,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
-from http.client import BadStatusLine
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -17,8 +17,7 @@ from agent.evidence import GpuNonce
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee, serve
 from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, Knobs, Refusal, TokenFault
-from tests.gpus import gpu_machine
-from tests.raw_kbs import SAMPLE_VALUES, RawGuest, b64url, decoded, simulated_snp
+from tests.raw_kbs import SAMPLE_VALUES, Answer, RawGuest, b64url, canonical, decoded, simulated_snp
 from tests.tls import certificate, key_pem, pem
 
 KEY = bytes(range(32))
@@ -60,8 +59,6 @@ def test_sample_evidence_gets_the_resource_over_one_connection(kbs: Trustee, gue
 
 def test_snp_evidence_gets_the_resource_over_tls(machine: SimulatedMachine) -> None:
     body = 'version = "0.1.0"\nalgorithm = "sha256"\n[data]\n"aa.toml" = "[token_configs]\\n"\n"keyturn.toml" = "schema = 1"\n'
-    import hashlib
-
     machine.host_data = hashlib.sha256(body.encode()).digest()
     server = certificate("localhost")
     with serve(tls=(pem(server), key_pem(server)), roots=machine.roots_dir) as kbs:
@@ -262,10 +259,6 @@ def test_unknown_members_of_the_key_are_dropped_before_it_is_hashed(guest: RawGu
 
 
 def test_a_named_hash_is_what_evidence_is_held_to(kbs: Trustee, guest: RawGuest) -> None:
-    import hashlib
-
-    from tests.raw_kbs import canonical
-
     kbs.knobs = Knobs(selected_hash="sha512", nonce="not base64 at all")
     answer = guest.auth()
     assert answer.json == {"nonce": "not base64 at all", "extra-params": {"selected-hash-algorithm": "sha512"}}
@@ -513,7 +506,8 @@ def test_administration_may_be_closed(kbs: Trustee, guest: RawGuest) -> None:
 @pytest.mark.parametrize("stage", ["auth", "attest", "resource"])
 def test_a_knob_makes_any_refusal_anywhere(kbs: Trustee, guest: RawGuest, name: str, stage: str) -> None:
     kbs.knobs = Knobs(refusals={stage: REFUSALS[name]})
-    answer = {"auth": guest.auth, "attest": guest.attest, "resource": guest.get}[stage]()
+    calls: dict[str, Callable[[], Answer]] = {"auth": guest.auth, "attest": guest.attest, "resource": guest.get}
+    answer = calls[stage]()
     refusal = REFUSALS[name]
     assert answer.error == (refusal.status, refusal.variant, refusal.detail)
     assert (kbs.log[-1].status, kbs.log[-1].variant) == (refusal.status, refusal.variant)

@@ -52,6 +52,7 @@ def test_sample_evidence_is_held_to_its_report_data_alone() -> None:
     text = base64.b64encode(DIGEST).decode()
     claims = verify_sample({"svn": "7", "report_data": text, "more": 1}, DIGEST, b"initdata")
     assert (claims["svn"], claims["report_data"], claims["init_data"]) == ("7", text, base64.b64encode(b"initdata").decode())
+    bad: object
     for bad in ({"svn": 7}, {"report_data": text}, {"svn": "1"}, {"svn": "1", "report_data": "?"}, []):
         with pytest.raises(EvidenceRefused):
             verify_sample(bad, DIGEST, None)
@@ -136,6 +137,7 @@ def test_the_certificate_chain_is_null_or_has_a_leaf() -> None:
     leaf: dict[str, Any] = {"cert_type": "VLEK", "data": [1, 2]}
     other: dict[str, Any] = {"cert_type": {"OTHER": "00000000-0000-0000-0000-000000000000"}, "data": [3]}
     assert snp_certificates([leaf, other, {"cert_type": "ASK", "data": [4]}]) == (b"\1\2", b"\4")
+    bad: object
     for bad in ([], [other], [leaf | {"cert_type": "vcek"}], [leaf | {"data": "AQI="}], {}, "", [leaf, 7]):
         with pytest.raises(EvidenceRefused):
             snp_certificates(bad)

@@ -21,20 +21,28 @@ SAMPLE = {"svn": "1", "launch_digest": "abcde", "platform_version": {"major": 1,
 SAMPLE_VALUES = {"launch_digest": ["abcde"], "svn": ["1"], "major_version": 1, "minimum_minor_version": 4}
 SNP = {
     **{f"reported_tcb_{part}": level for part, level in {"bootloader": 1, "tee": 2, "snp": 3, "microcode": 4}.items()},
-    **{"policy_debug_allowed": False, "policy_migrate_ma": False, "policy_abi_major": 0, "policy_abi_minor": 31},
-    **{"policy_single_socket": False, "policy_smt_allowed": True, "platform_smt_enabled": True, "platform_tsme_enabled": False},
+    "policy_debug_allowed": False,
+    "policy_migrate_ma": False,
+    "policy_abi_major": 0,
+    "policy_abi_minor": 31,
+    "policy_single_socket": False,
+    "policy_smt_allowed": True,
+    "platform_smt_enabled": True,
+    "platform_tsme_enabled": False,
     "measurement": "aa",
 }
 SNP_VALUES = {
-    **{
-        "snp_launch_measurement": ["aa", "bb"],
-        "snp_bootloader": [1],
-        "snp_tee_svn": [2],
-        "snp_snp_svn": [3],
-        "snp_microcode": [4],
-    },
-    **{"snp_smt_enabled": True, "snp_tsme_enabled": False, "snp_guest_abi_major": 0, "snp_guest_abi_minor": 31},
-    **{"snp_single_socket": False, "snp_smt_allowed": True},
+    "snp_launch_measurement": ["aa", "bb"],
+    "snp_bootloader": [1],
+    "snp_tee_svn": [2],
+    "snp_snp_svn": [3],
+    "snp_microcode": [4],
+    "snp_smt_enabled": True,
+    "snp_tsme_enabled": False,
+    "snp_guest_abi_major": 0,
+    "snp_guest_abi_minor": 31,
+    "snp_single_socket": False,
+    "snp_smt_allowed": True,
 }
 TDX = {
     "quote": {
@@ -46,7 +54,7 @@ TDX = {
     "collateral_expiration_status": "0",
 }
 TDX_VALUES = {"rtmr_1": ["11"], "rtmr_2": ["22"], "mr_td": ["dd"], "xfam": ["e7"]}
-CASES = {"sample": (SAMPLE, SAMPLE_VALUES), "snp": (SNP, SNP_VALUES), "tdx": (TDX, TDX_VALUES)}
+CASES: dict[str, tuple[dict[str, Any], dict[str, object]]] = {"sample": (SAMPLE, SAMPLE_VALUES), "snp": (SNP, SNP_VALUES), "tdx": (TDX, TDX_VALUES)}
 BEST = {"sample": (3, 2, 2), "snp": (3, 2, 2), "tdx": (4, 2, 2)}
 
 
