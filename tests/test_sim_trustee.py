@@ -9,12 +9,17 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from email.utils import parsedate_to_datetime
+from random import Random
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.evidence import GpuNonce
+from agent.evidence import GpuNonce, ReportData, Tee
+from agent.evidence.ccel import pack_event_log
+from agent.evidence.tdx_abi import parse_quote
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_event_log
 from agent.sim.trustee import Trustee, serve
 from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, Knobs, Refusal, TokenFault
 from tests.raw_kbs import SAMPLE_VALUES, Answer, RawGuest, b64url, canonical, decoded, simulated_snp
@@ -90,6 +95,27 @@ def test_snp_is_affirming_once_its_reference_values_are_there(machine: Simulated
     assert cpu["ear.status"] == "affirming"
     vector = cpu["ear.trustworthiness-vector"]
     assert (vector["executables"], vector["hardware"], vector["configuration"]) == (3, 2, 3)
+
+
+def test_tdx_evidence_with_its_event_log_and_gpus_is_let_through_by_the_affirming_policy(machine: SimulatedMachine) -> None:
+    with serve(roots=machine.roots_dir) as kbs:
+        kbs.register_resource("demo/model/1", KEY)
+        kbs.set_resource_policy("affirming")
+        kbs.set_attestation_policy("default_gpu", {"hardware": 2, "executables": 3, "configuration": 2})
+        guest = RawGuest(kbs)
+        guest.auth(tee="tdx")
+        text = additional_evidence(machine, guest.device_digest())
+        quote = machine.attester(Tee.TDX).collect(ReportData(guest.digest(text).ljust(64, b"\0"))).report
+        log = base64.b64encode(pack_event_log(make_event_log(machine))).decode()
+        message = guest.message({"cc_eventlog": log, "quote": base64.b64encode(quote).decode()}, text)
+        body = parse_quote(quote).body
+        xfam = body.xfam.to_bytes(8, "little").hex()
+        values = {"mr_td": [body.mr_td.hex()], "rtmr_1": [body.rtmr_1.hex()], "rtmr_2": [body.rtmr_2.hex()], "xfam": [xfam]}
+        kbs.register_reference_values(values)
+        assert guest.attest(message).status == 200
+        assert guest.opened(guest.get()) == KEY
+        guest.close()
+    assert [submod["ear.status"] for submod in guest.claims["submods"].values()] == ["affirming", "affirming"]
 
 
 def additional_evidence(machine: SimulatedMachine, digest: bytes) -> str:
@@ -570,3 +596,34 @@ def test_a_restart_forgets_and_says_the_same_as_never_having_known(kbs: Trustee,
     guest.auth()
     kbs.forget_sessions()
     assert guest.attest().error == ATTEST_FAILED
+
+
+def mutated(value: Any, random: Random) -> Any:
+    """The value with one thing in it changed."""
+    if isinstance(value, dict) and value and random.random() < 0.9:
+        name = random.choice(list(value))
+        return {**value, name: mutated(value[name], random)}
+    if isinstance(value, list) and value and random.random() < 0.9:
+        place = random.randrange(len(value))
+        return [*value[:place], mutated(value[place], random), *value[place + 1 :]]
+    return random.choice((None, 7, -1, 1 << 70, 0.5, True, "", "x", "\ud800", [], {}, [[]], {"x": 1}, "AAAA", {"kty": "EC"}))
+
+
+def test_no_message_is_too_odd_for_a_refusal(machine: SimulatedMachine) -> None:
+    random = Random(6)
+    answers = set()
+    with serve(roots=machine.roots_dir) as kbs:  # a crash in it would be raised at the end
+        guest = RawGuest(kbs)
+        for tee in ("snp", "sample"):
+            guest.auth(tee=tee)
+            text = additional_evidence(machine, guest.device_digest())
+            primary = simulated_snp(machine, guest.digest(text)) if tee == "snp" else guest.sample(text)
+            message = guest.message(primary, text, 'version = "0.1.0"\nalgorithm = "sha256"\n[data]\n')
+            for _ in range(150):
+                answers.add(guest.attest(mutated(message, random)).status)
+                odd = json.dumps(mutated(json.loads(text), random))
+                answers.add(guest.attest(guest.message(primary, odd)).status)
+                if guest.token:
+                    guest.auth(tee=tee)
+        guest.close()
+    assert 401 in answers

@@ -54,7 +54,11 @@ TDX = {
     "collateral_expiration_status": "0",
 }
 TDX_VALUES = {"rtmr_1": ["11"], "rtmr_2": ["22"], "mr_td": ["dd"], "xfam": ["e7"]}
-CASES: dict[str, tuple[dict[str, Any], dict[str, object]]] = {"sample": (SAMPLE, SAMPLE_VALUES), "snp": (SNP, SNP_VALUES), "tdx": (TDX, TDX_VALUES)}
+CASES: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
+    "sample": (SAMPLE, SAMPLE_VALUES),
+    "snp": (SNP, SNP_VALUES),
+    "tdx": (TDX, TDX_VALUES),
+}
 BEST = {"sample": (3, 2, 2), "snp": (3, 2, 2), "tdx": (4, 2, 2)}
 
 

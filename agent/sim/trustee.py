@@ -15,8 +15,8 @@ Implemented: POST /kbs/v0/auth and /attest; GET, POST, DELETE /resource/<reposit
 POST /attestation-policy, /resource-policy, /reference-value and their GETs; /metrics, /healthz. Sessions by a cookie without
 path, five minutes from /auth on, that a second /attest answers with the old token; bearer tokens; EAR tokens (ES256, the key
 in the header); evidence of `sample`, `snp`, `tdx`, `nvidia` (local verifier, Hopper), `sampledevice`; init-data; the policies
-that Trustee ships; encrypted answers for RSA, P-256, P-521. Every refusal is 401 but for two that are 404, with upstream's
-texts and no content type. What a real server never does, `Knobs` do.
+that Trustee ships; encrypted answers for RSA, P-256, P-521. Every refusal is 401, a plugin that is not there 404, with
+upstream's texts and no content type. What a real server never does, `Knobs` do.
 
 Not implemented: Rego (a posted policy is recognised as a shipped one or is broken, `trustee_policies.py`); administrators (all
 or nobody, no tokens); fetching AMD's or Intel's collateral; NVIDIA's remote service; other TEEs; AKP keys; swid and corim

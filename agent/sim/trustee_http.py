@@ -142,6 +142,8 @@ class HttpServer(socketserver.ThreadingTCPServer):
         with self._lock:
             self._connections.add(wrapped)
             self._accepted += 1
+            if self.stopping.is_set():  # too late for `stop` to find it among the others
+                wrapped.close()
             return wrapped, self._accepted
 
     def release(self, connection: socket.socket) -> None:
@@ -160,16 +162,17 @@ class _Connection(socketserver.BaseRequestHandler):
     server: HttpServer
 
     def handle(self) -> None:
-        self.request.settimeout(IDLE_S)
-        self.request.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection, number = self.server.take(self.request)
-        try:
-            with suppress(OSError):  # a peer that goes away, or does not like our certificate, is its own business
+        raw: socket.socket = self.request
+        with raw, suppress(OSError):  # a peer that goes away, or does not like our certificate, is its own business
+            raw.settimeout(IDLE_S)
+            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection, number = self.server.take(raw)
+            try:
                 if isinstance(connection, ssl.SSLSocket):
                     connection.do_handshake()
                 self._serve(connection, _Reader(connection, number))
-        finally:
-            self.server.release(connection)
+            finally:
+                self.server.release(connection)
 
     def _serve(self, connection: socket.socket, reader: "_Reader") -> None:
         while not self.server.stopping.is_set():

@@ -161,7 +161,7 @@ def allowed(policy: str, claims: Mapping[str, Any], plugin: str) -> bool:
             return False
         case "default":
             evidence = submods.get("cpu0", {}).get("ear.veraison.annotated-evidence", {})
-            return plugin == "resource" and not evidence.get("sample")
+            return plugin == "resource" and evidence.get("sample", False) is False  # only these two are "not" in Rego
         case "affirming":  # a submod without a status is not "not affirming", as in Rego
             return len(submods) > 0 and all(submod.get("ear.status", "affirming") == "affirming" for submod in submods.values())
         case _:
