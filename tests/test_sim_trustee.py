@@ -292,6 +292,9 @@ def test_a_named_hash_is_what_evidence_is_held_to(kbs: Trustee, guest: RawGuest)
     bound = {"additional-evidence": "", "nonce": guest.nonce, "tee-pubkey": guest.tee_pubkey}
     digest = hashlib.sha512(canonical(bound)).digest()
     assert guest.attest(guest.message({"svn": "1", "report_data": base64.b64encode(digest).decode()})).status == 200
+    kbs.knobs = Knobs(selected_hash="md0")
+    guest.auth()
+    assert guest.attest().error == ATTEST_FAILED
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -554,6 +557,14 @@ def test_a_fault_may_pass(kbs: Trustee, guest: RawGuest) -> None:
     assert [(answer.status, answer.headers.get("retry-after")) for answer in answers] == [(429, "7"), (429, "7"), (200, None)]
     kbs.knobs = replace(kbs.knobs, retry_after=None)
     assert "retry-after" not in guest.auth().headers
+
+
+def test_an_answer_may_take_its_time(kbs: Trustee, guest: RawGuest) -> None:
+    kbs.knobs = Knobs(delays_s={"attest": 0.2})
+    guest.auth()
+    start = time.monotonic()
+    assert guest.attest().status == 200
+    assert time.monotonic() - start >= 0.2
 
 
 @pytest.mark.parametrize("fault", CookieFault)

@@ -17,9 +17,9 @@ from agent.sim.trustee_policies import (
     status_of,
 )
 
-SAMPLE = {"svn": "1", "launch_digest": "abcde", "platform_version": {"major": 1, "minor": 4}, "debug": False}
-SAMPLE_VALUES = {"launch_digest": ["abcde"], "svn": ["1"], "major_version": 1, "minimum_minor_version": 4}
-SNP = {
+SAMPLE: dict[str, Any] = {"svn": "1", "launch_digest": "abcde", "platform_version": {"major": 1, "minor": 4}, "debug": False}
+SAMPLE_VALUES: dict[str, object] = {"launch_digest": ["abcde"], "svn": ["1"], "major_version": 1, "minimum_minor_version": 4}
+SNP: dict[str, Any] = {
     **{f"reported_tcb_{part}": level for part, level in {"bootloader": 1, "tee": 2, "snp": 3, "microcode": 4}.items()},
     "policy_debug_allowed": False,
     "policy_migrate_ma": False,
@@ -31,7 +31,7 @@ SNP = {
     "platform_tsme_enabled": False,
     "measurement": "aa",
 }
-SNP_VALUES = {
+SNP_VALUES: dict[str, object] = {
     "snp_launch_measurement": ["aa", "bb"],
     "snp_bootloader": [1],
     "snp_tee_svn": [2],
@@ -44,7 +44,7 @@ SNP_VALUES = {
     "snp_single_socket": False,
     "snp_smt_allowed": True,
 }
-TDX = {
+TDX: dict[str, Any] = {
     "quote": {
         "header": {"tee_type": "81000000", "vendor_id": "939a7233f79c4ca9940a0db3957f0607"},
         "body": {"rtmr_1": "11", "rtmr_2": "22", "mr_td": "dd", "xfam": "e7"},
@@ -53,7 +53,7 @@ TDX = {
     "tcb_status": "UpToDate",
     "collateral_expiration_status": "0",
 }
-TDX_VALUES = {"rtmr_1": ["11"], "rtmr_2": ["22"], "mr_td": ["dd"], "xfam": ["e7"]}
+TDX_VALUES: dict[str, object] = {"rtmr_1": ["11"], "rtmr_2": ["22"], "mr_td": ["dd"], "xfam": ["e7"]}
 CASES: dict[str, tuple[dict[str, Any], dict[str, object]]] = {
     "sample": (SAMPLE, SAMPLE_VALUES),
     "snp": (SNP, SNP_VALUES),

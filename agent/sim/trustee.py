@@ -153,6 +153,7 @@ class Trustee:
         stage = request.path.removeprefix(PREFIX).split("/")[0] if request.path.startswith(PREFIX) else ""
         refusal: Refusal | None = None
         reason: str | None = None
+        self._http.stopping.wait(knobs.delays_s.get(stage, 0))
         try:
             if stage in knobs.refusals:
                 raise _Refused(knobs.refusals[stage])

@@ -118,8 +118,18 @@ def parse_json(body: bytes | str) -> object:
 
 
 def runtime_digest(runtime_data: Mapping[str, object], algorithm: str = DEFAULT_HASH) -> bytes:
-    """Hash of the canonical JSON (RFC 8785): of three members for the CPU, without `additional-evidence` for devices."""
-    return hashlib.new(algorithm, rfc8785.dumps(dict(runtime_data))).digest()  # type: ignore[arg-type] # strings and objects
+    """Hash of the canonical JSON (RFC 8785): of three members for the CPU, without `additional-evidence` for devices.
+
+    Raises EvidenceRefused for an algorithm that nobody has.
+    """
+    return _hashed(algorithm, rfc8785.dumps(dict(runtime_data)))  # type: ignore[arg-type] # strings and objects
+
+
+def _hashed(algorithm: str, data: bytes) -> bytes:
+    try:
+        return hashlib.new(algorithm, data).digest()
+    except ValueError as exc:  # sm3 is not in every OpenSSL
+        raise EvidenceRefused(f"no hash {algorithm}") from exc
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +164,7 @@ def parse_init_data(body: str) -> InitData:
                     raise EvidenceRefused("init-data: policy_data") from exc
         else:
             claims[name] = text
-    return InitData(hashlib.new(algorithm, body.encode()).digest(), claims)
+    return InitData(_hashed(algorithm, body.encode()), claims)
 
 
 @dataclass

@@ -137,7 +137,8 @@ class Knobs:
         selected_hash: `sha512` and the like: the challenge names it, as with Intel Trust Authority, and evidence is held to it.
         verbose_token: the token repeats the text of the device evidence.
         tcb_status: what TDX claims say of the platform's patch level, as nothing here asks Intel.
-        faults: by the first path segment (`auth`, `attest`, `resource`, …).
+        delays_s: how long an answer takes to begin, by the first path segment (`auth`, `attest`, `resource`, …).
+        faults: by the first path segment.
         fault_times: how often such a fault happens before answers are right; None for always.
         refusals: answered instead of anything else, by the first path segment.
         retry_after: of 429 and 503; None for no such header.
@@ -153,6 +154,7 @@ class Knobs:
     verbose_token: bool = True
     tcb_status: str = "UpToDate"
     advisory_ids: tuple[str, ...] = ()
+    delays_s: Mapping[str, float] = field(default_factory=dict)
     faults: Mapping[str, Fault] = field(default_factory=dict)
     fault_times: int | None = None
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
