@@ -638,3 +638,10 @@ def test_no_message_is_too_odd_for_a_refusal(machine: SimulatedMachine) -> None:
                     guest.auth(tee=tee)
         guest.close()
     assert 401 in answers
+
+
+def test_names_that_mean_nothing_are_our_own_mistake(kbs: Trustee) -> None:
+    with pytest.raises(ValueError, match="policy"):
+        kbs.set_resource_policy("affirm")
+    with pytest.raises(ValueError, match="path"):
+        kbs.register_resource("demo/model", KEY)

@@ -46,7 +46,7 @@ from agent.sim.trustee_faults import replaced, send_broken
 from agent.sim.trustee_http import HttpServer, Request, Response, parse_query
 from agent.sim.trustee_jose import BadTokenError, TokenSigner, UnsupportedKeyError, encrypt, unb64url
 from agent.sim.trustee_knobs import AUTH_FAILED, ERROR_TYPE, REFUSALS, Knobs, LogEntry, Refusal
-from agent.sim.trustee_policies import PolicyError, allowed, resource_policy
+from agent.sim.trustee_policies import RESOURCE_POLICIES, PolicyError, allowed, resource_policy
 from agent.sim.trustee_sessions import SessionTable
 
 PREFIX = "/kbs/v0/"
@@ -122,6 +122,8 @@ class Trustee:
 
     def set_resource_policy(self, name: str) -> None:
         """`default`, `allow_all`, `deny_all`, `affirming`, `broken`."""
+        if name not in RESOURCE_POLICIES:
+            raise ValueError("not the name of a policy")
         with self._lock:
             self._resource_policy = name
 

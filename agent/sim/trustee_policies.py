@@ -169,6 +169,7 @@ def allowed(policy: str, claims: Mapping[str, Any], plugin: str) -> bool:
 
 
 BROKEN = "broken"
+RESOURCE_POLICIES = ("default", "allow_all", "deny_all", "affirming", BROKEN)
 REGO: Mapping[str, str] = {
     "allow_all": "package policy\n\ndefault allow = true\n",
     "deny_all": "package policy\n\ndefault allow = false\n",
