@@ -27,7 +27,7 @@ from agent.events import DestinationChosen, GatePassed, Requested, Stage, Verdic
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
 from agent.handshake import Verdict
-from agent.handshake.grpc_client import GrpcBroker
+from agent.handshake.broker import Broker
 from agent.stages import Notify, stage
 from agent.threads import in_thread
 
@@ -35,7 +35,7 @@ from agent.threads import in_thread
 async def boot(
     cfg: MeasuredConfig,
     devices: Devices,
-    broker: GrpcBroker,
+    broker: Broker,
     store: BlobSource,
     undo: ExitStack,
     notify: Notify,
@@ -86,7 +86,7 @@ async def boot(
     return loaded, claims.lease_s
 
 
-async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, served_version: int, notify: Notify) -> None:
+async def renew(cfg: MeasuredConfig, devices: Devices, broker: Broker, served_version: int, notify: Notify) -> None:
     """Attest again, for another lease: another nonce, another key pair, and no key.
 
     Args:
@@ -107,9 +107,7 @@ async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, serve
     notify(_accepted(verdict))
 
 
-async def _attest(
-    cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, notify: Notify
-) -> tuple[Verdict, keys.EphemeralKey]:
+async def _attest(cfg: MeasuredConfig, devices: Devices, broker: Broker, notify: Notify) -> tuple[Verdict, keys.EphemeralKey]:
     return await broker.attest(
         Ident(cfg.broker.key_uri),
         devices.attester.tee,

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
-    from agent.handshake.grpc_client import GrpcBroker
+    from agent.handshake.broker import Broker
 
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
@@ -180,7 +180,7 @@ async def _find(find_config: FindConfig, notify: Notify) -> FoundConfig:
     return found
 
 
-def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
+def _broker(at: BrokerConfig, notify: Notify) -> "Broker":
     from agent.handshake.grpc_client import GrpcBroker
     from agent.handshake.machine import Trust
 
