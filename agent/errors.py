@@ -633,9 +633,7 @@ class TrusteeRefusal(enum.Enum):
     CHALLENGE = "it has no challenge for us: its session store or its attestation service may be down"
     ATTESTATION = "it refused the attestation and says no more: its own log and its attestation service's have the reason"
     NO_SESSION = "it knows neither our session nor our token: its replicas need one session store"
-    TOKEN_REFUSED = (
-        "it does not take the token it gave us: compare [attestation_token] of the KBS with the attestation service's key"
-    )
+    VERIFICATION = "it does not take the token it gave us: its [attestation_token] must name the attestation service's key"
     POLICY_ENGINE = "its resource policy cannot be evaluated: mend the policy"
     RESOURCE = "its policy lets us through and it does not have the key: store it where broker.resource_uri says"
     KEY_TYPE = "it cannot encrypt for a P-256 key: update the KBS"

@@ -176,6 +176,10 @@ class Handshake:
         self._state = State.START
 
     @property
+    def request_id(self) -> Ident:
+        return self._hello.request_id
+
+    @property
     def state(self) -> State:
         return self._state
 
