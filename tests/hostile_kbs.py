@@ -5,6 +5,7 @@ says exactly what a test wants to hear.
 """
 
 import asyncio
+import hashlib
 import json
 import ssl
 import tempfile
@@ -32,7 +33,7 @@ EXPIRED = "Thu, 01 Jan 1970 00:05:00 GMT"
 KEY = bytes(range(32))
 NONCE = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
-__all__ = ["AUTHORITY", "CA", "LEAF", "NAME"]
+__all__ = ["AUTHORITY", "CA", "LEAF", "NAME", "signed"]
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,5 @@ async def served(kbs: Kbs, leaf: Signer | None = LEAF) -> AsyncIterator[str]:
 
 async def sample(data: RuntimeData) -> CompositeEvidence:
     """Sample evidence of a guest without GPUs."""
-    digest = (
-        binding.report_data(data, "").rstrip(b"\0") if data.hash is not data.hash.SHA384 else binding.report_data(data, "")[:48]
-    )
+    digest = binding.report_data(data, "")[: hashlib.new(data.hash.value).digest_size]
     return CompositeEvidence(Evidence(Tee.SAMPLE, digest), "")

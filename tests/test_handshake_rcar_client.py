@@ -38,6 +38,7 @@ from agent.handshake import SealedKey, Verdict
 from agent.handshake.broker import Collect
 from agent.handshake.machine import Trust
 from agent.handshake.rcar_client import RcarBroker, Site
+from agent.jose import pack_b64
 from agent.keys import EphemeralKey, open_jwe
 from agent.sim.machine import SimulatedMachine
 from tests.hostile_kbs import (
@@ -49,6 +50,7 @@ from tests.hostile_kbs import (
     SESSION,
     Kbs,
     answer,
+    ear,
     hangs_up,
     is_silent,
     raw,
@@ -56,6 +58,7 @@ from tests.hostile_kbs import (
     sample,
     says,
     served,
+    signed,
 )
 from tests.tls import Signer, certificate, pem
 
@@ -82,13 +85,14 @@ class Boot:
     def on_retry(self, error: AgentError, _: int, wait_s: float) -> None:
         self.retries.append((type(error).__name__, wait_s))
 
+    def on_attempt(self, request_id: Ident, _: int) -> None:
+        self.requested.append(request_id)
+
     async def at(self, url: str) -> tuple[SealedKey, EphemeralKey]:
         site = replace(self.site, url=url)
         async with RcarBroker(site, self.trust, self.timeout_s, self.on_retry, self.unaffirmed.append) as broker:
             broker.connect()
-            self.verdict, key = await broker.attest(
-                URI, self.tee, self.collect, lambda request, _: self.requested.append(request)
-            )
+            self.verdict, key = await broker.attest(URI, self.tee, self.collect, self.on_attempt)
             return await broker.release_key(self.verdict), key
 
     def run(self) -> bytes:
@@ -139,7 +143,7 @@ def test_a_key_is_released_and_every_message_is_trustees() -> None:
     assert runtime_data["tee-pubkey"].keys() == {"kty", "crv", "alg", "x", "y"}
     digest = hashlib.sha384(rfc8785.dumps({**runtime_data, "additional-evidence": ""})).digest()
     assert sent["tee-evidence"] == {
-        "primary_evidence": {"svn": "1", "report_data": binding.pack_b64(digest)},
+        "primary_evidence": {"svn": "1", "report_data": pack_b64(digest)},
         "additional_evidence": "",
     }
 
@@ -228,11 +232,8 @@ def of_snp(kbs: Kbs, machine: SimulatedMachine, site: Site = SITE) -> Boot:
 
 def as_snp(kbs: Kbs) -> Kbs:
     """Its attestation service takes the evidence for SNP's."""
-    honest = kbs.good
 
     async def attest(asked: Any, writer: Any) -> None:
-        from tests.hostile_kbs import ear, signed
-
         kbs.runtime_data = asked.json()["runtime-data"]
         claims = ear(kbs.runtime_data)
         evidence = claims["submods"]["cpu0"]["ear.veraison.annotated-evidence"]
@@ -241,7 +242,6 @@ def as_snp(kbs: Kbs) -> Kbs:
         writer.write(answer(200, {"token": kbs.tokens[-1]}))
         await writer.drain()
 
-    assert honest
     return kbs.on("attest", attest)
 
 
@@ -482,9 +482,13 @@ def test_somebody_else_answering_is_an_identity_error_and_final(
 
 
 def test_a_server_without_tls_is_an_identity_error() -> None:
+    async def http(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(answer(400))
+        writer.close()
+
     async def run() -> None:
-        async with served(Kbs(), None) as url:
-            await Boot(Kbs()).at(url.replace("http://", "https://"))
+        async with await asyncio.start_server(http, "127.0.0.1", 0) as server:
+            await Boot(Kbs()).at("https://{}:{}".format(*server.sockets[0].getsockname()))
 
     with pytest.raises(BrokerIdentityError) as raised:
         asyncio.run(run())
