@@ -363,6 +363,7 @@ class EvidenceFormat(enum.Enum):
     TDX_CHAIN = "tdx-certificate-chain"
     EVENT_LOG = "cc-event-log"
     NVIDIA_TOPOLOGY = "nvidia-topology"
+    SAMPLE = "sample-evidence"
     ADDITIONAL = "additional-evidence"
 
 

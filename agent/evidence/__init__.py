@@ -29,6 +29,8 @@ class Tee(enum.Enum):
 
     SNP = "snp"
     TDX = "tdx"
+    SAMPLE = "sample"
+    """Nothing: Trustee's evidence for trying things out. A simulator's, and of no use to our own broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +38,16 @@ class Evidence:
     """Evidence of the CPU TEE.
 
     Attributes:
-        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
+        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it; of `sample` the digest alone.
         cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
             quote holds its own, so there it is empty.
+        event_log: of a TDX guest, what its RTMRs were extended with (`ccel.py`), without padding; empty when that is not known.
     """
 
     tee: Tee
     report: bytes
     cert_chain: tuple[bytes, ...] = ()
+    event_log: bytes = b""
 
 
 class Attester(Protocol):

@@ -61,6 +61,7 @@ from agent.evidence import (
     qgs_abi,
     snp_abi,
     tdx_abi,
+    trustee_json,
 )
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
@@ -181,6 +182,23 @@ def certificate_table(data: bytes) -> None:
 def _tdx() -> tuple[Evidence, x509.Certificate, datetime]:
     root = x509.load_pem_x509_certificate(_silicon("sgx-root.pem"))
     return Evidence(Tee.TDX, _silicon("tdx-quote.bin")), root, root.not_valid_before_utc + timedelta(days=2)
+
+
+def trustee_evidence(data: bytes) -> None:
+    """The TEE stands in front, as nothing in the text says it."""
+    name, _, text = data.partition(b" ")
+    evidence = trustee_json.parse_evidence(Tee(name.decode()), text)
+    again = trustee_json.parse_evidence(evidence.tee, trustee_json.pack_evidence(evidence).encode())
+    assert replace(again, cert_chain=()) == replace(evidence, cert_chain=())
+    # What a certificate is says its name, not the text; without a leaf none is sent.
+    assert sorted(again.cert_chain) in ([], sorted(evidence.cert_chain))
+
+
+def trustee_evidence_seeds() -> list[bytes]:
+    log = trustee_json.trimmed((CORPUS / "ccel" / "made-0").read_bytes())
+    quote, _, _ = _tdx()
+    made = (_snp()[0], replace(_snp()[0], cert_chain=()), quote, replace(quote, event_log=log), Evidence(Tee.SAMPLE, bytes(48)))
+    return [f"{each.tee.value} {trustee_json.pack_evidence(each)}".encode() for each in made]
 
 
 def tdx_quote(data: bytes) -> None:
@@ -852,6 +870,7 @@ TARGETS = {
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
         Target("certificate_table", certificate_table, _none),
+        Target("trustee_evidence", trustee_evidence, trustee_evidence_seeds, (ValueError,)),  # another TEE's name
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
