@@ -30,6 +30,8 @@ _KeyUri = Annotated[
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 _Certificate = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN CERTIFICATE-----[!-~\s]*\Z", max_length=64 << 10)]
 _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY-----[!-~\s]*\Z", max_length=8 << 10)]
+# An address, not a name: whoever writes /etc/hosts does not choose who answers.
+_LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
 
@@ -39,8 +41,14 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
-    attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
+    attester: Literal["snp", "tdx", "coco", "simulated-snp", "simulated-tdx", "simulated-coco"]
+    coco_url: _LoopbackUrl = "http://127.0.0.1:8006"
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
+
+    @property
+    def through_coco(self) -> bool:
+        """Evidence comes from CoCo's api-server-rest, real or simulated."""
+        return self.attester.endswith("coco")
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -190,9 +198,10 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
-    for index, endpoint in enumerate(config.broker.endpoints):
-        if not 1 <= int(endpoint.rsplit(":", 1)[1]) <= 65535:
-            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.endpoints[{index}]"))
+    addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints)}
+    for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():
+        if not 1 <= int(address.rsplit(":", 1)[1]) <= 65535:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
 
 
 EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with: HOST_DATA of
@@ -239,8 +248,11 @@ probe = "completion"             # one request that must succeed before ready
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
     "tee.attester": "which CPU TEE gives evidence: snp or tdx, through the first interface of it that this guest has "
-    "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
-    "in its place",
+    "(configfs-tsm, else the device node). coco: in a container of a Kata guest, where the TEE is not ours, what CoCo's "
+    "api-server-rest gives. simulated-snp, simulated-tdx, simulated-coco by name on a machine without a TEE. Never another in "
+    "its place",
+    "tee.coco_url": "where api-server-rest listens, for attester coco: http, an address of the loopback, a port; default "
+    "http://127.0.0.1:8006. The guest must be started with agent.guest_components_rest_api=all",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
 """For the disk with the initdata to appear: nothing that is measured can say how long, before it is read."""
+API_SERVER_LOOK_S = 0.5
+"""No uevent tells that a server has started."""
 FindConfig = Callable[[], FoundConfig | None]
 """Looks for the one configuration; None while there is none."""
 OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
@@ -208,7 +210,9 @@ async def _open(
             absent.append(error)
             return None
 
-    hardware = await appears(look, cfg.tee.wait_s, lambda: notify(WaitingFor(Ident("tee"), cfg.tee.wait_s)))
+    waiting = WaitingFor(Ident("tee"), cfg.tee.wait_s)
+    every_s = API_SERVER_LOOK_S if cfg.tee.through_coco else None
+    hardware = await appears(look, cfg.tee.wait_s, lambda: notify(waiting), every_s)
     if hardware is None:
         raise absent[-1]
     attester, gpus = hardware

@@ -12,6 +12,7 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
+    from agent.guest.api_server import ApiServer
     from agent.sim.machine import SimulatedMachine
 
 
@@ -99,6 +100,11 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     """The CPU TEE."""
     from agent.evidence import Tee
 
+    if cfg.tee.through_coco:
+        from agent.evidence.coco import CocoAttester
+
+        sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
+        return CocoAttester(_api_server(cfg), needs_resources=False, sample_digest=sample_digest)
     if cfg.simulation is not None:
         return _simulated_machine(cfg.simulation.machine).attester(Tee(cfg.tee.attester.removeprefix("simulated-")))
     from agent.evidence.detect import open_interface
@@ -110,11 +116,24 @@ def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
     """The GPUs; None when there shall be none."""
     if not cfg.gpu.count:
         return None
+    gpus: GpuSystem
     if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).gpu_system()
-    from agent.evidence.gpu import NvmlGpuSystem
+        gpus = _simulated_machine(cfg.simulation.machine).gpu_system()
+    else:
+        from agent.evidence.gpu import NvmlGpuSystem
 
-    return NvmlGpuSystem()
+        gpus = NvmlGpuSystem()
+    if not cfg.tee.through_coco:
+        return gpus
+    from agent.evidence.coco import CocoGpus
+
+    return CocoGpus(_api_server(cfg), gpus)
+
+
+def _api_server(cfg: "MeasuredConfig") -> "ApiServer":
+    from agent.guest.api_server import ApiServer
+
+    return ApiServer(cfg.tee.coco_url)
 
 
 def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:

@@ -33,7 +33,8 @@ from agent.evidence import (
     ReportData,
     Tee,
 )
-from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES, parse_report as parse_gpu_report
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
+from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import parse_quote, quote_report_data
 from agent.evidence.trustee_json import parse_evidence

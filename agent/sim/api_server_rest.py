@@ -30,8 +30,8 @@ _MEASURED = {
     "not-supported": '{"success":"false","message": "The platform does not support runtime measurement"}',
     "not-enabled": '{"success":"false","message": "Attestation Agent does not enable eventlog recording"}',
 }
-_CDH_FAILED = 'rpc status: Status { code: INTERNAL, message: "[CDH] [ERROR]: Get Resource failed" }'
-_AA_FAILED = 'rpc status: Status { code: INTERNAL, message: "[ERROR:attestation-agent] AA {} failed" }'
+_CDH_FAILED = "[CDH] [ERROR]: Get Resource failed"
+_AA_FAILED = "[ERROR:attestation-agent] AA {} failed"
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Components:
     Attributes:
         attester: the CPU TEE; None gives sample evidence.
         gpus: None without any.
-        token: the key broker service's; a RuntimeError of it: there is none to be had.
+        token: makes the key broker service's; None: there is none to be had.
         resources: by `repository/type/tag`.
         feature: `resource`, `attestation` or `all`.
         knows_base64: false: of the time before `encoding=base64`.
@@ -54,7 +54,7 @@ class Components:
 
     attester: Attester | None
     gpus: GpuSystem | None = None
-    token: Callable[[], str] = field(default=lambda: _no_token())
+    token: Callable[[], str] | None = None
     resources: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     feature: str = "all"
     knows_base64: bool = True
@@ -63,10 +63,6 @@ class Components:
     measured: str = "extended"
     asked: list[str] = field(default_factory=list)
     entries: list[tuple[str, str, str]] = field(default_factory=list)
-
-
-def _no_token() -> str:
-    raise RuntimeError("no key broker service")
 
 
 @contextmanager
@@ -208,11 +204,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return json.dumps({"nvidia": {"device_evidence_list": entries}}, separators=(",", ":")).encode()
 
     def _token(self) -> bytes:
-        try:
-            token = self.behind.token()
-        except RuntimeError:
-            raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting token")) from None
-        return json.dumps({"token": token, "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
+        if self.behind.token is None:
+            raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting token"))
+        return json.dumps({"token": self.behind.token(), "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
 
     def _extend(self) -> bytes:
         length = int(self.headers.get("Content-Length", "0"))
