@@ -36,6 +36,7 @@ MAX_EVIDENCE_BYTES = 3 << 19
 SAMPLE_SVN = "1"
 _MAX_SAMPLE_BYTES = 64
 _LOG_END = b"\xff" * 8
+"""As CoCo's agent ends its log; the parser on the other side stops here."""
 _FORMATS = {Tee.SNP: EvidenceFormat.SNP_REPORT, Tee.TDX: EvidenceFormat.TDX_QUOTE, Tee.SAMPLE: EvidenceFormat.SAMPLE}
 _LEAVES = {"SEV-VCEK": "VCEK", "SEV-VLEK": "VLEK"}
 _U32, _U64 = (1 << 32) - 1, (1 << 64) - 1
@@ -63,7 +64,8 @@ def to_json(evidence: Evidence) -> dict[str, object]:
             report = _report_to_json(parse_report(evidence.report))
             return {"attestation_report": report, "cert_chain": _chain_to_json(evidence.cert_chain)}
         case Tee.TDX:
-            return {"cc_eventlog": pack_b64(evidence.event_log) or None, "quote": pack_b64(evidence.report)}
+            log = pack_b64(evidence.event_log + _LOG_END) if evidence.event_log else None
+            return {"cc_eventlog": log, "quote": pack_b64(evidence.report)}
         case Tee.SAMPLE:
             return {"svn": SAMPLE_SVN, "report_data": pack_b64(evidence.report)}
         case _:
@@ -104,7 +106,7 @@ def parse_evidence(tee: Tee, text: bytes) -> Evidence:
 
 
 def trimmed(log: bytes) -> bytes:
-    """An event log without the reserve that firmware leaves behind it, ended by eight bytes of 0xFF as CoCo's agent ends its.
+    """An event log without the reserve that firmware leaves behind it, and without the end that CoCo's agent writes.
 
     A TDX guest's table is up to 1 MiB, of which a few KiB are events; padded it does not fit into Trustee's 2 MiB.
 
@@ -114,7 +116,7 @@ def trimmed(log: bytes) -> bytes:
     Raises:
         MalformedEvidenceError: not an event log.
     """
-    return ccel.pack_event_log(ccel.parse_event_log(log)) + _LOG_END
+    return ccel.pack_event_log(ccel.parse_event_log(log))
 
 
 # --- SNP --------------------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ from agent.handshake import (
     grpc_status,
     grpc_wire,
 )
+from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.publish import HandedModel
@@ -521,6 +522,46 @@ def sealed_key(data: bytes) -> None:
     keys.open_jwe(data, keys.EphemeralKey(GUEST), memoryview(out))
 
 
+def ear(data: bytes) -> None:
+    """A Trustee token; what its pinned keys signed is what a diagnosis reads."""
+    text = data.decode("utf-8", "surrogatepass")
+    decoded = decode_unverified_ear(text)
+    assert verify_ear(text, (AUTHORITY.public_key(),), NOW) == decoded
+
+
+def ear_claims(data: bytes) -> None:
+    """The payload alone; whatever is accepted has findings in words."""
+    for finding in findings(verify_ear(_sign(data), (AUTHORITY.public_key(),), NOW)):
+        assert str(finding).isprintable()
+
+
+def ear_claims_seeds() -> list[bytes]:
+    """SNP with a GPU that nothing affirms, TDX, and sample evidence without an issuer."""
+    runtime = {"nonce": jose.pack_b64(NONCE), "tee-pubkey": jose.pack_jwk(POINT), "additional-evidence": ""}
+
+    def submod(kind: str, claims: dict[str, object], init_data: str | None, **vector: int) -> dict[str, object]:
+        evidence = {kind: claims, "init_data": init_data, "runtime_data_claims": runtime}
+        return {
+            "ear.status": "contraindicated" if 97 in vector.values() else "affirming",
+            "ear.trustworthiness-vector": vector,
+            "ear.veraison.annotated-evidence": evidence,
+        }
+
+    gpu = submod("nvidia", {}, None, executables=33, hardware=97, configuration=36)
+    snp = submod("snp", {"measurement": "ab" * 48}, "cd" * 32, executables=3, hardware=2, configuration=2)
+    tdx = submod(
+        "tdx", {"quote": {"body": {"mr_td": "ab" * 48}}, "tcb_status": "OutOfDate", "advisory_ids": ["A-1"]}, "cd" * 48
+    )
+    sample = submod("sample", {"launch_digest": "abcde"}, "q80=")
+    times: dict[str, object] = {"iat": NOW - 5, "exp": NOW + 300}
+    bodies = [
+        times | {"iss": "CoCo-Attestation-Service", "submods": {"cpu0": snp, "gpu0": gpu}},
+        times | {"iss": "x", "nbf": NOW, "submods": {"cpu0": tdx}},
+        times | {"submods": {"cpu0": sample}},
+    ]
+    return [json.dumps(body).encode() for body in bodies]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -895,6 +936,8 @@ TARGETS = {
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
+        Target("ear", ear, _none, (UnicodeDecodeError,)),
+        Target("ear_claims", ear_claims, ear_claims_seeds),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
@@ -965,6 +1008,7 @@ def renew() -> None:
         "gpu_chain": chains,
         "gpu_certificate": [certificate.public_bytes(Encoding.DER) for certificate in gpu_certificates],
         "token": [_sign(token_claims_seeds()[0]).encode()],
+        "ear": [_sign(ear_claims_seeds()[0]).encode()],
         "sealed_key": [jwe.seal(bytes(range(32)), TeePublicKey(numbers.x.to_bytes(32), numbers.y.to_bytes(32)))],
     }
     for name, inputs in made.items():
