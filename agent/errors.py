@@ -281,7 +281,7 @@ class SimulationRefusedError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class DeviceError(AgentError):
-    """A device call failed. `code` is the errno, NVML return code or firmware status, as `interface` defines it."""
+    """A device call failed. `code` is the errno, NVML return code, firmware or HTTP status, as `interface` defines it."""
 
     owner = Owner.HOST
     step = Step.EVIDENCE

@@ -246,10 +246,14 @@ def test_no_gpu_evidence_is_none_of_the_gpus(two_gpus: SimulatedMachine, text: o
         collect_from(two_gpus, text)
 
 
-ENTRY = {"arch": "HOPPER", "uuid": "GPU-1", "evidence": "AA==", "certificate": "AA=="}
+ENTRY: dict[str, object] = {"arch": "HOPPER", "uuid": "GPU-1", "evidence": "AA==", "certificate": "AA=="}
 
 
-WRONG = [(name, value) for name in ENTRY for value in (1, None, [])] + [("evidence", "*"), ("certificate", "AA")]
+VALUES: tuple[object, ...] = (1, None, [])
+WRONG = [(name, value) for name in ENTRY for value in VALUES] + [("evidence", "*"), ("certificate", "AA")]
+    ("evidence", "*"),
+    ("certificate", "AA"),
+]
 BAD_GPU_EVIDENCE: list[object] = [
     [],
     b"canary-peer-text",
