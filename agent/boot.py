@@ -78,7 +78,7 @@ async def boot(
                     notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
 
             with stage(Stage.UNWRAP, notify):
-                key = keys.unwrap(sealed, ephemeral, secured)
+                key = await in_thread(lambda: keys.unwrap(sealed, ephemeral, secured))
 
             with key, stage(Stage.LOAD, notify) as progress:
                 floor = max(cfg.artifact.min_version, claims.min_model_version)

@@ -62,10 +62,13 @@ class GpuConfig(_Section, frozen=True, kw_only=True):
 
 
 class BrokerConfig(_Section, frozen=True, kw_only=True):
-    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)]
-    server_name: _DnsName
-    ca_pem: _Certificate
-    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)]
+    """Exactly one of `endpoints` and `cdh` says who gives the key."""
+
+    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)] | None = None
+    cdh: bool = False
+    server_name: _DnsName | None = None
+    ca_pem: _Certificate | None = None
+    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)] | None = None
     key_uri: _KeyUri
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
     route_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 300
@@ -198,10 +201,28 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
-    addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints)}
+    _check_broker(config.broker, through_coco=config.tee.through_coco)
+    addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints or ())}
     for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():
         if not 1 <= int(address.rsplit(":", 1)[1]) <= 65535:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
+    """Each way to the key has its own keys, and no way has another's."""
+    if broker.endpoints is None and not broker.cdh:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.endpoints"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.cdh and (broker.endpoints is not None or not through_coco):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("broker.cdh"))
+    for key in ("server_name", "ca_pem"):
+        # refusal: test_every_mistake_names_its_key
+        if (getattr(broker, key) is None) != broker.cdh:
+            problem = ConfigProblem.NEEDS_OTHER_KEY if broker.cdh else ConfigProblem.MISSING_KEY
+            raise ConfigError(problem, Ident(f"broker.{key}"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.token_keys is None and not broker.cdh:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.token_keys"))
 
 
 EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with: HOST_DATA of
@@ -260,6 +281,10 @@ EXPLAIN = {
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",
     "broker.endpoints": "host:port of each address of the one broker; they are tried in turn, and say nothing of who answers",
+    "broker.cdh": "true, in place of endpoints: in a container of a CoCo guest its confidential-data-hub gives the key, from "
+    "the service in the guest's own cdh.toml, after the guest's attestation-agent attested. Only with attester coco; needs "
+    "neither server_name nor ca_pem, and token_keys (the attestation service's) are optional: without them its token is not "
+    "verified",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",

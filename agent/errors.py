@@ -665,6 +665,7 @@ class TokenCheck(enum.Enum):
     TEE_PUBKEY = "tee-pubkey"
     NONCE = "nonce"
     KEY_URI = "key-uri"
+    LAUNCH = "launch digest"
     CLAIMS = "claims"
 
 

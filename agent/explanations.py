@@ -179,7 +179,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "This guest is of another TEE: set `tee.attester` to the one it is of. Attester coco: api-server-rest must "
-                "listen at `tee.coco_url`, and its attestation-agent must be on a TEE: sample evidence is for simulation. Below a Hyper-V paravisor, as on "
+                "listen at `tee.coco_url`, and its attestation-agent must have found a TEE. Below a Hyper-V paravisor, as on "
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
@@ -254,10 +254,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing of an answer that is no key is read, and a key of another length is never told apart from other bytes.",
     ),
     errors.DeviceError: Explanation(
-        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
-        "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
-        "0x12001 on the quote service's, an NVML return code for nvml, and of api-server-rest an HTTP status. It is final, because a second try can latch a "
-        "GPU in a fatal state or cost an SNP guest its attestation key.",
+        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr and "
+        "kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 on the quote "
+        "service's, NVML's for nvml, an HTTP status for api-server-rest. It is final, because a second try can latch a GPU in a "
+        "fatal state or cost an SNP guest its attestation key.",
         (
             "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
             (
@@ -656,6 +656,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "nonce, tee-pubkey or key-uri: the verdict is one of another request. Look for a proxy or cache between "
                 "guest and broker, and treat it as an attack until explained."
+            ),
+            (
+                "launch digest, with `broker.cdh`: the token is about a guest with other initdata. tee-pubkey: the "
+                "attestation-agent's tee_key_algorithm must be its default, a P-256 key."
             ),
         ),
         "The token is not logged, not even in parts: until it expires it lets its holder ask for a key, although sealed "

@@ -104,8 +104,8 @@ async def _boot(
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     cfg, at = measured.config, measured.config.broker
-    async with _broker(at, notify) as broker:
-        local = all(is_loopback(endpoint) for endpoint in at.endpoints)
+    async with _broker(measured, notify) as broker:
+        local = stays_inside(at)
         with suppress(OSError):  # told below, where the route is needed
             if local or has_route():
                 broker.connect()
@@ -157,7 +157,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
 
     from agent.boot import renew
 
-    async with _broker(measured.config.broker, notify) as broker:
+    async with _broker(measured, notify) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
         await renew(measured.config, devices, broker, served_version, notify)
 
@@ -182,14 +182,23 @@ async def _find(find_config: FindConfig, notify: Notify) -> FoundConfig:
     return found
 
 
-def _broker(at: BrokerConfig, notify: Notify) -> "Broker":
-    from agent.handshake.grpc_client import GrpcBroker
+def _broker(measured: Measured, notify: Notify) -> "Broker":
     from agent.handshake.machine import Trust
+
+    cfg, at = measured.config, measured.config.broker
+    trust = Trust(token_keys(at.token_keys or ()), at.allow_simulated)
+    if at.cdh:
+        from agent.guest.api_server import TIMEOUT_S, ApiServer
+        from agent.handshake.cdh import CdhBroker
+
+        api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
+        return CdhBroker(api, trust, measured.digest, cfg.gpu.count)
+    from agent.handshake.grpc_client import GrpcBroker
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
 
-    trust = Trust(token_keys(at.token_keys), at.allow_simulated)
+    assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"
     return GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry)
 
 
@@ -234,6 +243,11 @@ async def _open(
         )
 
     return await in_thread(look_at_them)
+
+
+def stays_inside(broker: BrokerConfig) -> bool:
+    """Is a boot without a route out of this guest worth while? What the guest's own components need is their affair."""
+    return all(is_loopback(endpoint) for endpoint in broker.endpoints or ())
 
 
 def is_loopback(endpoint: str) -> bool:

@@ -104,7 +104,7 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
         from agent.evidence.coco import CocoAttester
 
         sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
-        return CocoAttester(_api_server(cfg), needs_resources=False, sample_digest=sample_digest)
+        return CocoAttester(_api_server(cfg), needs_resources=cfg.broker.cdh, sample_digest=sample_digest)
     if cfg.simulation is not None:
         return _simulated_machine(cfg.simulation.machine).attester(Tee(cfg.tee.attester.removeprefix("simulated-")))
     from agent.evidence.detect import open_interface
