@@ -254,10 +254,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing of an answer that is no key is read, and a key of another length is never told apart from other bytes.",
     ),
     errors.DeviceError: Explanation(
-        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr and "
-        "kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 on the quote "
-        "service's, NVML's for nvml, an HTTP status for api-server-rest. It is final, because a second try can latch a GPU in a "
-        "fatal state or cost an SNP guest its attestation key.",
+        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr "
+        "and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 on the "
+        "quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final, because a second try can latch a "
+        "GPU in a fatal state or cost an SNP guest its attestation key.",
         (
             "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
             (

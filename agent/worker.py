@@ -192,7 +192,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
         from agent.handshake.cdh import CdhBroker
 
         api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
-        return CdhBroker(api, trust, measured.digest, cfg.gpu.count)
+        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, simulated=cfg.simulation is not None)
     from agent.handshake.grpc_client import GrpcBroker
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:

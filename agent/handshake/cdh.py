@@ -38,7 +38,7 @@ _FIELD_BYTES = {Tee.SNP: 32, Tee.TDX: 48}
 class CdhBroker:
     """The `Broker` of a guest whose own components ask for its keys."""
 
-    def __init__(self, api: ApiServer, trust: Trust, config_digest: bytes, gpu_count: int) -> None:
+    def __init__(self, api: ApiServer, trust: Trust, config_digest: bytes, gpu_count: int, *, simulated: bool = False) -> None:
         """Nothing is asked yet.
 
         Args:
@@ -46,11 +46,13 @@ class CdhBroker:
             trust: where it has no token keys, the token is not verified: then only the guest's own components vouch for it.
             config_digest: what the guest was launched with, as `check_measured` has it; the token must say the same.
             gpu_count: configured number of GPUs; the token must be about as many.
+            simulated: the silicon is, which a token does not tell of any but sample evidence.
         """
         self._api = api
         self._trust = trust
         self._config_digest = config_digest
         self._gpu_count = gpu_count
+        self._simulated = simulated
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,7 +79,8 @@ class CdhBroker:
         token = await in_thread(self._api.token)
         ear = self._read(token)
         self._check(ear, tee)
-        return Verdict(request_id, token, _claims(ear, key_uri), ()), EphemeralKey.generate()
+        claims = _claims(ear, key_uri, simulated=ear.simulated or self._simulated)
+        return Verdict(request_id, token, claims, ()), EphemeralKey.generate()
 
     async def release_key(self, verdict: Verdict) -> KeptKey:
         """Where the key is. Nothing is asked for: in clear it may come only after the gate."""
@@ -103,11 +106,11 @@ class CdhBroker:
         if gpus != self._gpu_count:
             raise GpuCountError(self._gpu_count, gpus)
         # refusal: test_a_token_over_sample_evidence_counts_only_where_it_is_allowed
-        if ear.simulated and not self._trust.allow_simulation:
+        if (ear.simulated or self._simulated) and not self._trust.allow_simulation:
             raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
 
 
-def _claims(ear: Ear, key_uri: Ident) -> TokenClaims:
+def _claims(ear: Ear, key_uri: Ident, *, simulated: bool) -> TokenClaims:
     """Nonce and key are of the attestation-agent's handshake; that they fit is between it and its service."""
     cpu = ear.cpu
     assert cpu is not None
@@ -121,7 +124,7 @@ def _claims(ear: Ear, key_uri: Ident) -> TokenClaims:
         policy_version=ear.issuer or Ident("unknown"),
         min_model_version=0,
         lease_s=None,
-        simulated=ear.simulated,
+        simulated=simulated,
         issued_at=ear.issued_at,
         expires_at=ear.expires_at,
     )
