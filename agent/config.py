@@ -115,7 +115,7 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
     gpu: GpuConfig
     broker: BrokerConfig
     artifact: ArtifactConfig
-    server: ServerConfig
+    server: ServerConfig | None = None  # None: another container's, and nothing of ours runs it
     simulation: SimulationConfig | None = None
 
 
@@ -305,7 +305,8 @@ EXPLAIN = {
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
-    "server.preset": "readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
+    "server.preset": "with [server] the agent runs the server (`keyturn run`); without it the open model is left to another "
+    "container (`keyturn load`). Readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",

@@ -42,7 +42,7 @@ from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
 from agent.server import ServerPlan
 from agent.threads import signals_wait
-from agent.worker import plan_server, stays_inside, token_keys
+from agent.worker import plan_of, stays_inside, token_keys
 
 if TYPE_CHECKING:
     from agent.artifact.manifest import ModelConfig
@@ -67,6 +67,7 @@ class Skip(enum.Enum):
     )
     OWN_COMPONENTS = "the guest's own components ask for the key, and its attester has shown that they serve it"
     NO_MANIFEST = "the size of the model is not known without its manifest"
+    NO_SERVER = "another container serves the model"
     NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
     NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"
 
@@ -169,7 +170,7 @@ def _configuration(guest: Guest) -> None:
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
     guest.measured = parse(found.data, found.digest)
-    guest.plan = plan_server(guest.config.server)
+    guest.plan = plan_of(guest.config)
     token_keys(guest.config.broker.token_keys or ())
 
 
@@ -314,15 +315,15 @@ def _destination(guest: Guest) -> None:
     if guest.measured is None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
-    config, plan = guest.config.artifact, _needed(guest.plan, Skip.NO_CONFIGURATION)
+    config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
     sizes = [file.size for file in guest.model.files] if guest.model else [0]
     allow_swap = config.unsafe_allow_swap
-    check_destination(config.destination, config.directory, sizes, plan.gid, allow_swap=allow_swap, memory=MACHINE)
+    check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
 
 
 def _server_program(guest: Guest) -> None:
     """With our own rights: whether `server.uid` may execute it shows at its start."""
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = _needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     program = plan.argv[0]
     if "/" in program:
         program = os.path.join("/", program)  # where the server starts
@@ -331,7 +332,7 @@ def _server_program(guest: Guest) -> None:
 
 
 def _server_address(guest: Guest) -> None:
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = _needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     with socket.socket(socket.AF_INET6 if ":" in plan.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers of old connections is no obstacle
         try:

@@ -15,7 +15,7 @@ AgentError
 ├── RemoteProtocolError · BrokerFailureError                              authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError                                     authority × key
-├── LeaseEndedError                                                       authority × lease
+├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · MalformedManifestError · RollbackError · MalformedHeaderError
@@ -723,6 +723,19 @@ class LeaseEndedError(AgentError):
 
     def what(self) -> str:
         return f"key lease of {self.lease_s} s ended"
+
+
+@dataclasses.dataclass(eq=False)
+class LeaseUnsupervisedError(AgentError):
+    """The key comes with a lease, and this agent ends when the model is open: nobody would obey it."""
+
+    owner = Owner.AUTHORITY
+    step = Step.LEASE
+    next_step = "boot with `keyturn run`, which renews and obeys a lease, or let the key's policy row give none"
+    lease_s: int
+
+    def what(self) -> str:
+        return f"key comes with a lease of {self.lease_s} s, and `keyturn load` leaves nobody to obey it"
 
 
 # --- artifact ---------------------------------------------------------------------------------------------------------

@@ -700,6 +700,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing about the key that came is told, not even its version: logs belong to the host. The commitment stands "
         "in the manifest.",
     ),
+    errors.LeaseUnsupervisedError: Explanation(
+        "The key's authority gives it for a limited time, and the configuration has no `[server]`: the agent would end as soon "
+        "as the model is open, and nobody would stop its use when the time is over. So the key was not asked for.",
+        (
+            (
+                "Let the agent serve the model itself: `keyturn run` as the entrypoint of the server's container, with the "
+                "server's command in `server.command`."
+            ),
+            "Or take `lease_s` out of the key's row in the broker's policy, if the key may be used as long as the pod lives.",
+        ),
+        "Nothing is held back: length and policy version of the lease stand in status and events.",
+    ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
         "wiped from guest memory, or the boot did not finish in time. It is counted from before the request, on a clock "

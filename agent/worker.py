@@ -50,7 +50,13 @@ OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
-def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware, served_version: int | None = None) -> int:
+def work(
+    channel: Channel,
+    find_config: FindConfig,
+    open_hardware: OpenHardware,
+    served_version: int | None = None,
+    out: str | None = None,
+) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
     Args:
@@ -58,6 +64,7 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
         find_config: as above.
         open_hardware: as above.
         served_version: of the model whose lease is to be renewed; None boots.
+        out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -73,9 +80,9 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
         try:
             if served_version is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce))
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out))
                 channel.send(record, descriptors)
-                undo.pop_all()  # it is the supervisor's now: nothing here may take it back
+                undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
                 asyncio.run(_renew(find_config, open_hardware, served_version, notify))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
@@ -93,14 +100,20 @@ def _announce(channel: Channel, directory: str) -> None:
 
 
 async def _boot(
-    find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify, announce: Callable[[str], None]
+    find_config: FindConfig,
+    open_hardware: OpenHardware,
+    undo: ExitStack,
+    notify: Notify,
+    announce: Callable[[str], None],
+    out: str | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
         measured = parse(found.data, found.digest)
-        plan = plan_server(measured.config.server)
+        check_out(measured.config, out)
+        plan = plan_of(measured.config)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     cfg, at = measured.config, measured.config.broker
@@ -130,7 +143,10 @@ async def _boot(
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
-        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, plan.gid)
+        gid = plan.gid if plan else None
+        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, gid, supervised=plan is not None)
+    if plan is None:
+        return {"left": loaded.version}, ()
     handed = HandedModel(
         plan=plan,
         destination=loaded.destination,
@@ -153,7 +169,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
     _watch_loop(notify)
     found = await _find(find_config, _unheard)
     measured = parse(found.data, found.digest)
-    plan = plan_server(measured.config.server)
+    plan = plan_of(measured.config)
 
     from agent.boot import renew
 
@@ -203,7 +219,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
 
 
 async def _open(
-    measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
+    measured: Measured, plan: ServerPlan | None, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
 ) -> "Devices":
     from agent.artifact import given
     from agent.artifact.window import translated
@@ -239,7 +255,7 @@ async def _open(
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
             manifest_digest=cfg.artifact.manifest_digest,
-            server_command_digest=command_digest(plan.argv),
+            server_command_digest=command_digest(plan.argv if plan else ()),
         )
 
     return await in_thread(look_at_them)
@@ -267,6 +283,29 @@ def token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
         except ValueError:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.token_keys[{index}]")) from None
     return tuple(keys)
+
+
+def check_out(config: MeasuredConfig, out: str | None) -> None:
+    """What becomes of the open model is said by the measured configuration; whoever starts the agent can only ask for the same.
+
+    Raises:
+        ConfigError: it says something else than the command line.
+    """
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is None and config.server is None:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("server"))
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is not None and config.server is not None:
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("server"))
+    directory = config.artifact.directory
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is not None and (directory is None or os.path.normpath(out) != os.path.normpath(directory)):
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.directory"))
+
+
+def plan_of(config: MeasuredConfig) -> ServerPlan | None:
+    """The plan of the server that we run; None when another container does. Raises ConfigError."""
+    return plan_server(config.server) if config.server else None
 
 
 def plan_server(server: ServerConfig) -> ServerPlan:

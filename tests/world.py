@@ -211,7 +211,7 @@ class World:
             "gpu": self.gpu,
             "broker": self.broker_config,
             "artifact": self.artifact,
-            "server": self.server,
+            **({"server": self.server} if self.server else {}),
         }
         path = self.folder / "keyturn.toml"
         path.write_text('schema = "keyturn/v1"\n' + "".join(f"[{name}]\n{_toml(body)}" for name, body in sections.items()))
@@ -317,7 +317,7 @@ class World:
     def launch(self, digest: bytes) -> None:
         """The guest as it is launched with this digest, as long as the field of its TEE, and a policy that expects it."""
         if self.row and self.gpu["count"]:
-            argv = command_digest(tuple(self.server["command"]))
+            argv = command_digest(tuple(self.server.get("command", ())))
             self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
         self.row_snp.setdefault("host_data", [{"id": "config-1", "value": fit(digest, 32).hex()}])
         self.row_tdx.setdefault("mr_config_id", [{"id": "config-1", "value": fit(digest, 48).hex()}])
