@@ -22,7 +22,7 @@ from agent.artifact import LoadedArtifact, load
 from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
-from agent.errors import LeaseEndedError, RollbackError
+from agent.errors import LeaseEndedError, LeaseUnsupervisedError, RollbackError
 from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
@@ -40,6 +40,8 @@ async def boot(
     undo: ExitStack,
     notify: Notify,
     gid: int | None,
+    *,
+    supervised: bool = True,
 ) -> tuple[LoadedArtifact, int | None]:
     """Attest, secure the devices, open the model.
 
@@ -51,6 +53,7 @@ async def boot(
         notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
         gid: group that may read the open model; None: our own.
+        supervised: somebody of ours will see to the end of a lease.
 
     Returns:
         The model, and the lease of its key in seconds, None without one.
@@ -65,6 +68,9 @@ async def boot(
             verdict, ephemeral = await _attest(cfg, devices, broker, notify)
             claims = verdict.claims
             notify(_accepted(verdict))
+            # refusal: test_a_key_with_a_lease_is_not_left_to_nobody
+            if claims.lease_s is not None and not supervised:
+                raise LeaseUnsupervisedError(claims.lease_s)
 
         async with _lease(claims.lease_s):
             with stage(Stage.RELEASE_KEY, notify):
@@ -78,7 +84,7 @@ async def boot(
                     notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
 
             with stage(Stage.UNWRAP, notify):
-                key = keys.unwrap(sealed, ephemeral, secured)
+                key = await in_thread(lambda: keys.unwrap(sealed, ephemeral, secured))
 
             with key, stage(Stage.LOAD, notify) as progress:
                 floor = max(cfg.artifact.min_version, claims.min_model_version)

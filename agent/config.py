@@ -30,6 +30,8 @@ _KeyUri = Annotated[
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 _Certificate = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN CERTIFICATE-----[!-~\s]*\Z", max_length=64 << 10)]
 _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY-----[!-~\s]*\Z", max_length=8 << 10)]
+# An address, not a name: whoever writes /etc/hosts does not choose who answers.
+_LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
 
@@ -39,8 +41,14 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
-    attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
+    attester: Literal["snp", "tdx", "coco", "simulated-snp", "simulated-tdx", "simulated-coco"]
+    coco_url: _LoopbackUrl = "http://127.0.0.1:8006"
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
+
+    @property
+    def through_coco(self) -> bool:
+        """Evidence comes from CoCo's api-server-rest, real or simulated."""
+        return self.attester.endswith("coco")
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -54,10 +62,13 @@ class GpuConfig(_Section, frozen=True, kw_only=True):
 
 
 class BrokerConfig(_Section, frozen=True, kw_only=True):
-    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)]
-    server_name: _DnsName
-    ca_pem: _Certificate
-    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)]
+    """Exactly one of `endpoints` and `cdh` says who gives the key."""
+
+    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)] | None = None
+    cdh: bool = False
+    server_name: _DnsName | None = None
+    ca_pem: _Certificate | None = None
+    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)] | None = None
     key_uri: _KeyUri
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
     route_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 300
@@ -104,7 +115,7 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
     gpu: GpuConfig
     broker: BrokerConfig
     artifact: ArtifactConfig
-    server: ServerConfig
+    server: ServerConfig | None = None  # None: another container's, and nothing of ours runs it
     simulation: SimulationConfig | None = None
 
 
@@ -190,9 +201,28 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
-    for index, endpoint in enumerate(config.broker.endpoints):
-        if not 1 <= int(endpoint.rsplit(":", 1)[1]) <= 65535:
-            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.endpoints[{index}]"))
+    _check_broker(config.broker, through_coco=config.tee.through_coco)
+    addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints or ())}
+    for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():
+        if not 1 <= int(address.rsplit(":", 1)[1]) <= 65535:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
+    """Each way to the key has its own keys, and no way has another's."""
+    if broker.endpoints is None and not broker.cdh:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.endpoints"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.cdh and (broker.endpoints is not None or not through_coco):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("broker.cdh"))
+    for key in ("server_name", "ca_pem"):
+        # refusal: test_every_mistake_names_its_key
+        if (getattr(broker, key) is None) != broker.cdh:
+            problem = ConfigProblem.NEEDS_OTHER_KEY if broker.cdh else ConfigProblem.MISSING_KEY
+            raise ConfigError(problem, Ident(f"broker.{key}"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.token_keys is None and not broker.cdh:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.token_keys"))
 
 
 EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with: HOST_DATA of
@@ -239,8 +269,11 @@ probe = "completion"             # one request that must succeed before ready
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
     "tee.attester": "which CPU TEE gives evidence: snp or tdx, through the first interface of it that this guest has "
-    "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
-    "in its place",
+    "(configfs-tsm, else the device node). coco: in a container of a Kata guest, where the TEE is not ours, what CoCo's "
+    "api-server-rest gives. simulated-snp, simulated-tdx, simulated-coco by name on a machine without a TEE. Never another in "
+    "its place",
+    "tee.coco_url": "where api-server-rest listens, for attester coco: http, an address of the loopback, a port; default "
+    "http://127.0.0.1:8006. The guest must be started with agent.guest_components_rest_api=all",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
@@ -248,6 +281,10 @@ EXPLAIN = {
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",
     "broker.endpoints": "host:port of each address of the one broker; they are tried in turn, and say nothing of who answers",
+    "broker.cdh": "true, in place of endpoints: in a container of a CoCo guest its confidential-data-hub gives the key, from "
+    "the service in the guest's own cdh.toml, after the guest's attestation-agent attested. Only with attester coco; needs "
+    "neither server_name nor ca_pem, and token_keys (the attestation service's) are optional: without them its token is not "
+    "verified",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",
@@ -268,7 +305,8 @@ EXPLAIN = {
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
-    "server.preset": "readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
+    "server.preset": "with [server] the agent runs the server (`keyturn run`); without it the open model is left to another "
+    "container (`keyturn load`). Readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",

@@ -4,7 +4,8 @@ AgentError
 ├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
 ├── InitdataError                                                         operator × config
 ├── GuestInitError                                                        operator × guest
-├── NoAttesterError · SimulationRefusedError                              operator × devices
+├── NoAttesterError · SimulationRefusedError · GuestApiError              operator × devices
+│   └── KeyNotDeliveredError                                              authority × key
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── DeviceUnavailableError · AttestationKeyLostError
 │       EvidenceVerificationError                                         host × evidence
@@ -16,7 +17,7 @@ AgentError
 ├── RemoteProtocolError · BrokerFailureError · TrusteeRefusedError        authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError                                     authority × key
-├── LeaseEndedError                                                       authority × lease
+├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · MalformedManifestError · RollbackError · MalformedHeaderError
@@ -245,6 +246,8 @@ class Absence(enum.Enum):
         "reset: start nvidia-persistenced first"
     )
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
+    NO_GUEST_API = "nothing listens at tee.coco_url"
+    SAMPLE = "the guest's attestation-agent gives sample evidence, which proves nothing"
 
 
 @dataclasses.dataclass(eq=False)
@@ -280,7 +283,7 @@ class SimulationRefusedError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class DeviceError(AgentError):
-    """A device call failed. `code` is the errno, NVML return code or firmware status, as `interface` defines it."""
+    """A device call failed. `code` is the errno, NVML return code, firmware or HTTP status, as `interface` defines it."""
 
     owner = Owner.HOST
     step = Step.EVIDENCE
@@ -307,6 +310,49 @@ class AttestationKeyLostError(DeviceError):
     """A request ended so that the kernel gave up the key to the SNP firmware, or it had done so before (VMPCK)."""
 
     next_step = "restart the guest: only that brings the key to its firmware back; the host's log may say what it refused"
+
+
+class GuestApiProblem(enum.Enum):
+    REFUSED = "nothing listens at tee.coco_url"
+    LOST = "connection ended before the answer"
+    TIMEOUT = "no answer in time"
+    FORBIDDEN = "refused: the request did not come from the guest's loopback"
+    NOT_SERVED = "not served, or its feature is off"
+    FAILED = "failed, in words that are not repeated"
+    STATUS = "answered with a status it is not known to use"
+    MALFORMED = "answer does not have the form of this request's"
+    TOO_LARGE = "answer is larger than the limit"
+    FEATURES = "started without a feature that this configuration needs"
+    ENCODING = "took the text of encoding=base64 for the data itself: these guest-components are too old"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestApiError(AgentError):
+    """CoCo's api-server-rest of this guest. `call` is the request's name, `status` its HTTP status, 0 without one."""
+
+    owner = Owner.OPERATOR
+    step = Step.DEVICES
+    next_step = (
+        "check the guest image's guest-components: their version, agent.guest_components_rest_api = all, and their own logs"
+    )
+    call: Ident
+    problem: GuestApiProblem
+    status: int = 0
+
+    def what(self) -> str:
+        return f"api-server-rest, {self.call}: {self.problem.value}" + (f" ({self.status})" if self.status else "")
+
+
+@dataclasses.dataclass(eq=False)
+class KeyNotDeliveredError(GuestApiError):
+    """The guest's confidential-data-hub gave no key, although its attestation had just been accepted. It says no cause."""
+
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = (
+        "look up this guest's request for broker.key_uri in the log of the key broker service: its policy denied it, there is "
+        "no such resource, or the service was not reached"
+    )
 
 
 class EvidenceFormat(enum.Enum):
@@ -709,6 +755,7 @@ class TokenCheck(enum.Enum):
     TEE_PUBKEY = "tee-pubkey"
     NONCE = "nonce"
     KEY_URI = "key-uri"
+    LAUNCH = "launch digest"
     CLAIMS = "claims"
 
 
@@ -766,6 +813,19 @@ class LeaseEndedError(AgentError):
 
     def what(self) -> str:
         return f"key lease of {self.lease_s} s ended"
+
+
+@dataclasses.dataclass(eq=False)
+class LeaseUnsupervisedError(AgentError):
+    """The key comes with a lease, and this agent ends when the model is open: nobody would obey it."""
+
+    owner = Owner.AUTHORITY
+    step = Step.LEASE
+    next_step = "boot with `keyturn run`, which renews and obeys a lease, or let the key's policy row give none"
+    lease_s: int
+
+    def what(self) -> str:
+        return f"key comes with a lease of {self.lease_s} s, and `keyturn load` leaves nobody to obey it"
 
 
 # --- artifact ---------------------------------------------------------------------------------------------------------

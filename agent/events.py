@@ -224,6 +224,13 @@ class ServerRestarting(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelLeft(Event):
+    """The open model lies in the given folder, for whoever serves it. Nobody of ours watches over it from now on."""
+
+    version: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Stopping(Event):
     """`waiting_for` names what must end by itself first; a device request is never abandoned. `signal`: 0 without one."""
 

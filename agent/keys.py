@@ -3,7 +3,8 @@
 The model key comes as JWE (RFC 7516, flattened JSON) to our ephemeral P-256 key: `ECDH-ES+A256KW`, `A256GCM`, nothing
 else. It is opened by primitives straight into locked memory, so no Python string or bytes object ever holds it. The
 intermediate keys (ECDH secret, key-encryption key, content key) do pass through bytes objects, which Python cannot wipe:
-they live in guest memory until the worker exits, and open only this one JWE.
+they live in guest memory until the worker exits, and open only this one JWE. Or the guest's own confidential-data-hub has the
+key, and it is read from a socket of the loopback straight into locked memory.
 
 Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, which only the gate makes.
 """
@@ -24,7 +25,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from agent.closed import Ident
 from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence.gate import SecuredDevices
-from agent.handshake import MAX_JWE_BYTES, SealedKey, TeePublicKey
+from agent.handshake import MAX_JWE_BYTES, KeptKey, SealedKey, TeePublicKey
 from agent.jose import COORDINATE_BYTES, parse_b64url, parse_object, parse_point, string
 
 KEY_BYTES = 32
@@ -133,8 +134,8 @@ class ReleasedKey:
         self.secret.wipe()
 
 
-def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> ReleasedKey:
-    """Open the sealed model key. The ephemeral key is destroyed, also on failure.
+def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevices) -> ReleasedKey:
+    """Open the sealed model key, or fetch the kept one. The ephemeral key is destroyed, also on failure.
 
     Args:
         sealed: what the broker released.
@@ -143,13 +144,20 @@ def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> Rel
 
     Raises:
         KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no 32-byte key.
+        AgentError: whatever the fetch of a kept key raised.
     """
     # refusal: test_nothing_is_unwrapped_before_the_gate
     if not isinstance(secured, SecuredDevices):
         raise RuntimeError("the gate comes before the key")
     secret = SecretBuffer(KEY_BYTES)
     try:
-        open_jwe(sealed.jwe, key, secret.view())
+        if isinstance(sealed, KeptKey):
+            sealed.fetch(secret.view())
+        else:
+            open_jwe(sealed.jwe, key, secret.view())
+    except BaseException:
+        secret.wipe()  # some of it may be there
+        raise
     finally:
         # refusal: test_the_ephemeral_key_is_destroyed_when_unwrap_fails
         key.destroy()

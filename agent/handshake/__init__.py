@@ -3,7 +3,8 @@
 Sizes are checked where a value is built from the wire. See `protos/HANDSHAKE.md`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from agent.closed import Ident
 from agent.errors import DenialReason
@@ -120,5 +121,19 @@ class SealedKey:
     """The model key as JWE to our ephemeral key; nothing can open it before the gate (`keys.unwrap`)."""
 
     jwe: bytes
+    key_id: Ident
+    key_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptKey:
+    """The model key where this guest's own confidential-data-hub has it for us. Nothing of it is here, and nothing is asked
+    for before the gate (`keys.unwrap`).
+
+    Attributes:
+        fetch: fills exactly the 32 bytes it is given, or raises an AgentError. Blocking.
+    """
+
+    fetch: Callable[[memoryview], None] = field(repr=False)
     key_id: Ident
     key_version: int

@@ -16,7 +16,7 @@ from typing import Protocol, Self, TypeVar
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerIdentityError, BrokerUnreachableError, IdentityProblem, Unreachable
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
-from agent.handshake import SealedKey, Verdict
+from agent.handshake import KeptKey, SealedKey, Verdict
 from agent.handshake.machine import Collected, Expired, NeedEvidence
 from agent.keys import EphemeralKey
 from agent.retry import RetrySchedule
@@ -73,7 +73,7 @@ class Broker(Protocol):
             AgentError: whatever `collect` raised.
         """
 
-    async def release_key(self, verdict: Verdict) -> SealedKey:
+    async def release_key(self, verdict: Verdict) -> SealedKey | KeptKey:
         """Ask for the key that `verdict` (of the last `attest`) names. Its lease runs from before this call.
 
         Raises:
