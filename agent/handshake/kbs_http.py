@@ -55,13 +55,13 @@ class Question:
 class KbsHttp:
     """Not for two requests at a time."""
 
-    def __init__(self, url: str, ca_pem: str, server_name: str) -> None:
+    def __init__(self, url: str, ca_pem: str | None, server_name: str | None) -> None:
         """Nothing is connected yet.
 
         Args:
             url: `https://host[:port]`; `http://…` only where a simulation may.
-            ca_pem: the measured CA, PEM; the only roots there are.
-            server_name: the measured name that the certificate must carry, whatever the URL's host.
+            ca_pem: the measured CA, PEM; the only roots there are. None with http only.
+            server_name: the measured name that the certificate must carry, whatever the URL's host. None with http only.
         """
         self._url = urlsplit(url)
         self._ca_pem = ca_pem
@@ -151,6 +151,9 @@ class KbsHttp:
         return self._pool
 
     def _tls_context(self) -> ssl.SSLContext:
+        # refusal: test_tls_without_a_measured_identity_is_a_bug
+        if self._ca_pem is None or self._server_name is None:
+            raise RuntimeError("https without CA and name: the configuration must not get this far")
         try:
             context = http_policy.tls_context(self._ca_pem)
         except ArtifactUnavailableError:

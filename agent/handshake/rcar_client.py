@@ -66,7 +66,7 @@ class Site:
 
     Attributes:
         url: `https://host[:port]`, a hint but for its scheme.
-        ca_pem: the measured CA, PEM; the only roots there are.
+        ca_pem: the measured CA, PEM; the only roots there are. None: no TLS, which the configuration allows simulations.
         server_name: the measured name that the certificate must carry.
         resource_uri: where the key is: `kbs:///repository/type/tag` or `kbs+plugin:///path?query`.
         protocol_version: that the KBS takes.
@@ -75,8 +75,8 @@ class Site:
     """
 
     url: str
-    ca_pem: str = field(repr=False)
-    server_name: str
+    ca_pem: str | None = field(repr=False)
+    server_name: str | None
     resource_uri: str
     protocol_version: str = rcar.PROTOCOL_VERSION
     init_data: str | None = field(default=None, repr=False)
