@@ -22,7 +22,7 @@ VERBS = {
     "evidence": "print this guest's evidence over a nonce, as the broker sees it",
     "verify": "check a report, quote or event log offline, and print what it says",
     "status": "show the status of a running agent",
-    "explain": "what an error or an exit status means, who must act, and what to check",
+    "explain": "what failed, who must act and what to check: of an error, an exit status, a token, an event, a status",
     "config": "check, explain or print an example of the configuration",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",
     "inspect": "show a sealed model, and with a key check every byte of it",

@@ -37,6 +37,7 @@ from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
+from agent.commands.diagnosis import diagnose
 from agent.errors import (
     AgentError,
     ConfigError,
@@ -83,6 +84,7 @@ from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.publish import HandedModel
+from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
@@ -544,6 +546,25 @@ def ear_claims_seeds() -> list[bytes]:
     return [json.dumps(body).encode() for body in bodies]
 
 
+def given_to_explain(data: bytes) -> None:
+    """Whatever is explained is printed from closed values."""
+    said = diagnose(data.decode("utf-8", "replace"), NOW)
+    assert json.dumps(said.record).isprintable()
+    assert all(text.isprintable() for problem in said.problems for text in problem.said)
+    assert all(text.isprintable() for fact in said.facts for text in fact)
+
+
+def given_to_explain_seeds() -> list[bytes]:
+    """A failure, a log, a status document, the answer of an attestation."""
+    failed = ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.url"))
+    report = BootReport("1", "run")
+    report.apply(failed)
+    line = json.dumps(message_to_record(failed) | {"at": "x", "t_ms": 1})
+    log = f"x\n{line}\n{json.dumps(message_to_record(StageEnded(Stage.LOAD, 5, 1)))}"
+    answer = json.dumps({"token": (CORPUS / "ear" / "made-0").read_text()})
+    return [text.encode() for text in (line, log, json.dumps(report.status()), answer)]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -919,6 +940,7 @@ TARGETS = {
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
         Target("ear_claims", ear_claims, ear_claims_seeds),
+        Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
