@@ -24,6 +24,7 @@ VERBS = {
     "status": "show the status of a running agent",
     "explain": "what failed, who must act and what to check: of an error, an exit status, a token, an event, a status",
     "config": "check, explain or print an example of the configuration",
+    "initdata": "what a guest with an initdata document is launched with, and the document itself",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",
     "inspect": "show a sealed model, and with a key check every byte of it",
     "broker": "the reference key broker",

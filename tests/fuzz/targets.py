@@ -66,7 +66,7 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
-from agent.guest.initdata import pack_device, parse_initdata, read_device
+from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
     Accepted,
@@ -699,7 +699,8 @@ def config_seeds() -> list[bytes]:
 
 def initdata(data: bytes) -> None:
     document = parse_initdata(data, STATE)
-    assert document.entry("keyturn.toml") is None or len(document.digest) in (32, 48, 64)
+    assert len(document.digest) in (32, 48, 64)
+    assert parse_initdata(pack_document(document.entries, "sha256"), STATE).entries == document.entries
 
 
 def initdata_seeds() -> list[bytes]:
