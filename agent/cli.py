@@ -26,6 +26,7 @@ VERBS = {
     "config": "check, explain or print an example of the configuration",
     "initdata": "what a guest with an initdata document is launched with, and the document itself",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",
+    "policy": "what a broker or Trustee must be told to release a key to an image, a configuration and a model",
     "inspect": "show a sealed model, and with a key check every byte of it",
     "broker": "the reference key broker",
     "demo": "a whole boot on simulated silicon with a real model and a real server",

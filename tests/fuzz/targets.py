@@ -38,6 +38,9 @@ from agent.broker.policy import parse_policy
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
+from agent.commands.policy import broker_policy
+from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
     ConfigError,
@@ -565,6 +568,28 @@ def given_to_explain_seeds() -> list[bytes]:
     return [text.encode() for text in (line, log, json.dumps(report.status()), answer)]
 
 
+def policy_values(data: bytes) -> None:
+    """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
+    image = parse_image(policy_values_seeds()[0])
+    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    try:
+        approved = replace(known, image=parse_image(data))
+    except AgentError:
+        approved = replace(known, gpus=(parse_gpu(data),))
+    assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
+    assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
+
+
+def policy_values_seeds() -> list[bytes]:
+    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
+    snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
+    turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
+    tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
+    gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
+    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -941,6 +966,7 @@ TARGETS = {
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
         Target("ear_claims", ear_claims, ear_claims_seeds),
+        Target("policy_values", policy_values, policy_values_seeds),
         Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
