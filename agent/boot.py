@@ -22,12 +22,12 @@ from agent.artifact import LoadedArtifact, load
 from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
-from agent.errors import LeaseEndedError, RollbackError
+from agent.errors import LeaseEndedError, LeaseUnsupervisedError, RollbackError
 from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
 from agent.handshake import Verdict
-from agent.handshake.grpc_client import GrpcBroker
+from agent.handshake.broker import Broker
 from agent.stages import Notify, stage
 from agent.threads import in_thread
 
@@ -35,11 +35,13 @@ from agent.threads import in_thread
 async def boot(
     cfg: MeasuredConfig,
     devices: Devices,
-    broker: GrpcBroker,
+    broker: Broker,
     store: BlobSource,
     undo: ExitStack,
     notify: Notify,
     gid: int | None,
+    *,
+    supervised: bool = True,
 ) -> tuple[LoadedArtifact, int | None]:
     """Attest, secure the devices, open the model.
 
@@ -51,6 +53,7 @@ async def boot(
         notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
         gid: group that may read the open model; None: our own.
+        supervised: somebody of ours will see to the end of a lease.
 
     Returns:
         The model, and the lease of its key in seconds, None without one.
@@ -65,6 +68,9 @@ async def boot(
             verdict, ephemeral = await _attest(cfg, devices, broker, notify)
             claims = verdict.claims
             notify(_accepted(verdict))
+            # refusal: test_a_key_with_a_lease_is_not_left_to_nobody
+            if claims.lease_s is not None and not supervised:
+                raise LeaseUnsupervisedError(claims.lease_s)
 
         async with _lease(claims.lease_s):
             with stage(Stage.RELEASE_KEY, notify):
@@ -78,7 +84,7 @@ async def boot(
                     notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
 
             with stage(Stage.UNWRAP, notify):
-                key = keys.unwrap(sealed, ephemeral, secured)
+                key = await in_thread(lambda: keys.unwrap(sealed, ephemeral, secured))
 
             with key, stage(Stage.LOAD, notify) as progress:
                 floor = max(cfg.artifact.min_version, claims.min_model_version)
@@ -86,7 +92,7 @@ async def boot(
     return loaded, claims.lease_s
 
 
-async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, served_version: int, notify: Notify) -> None:
+async def renew(cfg: MeasuredConfig, devices: Devices, broker: Broker, served_version: int, notify: Notify) -> None:
     """Attest again, for another lease: another nonce, another key pair, and no key.
 
     Args:
@@ -107,9 +113,7 @@ async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, serve
     notify(_accepted(verdict))
 
 
-async def _attest(
-    cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, notify: Notify
-) -> tuple[Verdict, keys.EphemeralKey]:
+async def _attest(cfg: MeasuredConfig, devices: Devices, broker: Broker, notify: Notify) -> tuple[Verdict, keys.EphemeralKey]:
     return await broker.attest(
         Ident(cfg.broker.key_uri),
         devices.attester.tee,

@@ -17,14 +17,17 @@ from agent.report import console_line
 # verb -> one line of help; the module is agent.commands.<verb>
 VERBS = {
     "run": "boot: attest, get the key, open the model, start and supervise the model server",
+    "load": "boot of an init container: open the model into a given folder of guest memory, for another container to serve",
     "init": "the first program of a guest: started by the kernel as /init",
     "doctor": "check this guest: everything that a boot needs, one finding each",
     "evidence": "print this guest's evidence over a nonce, as the broker sees it",
     "verify": "check a report, quote or event log offline, and print what it says",
     "status": "show the status of a running agent",
-    "explain": "what an error or an exit status means, who must act, and what to check",
+    "explain": "what failed, who must act and what to check: of an error, an exit status, a token, an event, a status",
     "config": "check, explain or print an example of the configuration",
+    "initdata": "what a guest with an initdata document is launched with, and the document itself",
     "seal": "encrypt a model folder into a sealed model (OCI image layout)",
+    "policy": "what a broker or Trustee must be told to release a key to an image, a configuration and a model",
     "inspect": "show a sealed model, and with a key check every byte of it",
     "broker": "the reference key broker",
     "demo": "a whole boot on simulated silicon with a real model and a real server",

@@ -42,7 +42,7 @@ from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
 from agent.server import ServerPlan
 from agent.threads import signals_wait
-from agent.worker import is_loopback, plan_server, token_keys
+from agent.worker import endpoint_of, plan_of, stays_inside, token_keys
 
 if TYPE_CHECKING:
     from agent.artifact.manifest import ModelConfig
@@ -65,7 +65,9 @@ class Skip(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    OWN_COMPONENTS = "the guest's own components ask for the key, and its attester has shown that they serve it"
     NO_MANIFEST = "the size of the model is not known without its manifest"
+    NO_SERVER = "another container serves the model"
     NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
     NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"
 
@@ -168,8 +170,8 @@ def _configuration(guest: Guest) -> None:
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
     guest.measured = parse(found.data, found.digest)
-    guest.plan = plan_server(guest.config.server)
-    token_keys(guest.config.broker.token_keys)
+    guest.plan = plan_of(guest.config)
+    token_keys(guest.config.broker.token_keys or ())
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -235,8 +237,9 @@ def _clock(guest: Guest) -> None:
 
     from agent.verify.roots import UNREADABLE
 
+    ca_pem = _needed(guest.config.broker.ca_pem, Skip.OWN_COMPONENTS)
     try:
-        authorities = x509.load_pem_x509_certificates(guest.config.broker.ca_pem.encode())
+        authorities = x509.load_pem_x509_certificates(ca_pem.encode())
     except UNREADABLE:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
     now = datetime.now(UTC)
@@ -246,9 +249,8 @@ def _clock(guest: Guest) -> None:
 
 
 def _route(guest: Guest) -> None:
-    endpoints = guest.config.broker.endpoints
     _stay_offline(guest)
-    if not all(is_loopback(endpoint) for endpoint in endpoints):
+    if not stays_inside(guest.config.broker):
         asyncio.run(wait_for_route(0))
 
 
@@ -257,13 +259,15 @@ def _broker(guest: Guest) -> None:
     from agent.handshake.grpc_failure import Peer, check_peer
 
     at = guest.config.broker
+    endpoints = _needed(at.endpoints or ((endpoint_of(at.url),) if at.url else None), Skip.OWN_COMPONENTS)
+    assert at.ca_pem and at.server_name, "the schema asks for them"
     _stay_offline(guest)
-    for number, endpoint in enumerate(at.endpoints, 1):
+    for number, endpoint in enumerate(endpoints, 1):
         try:
             asyncio.run(check_peer(Peer(endpoint, at.ca_pem, at.server_name), LOOK_S))
         except BrokerUnreachableError as error:
             error.attempts = number
-            if number == len(at.endpoints):
+            if number == len(endpoints):
                 raise
         else:
             return
@@ -311,15 +315,15 @@ def _destination(guest: Guest) -> None:
     if guest.measured is None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
-    config, plan = guest.config.artifact, _needed(guest.plan, Skip.NO_CONFIGURATION)
+    config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
     sizes = [file.size for file in guest.model.files] if guest.model else [0]
     allow_swap = config.unsafe_allow_swap
-    check_destination(config.destination, config.directory, sizes, plan.gid, allow_swap=allow_swap, memory=MACHINE)
+    check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
 
 
 def _server_program(guest: Guest) -> None:
     """With our own rights: whether `server.uid` may execute it shows at its start."""
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = _needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     program = plan.argv[0]
     if "/" in program:
         program = os.path.join("/", program)  # where the server starts
@@ -328,7 +332,7 @@ def _server_program(guest: Guest) -> None:
 
 
 def _server_address(guest: Guest) -> None:
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = _needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     with socket.socket(socket.AF_INET6 if ":" in plan.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers of old connections is no obstacle
         try:

@@ -178,7 +178,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`/dev/sev-guest` will do, or a port in `/etc/tdx-attest.conf`. TDX needs `/dev/tdx_guest` in either case."
             ),
             (
-                "This guest is of another TEE: set `tee.attester` to the one it is of. Below a Hyper-V paravisor, as on "
+                "This guest is of another TEE: set `tee.attester` to the one it is of. Attester coco: api-server-rest must "
+                "listen at `tee.coco_url`, and its attestation-agent must have found a TEE. Below a Hyper-V paravisor, as on "
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
@@ -211,10 +212,51 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing is held back: that something is simulated is always said, in status, events, tokens and audit log.",
     ),
+    errors.GuestApiError: Explanation(
+        "The agent reaches this guest's TEE through CoCo's api-server-rest, and a request to it gave nothing that can be used. "
+        "The text names the request, what was wrong, and the HTTP status. Nothing is asked twice: the attestation-agent behind "
+        "it makes five attempts of its own, and a container that ends is started again by Kubernetes.",
+        (
+            (
+                "not-served, or without a needed feature: the guest's kernel command line needs "
+                "`agent.guest_components_rest_api=all`; Kata's default serves resources alone. An old server also lacks info."
+            ),
+            (
+                "evidence took the text for the data: guest-components before `encoding=base64` of their REST API put the "
+                "spelling into the report instead of what it spells. Use a newer guest image."
+            ),
+            (
+                "token failed: the attestation-agent got no token. Its log says why; the key broker service of the guest's "
+                "aa.toml is not reachable from this guest, speaks another version, or refused the evidence."
+            ),
+            (
+                "connection ended, no answer, or nothing listens: api-server-rest or attestation-agent has died, and "
+                "kata-agent does not start them again. `tee.coco_url` must be where this guest's server listens."
+            ),
+        ),
+        "The text of a failed answer is not read, and so never shown: the components put into it what they were told by peers.",
+    ),
+    errors.KeyNotDeliveredError: Explanation(
+        "The guest's confidential-data-hub was asked for the model key, after the verdict and the GPU gate, and gave none or "
+        "one that is not 32 bytes long. It names no cause. What is known: the attestation-agent had got a token shortly "
+        "before, so the key broker service could be reached and had accepted the evidence.",
+        (
+            (
+                "The service's resource policy denied: its log says so for this guest. Trustee's default policy denies sample "
+                "evidence, and a stricter one whatever the token does not affirm."
+            ),
+            "There is no resource of the name in `broker.key_uri`, or it does not hold exactly the 32 bytes of the key.",
+            (
+                "The url in cdh.toml and in aa.toml of the initdata must be of the same service, and so must be the "
+                "certificates beside them."
+            ),
+        ),
+        "Nothing of an answer that is no key is read, and a key of another length is never told apart from other bytes.",
+    ),
     errors.DeviceError: Explanation(
-        "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
-        "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
-        "0x12001 on the quote service's, and an NVML return code for nvml. It is final, because a second try can latch a "
+        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr "
+        "and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 on the "
+        "quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final, because a second try can latch a "
         "GPU in a fatal state or cost an SNP guest its attestation key.",
         (
             "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
@@ -615,6 +657,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "nonce, tee-pubkey or key-uri: the verdict is one of another request. Look for a proxy or cache between "
                 "guest and broker, and treat it as an attack until explained."
             ),
+            (
+                "launch digest, with `broker.cdh`: the token is about a guest with other initdata. tee-pubkey: the "
+                "attestation-agent's tee_key_algorithm must be its default, a P-256 key."
+            ),
         ),
         "The token is not logged, not even in parts: until it expires it lets its holder ask for a key, although sealed "
         "to this guest.",
@@ -653,6 +699,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing about the key that came is told, not even its version: logs belong to the host. The commitment stands "
         "in the manifest.",
+    ),
+    errors.LeaseUnsupervisedError: Explanation(
+        "The key's authority gives it for a limited time, and the configuration has no `[server]`: the agent would end as soon "
+        "as the model is open, and nobody would stop its use when the time is over. So the key was not asked for.",
+        (
+            (
+                "Let the agent serve the model itself: `keyturn run` as the entrypoint of the server's container, with the "
+                "server's command in `server.command`."
+            ),
+            "Or take `lease_s` out of the key's row in the broker's policy, if the key may be used as long as the pod lives.",
+        ),
+        "Nothing is held back: length and policy version of the lease stand in status and events.",
     ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "

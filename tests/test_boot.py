@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from agent.evidence import Tee
+from agent.sim.api_server_rest import serve
 from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
-from tests.world import Agent, World, ask, ask_until
+from tests.world import Agent, World, ask, ask_until, free_port
 
 
 @pytest.fixture
@@ -70,6 +71,42 @@ def test_a_boot_serves_exactly_the_sealed_weights_and_leaves_nothing(world: Worl
     assert world.audit() == [ATTESTED, RELEASED]
     assert gone(server)
     assert str(world.folder) not in Path("/proc/self/mountinfo").read_text()
+
+
+def test_a_container_boots_through_the_guests_own_components(world: World) -> None:
+    components = world.through_coco()
+    agent = world.start()
+    agent.wait_for("server_ready")
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    outcome = agent.stop()
+    assert outcome.status == 0
+    opened = next(event for event in outcome.events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == ("snp", "api-server-rest")
+    assert components.asked == ["/info", "/aa/evidence", "/aa/additional-evidence", "/aa/evidence"]
+    assert world.audit() == [ATTESTED, RELEASED]
+
+
+def test_a_container_has_its_key_from_the_confidential_data_hub_after_the_gate(world: World) -> None:
+    components = world.key_from_cdh()
+    agent = world.start(broker=False)
+    agent.wait_for("gate_passed")
+    agent.wait_for("server_ready")
+    assert json.loads(agent.status_file.read_text())["simulated"] is True
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    outcome = agent.stop()
+    assert outcome.status == 0
+    assert components.asked == ["/info", "/aa/evidence", "/aa/token", "/cdh/resource/models/tiny/1"]
+    assert world.audit() == []
+
+
+def test_a_container_waits_for_an_api_server_that_starts_late(world: World) -> None:
+    components, port = world.through_coco(), free_port()
+    world.tee |= {"coco_url": f"http://127.0.0.1:{port}", "wait_s": 30}
+    agent = world.start()
+    assert agent.wait_for("waiting_for")["what"] == "tee"
+    with serve(components, port):
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
 
 
 def test_a_td_boots_as_an_snp_guest_does(tmp_path: Path, silicon: Path) -> None:

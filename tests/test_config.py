@@ -36,6 +36,10 @@ def change(old: str, new: str, text: str = EXAMPLE) -> str:
 
 BAD = ConfigProblem.BAD_VALUE
 NEEDS = ConfigProblem.NEEDS_OTHER_KEY
+NOT_LOOPBACK = [
+    *("http://127.0.0.1", "https://127.0.0.1:8006", "http://localhost:8006", "http://10.0.0.1:8006", "http://0.0.0.0:8006"),
+    *("http://127.0.0.1:8006/", "http://127.0.0.1:0", "http://127.0.0.1:65536", "http://u@127.0.0.1:8006", "http://[::2]:8006"),
+]
 
 
 @pytest.mark.parametrize(
@@ -70,6 +74,8 @@ NEEDS = ConfigProblem.NEEDS_OTHER_KEY
         (change("[tee]", "[tee]\nwait_s = 601"), BAD, "tee.wait_s"),
         (change("[tee]", "[tee]\nwait_s = -1"), BAD, "tee.wait_s"),
         (change("[tee]", "[tee]\nwait_s = 1.5"), ConfigProblem.WRONG_TYPE, "tee.wait_s"),
+        *((change("[tee]", f'[tee]\ncoco_url = "{url}"'), BAD, "tee.coco_url") for url in NOT_LOOPBACK),
+        (change('attester = "snp"', 'attester = "simulated-coco"'), NEEDS, "simulation.machine"),
         (change('destination = "auto"', "unsafe_allow_swap = true"), NEEDS, "artifact.unsafe_allow_swap"),
         (change('destination = "auto"', 'destination = "directory"'), NEEDS, "artifact.directory"),
         (change('destination = "auto"', 'directory = "/dev/shm/x"'), NEEDS, "artifact.directory"),
@@ -106,6 +112,13 @@ def test_a_large_file_is_refused_before_it_is_parsed() -> None:
 def test_simulation_is_chosen_by_name() -> None:
     assert parse(SIMULATED.encode()).config.tee.attester == "simulated-snp"
     assert parse(SIMULATED.replace("ed-snp", "ed-tdx").encode()).config.tee.attester == "simulated-tdx"
+
+
+def test_evidence_through_coco_is_chosen_by_name_and_asked_for_on_the_loopback() -> None:
+    tee = parse(change('attester = "snp"', 'attester = "coco"').encode()).config.tee
+    assert (tee.through_coco, tee.coco_url) == (True, "http://127.0.0.1:8006")
+    assert parse(SIMULATED.replace("ed-snp", 'ed-coco"\ncoco_url = "http://[::1]:1').encode()).config.tee.through_coco
+    assert not parse(EXAMPLE.encode()).config.tee.through_coco
 
 
 def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:

@@ -50,6 +50,14 @@ def test_a_td_boots_as_well() -> None:
     assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
 
 
+@pytest.mark.parametrize("tee", ["snp", "tdx"])
+def test_a_container_in_a_coco_guest_boots_as_well(tee: str) -> None:
+    status, result, events = demo("--once", "--attester", "coco", "--tee", tee)
+    check_good(status, result)
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == (tee, "api-server-rest")
+
+
 def test_one_flipped_byte_of_ciphertext_ends_with_the_artifact_status_and_no_server() -> None:
     status, result, events = demo("--once", "--flip-byte")
     assert (status, result["ok"], result["exit_status"]) == (19, False, 19)

@@ -61,6 +61,7 @@ def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
         machine.host_data = measured.digest
         broker.load_policy(site.policy_text(machine, tee, model))
     assert measured.config.broker.endpoints == (f"127.0.0.1:{broker.port}",)
+    assert measured.config.server
     assert measured.config.server.unsafe_run_as_root == (user == site.ServerUser(0, 0))
     assert measured.config.server.uid == (1000 if user and user.uid == 1000 else site.SERVER_UID)
     row = parse_policy(site.policy_text(machine, tee, model).encode()).rows[site.KEY_URI]

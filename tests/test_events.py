@@ -35,6 +35,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "server_ready": ["ms", "start"],
         "server_ended": ["status", "signal", "output_bytes"],
         "server_restarting": ["wait_ms", "start"],
+        "model_left": ["version"],
         "stopping": ["signal", "waiting_for"],
         "status_unwritable": ["code"],
         "lines_lost": ["lines"],

@@ -15,7 +15,9 @@ from agent.server import ServerPlan
 from agent.worker import plan_server
 from tests.children import in_child
 
-PLAN: ServerPlan = plan_server(parse(EXAMPLE.encode()).config.server)
+SERVER = parse(EXAMPLE.encode()).config.server
+assert SERVER is not None
+PLAN: ServerPlan = plan_server(SERVER)
 
 
 def handed(destination: DestinationKind, descriptors: tuple[int, ...] = (), directory: str | None = None) -> HandedModel:

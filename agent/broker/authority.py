@@ -225,6 +225,8 @@ class Authority:
                 claims = verify_tdx(evidence, anchors.simulation_roots, now)
                 collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None
                 return evaluate_tcb(claims, evidence, collateral, now)
+            case Tee.SAMPLE:
+                raise RuntimeError("our wire does not carry it")
 
     def _record(
         self, step: AuditStep, request_id: Ident | None, key_uri: Ident | None, policy: PolicyTable, now: datetime

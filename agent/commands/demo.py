@@ -27,6 +27,13 @@ def add_parser(verbs: Any, summary: str) -> None:
         "--tee", choices=("snp", "tdx"), default="snp", help="the CPU TEE of the simulated machine; default snp"
     )
     parser.add_argument(
+        "--attester",
+        choices=("direct", "coco"),
+        default="direct",
+        help="how the agent reaches its devices: direct, by their own interfaces (default), or coco, as a container in a Kata "
+        "guest does, through a stand-in for CoCo's api-server-rest",
+    )
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -43,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from agent.demo.view import HumanView, JsonView
     from agent.evidence import Tee
 
-    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee))
+    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee), coco=args.attester == "coco")
     if not args.json:
         with HumanView() as view:
             result = run(options, view)

@@ -26,6 +26,8 @@ from agent.events import Message, ServerReady, ServerStarted, StageEnded, messag
 from agent.evidence import Tee
 from agent.guest import mounts
 from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
+from agent.sim import api_server_rest
+from agent.sim.api_server_rest import Components
 from agent.sim.machine import SimulatedMachine
 
 TEXTS = ("a cat", "a kitten", "an annual tax report")
@@ -36,11 +38,15 @@ _NOT_OK = EXIT_STATUS[Owner.KEYTURN, Step.AGENT]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`once`: stop when the questions are answered. `flip_byte`: damage one byte of ciphertext before the boot."""
+    """`once`: stop when the questions are answered. `flip_byte`: damage one byte of ciphertext before the boot.
+
+    `coco`: the agent reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
+    """
 
     once: bool
     flip_byte: bool
     tee: Tee = Tee.SNP
+    coco: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,11 +138,15 @@ def run(options: Options, view: View) -> Result:
             with view.preparing("model store and key broker"):
                 store_url = running.enter_context(layout_server.serve(model.layout))
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
+                api_server = None
+                if options.coco:
+                    components = Components(machine.attester(options.tee), machine.gpu_system())
+                    api_server = running.enter_context(api_server_rest.serve(components))
             with view.preparing("configuration, measured at launch"):
                 port = _free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user).encode()
-                (folder / "keyturn.toml").write_bytes(text)
-                machine.host_data = hashlib.sha256(text).digest()
+                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, api_server)
+                (folder / "keyturn.toml").write_text(text)
+                machine.host_data = hashlib.sha256(text.encode()).digest()
                 machine.save()
                 broker.load_policy(site.policy_text(machine, options.tee, model))
             return _boot(folder, model, port, options, view)

@@ -251,8 +251,12 @@ def configuration_text(
     store_url: str,
     server_port: int,
     user: ServerUser | None,
+    api_server: str | None = None,
 ) -> str:
-    """The guest's configuration: all the agent gets."""
+    """The guest's configuration: all the agent gets. `api_server` is the URL of its api-server-rest, if evidence is from it."""
+    attester = f'attester = "simulated-{tee.value}"'
+    if api_server is not None:
+        attester = f'attester = "simulated-coco"\ncoco_url = "{api_server}"'
     if user is None:
         server_user = ""
     elif user.uid == 0:
@@ -263,7 +267,7 @@ def configuration_text(
 schema = "keyturn/v1"
 
 [tee]
-attester = "simulated-{tee.value}"
+{attester}
 
 [simulation]
 machine = {json.dumps(str(machine.directory))}

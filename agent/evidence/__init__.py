@@ -13,7 +13,7 @@ from agent.closed import Ident
 Nonce = NewType("Nonce", bytes)
 """The broker's nonce: 32 bytes, single use."""
 ReportData = NewType("ReportData", bytes)
-"""64 bytes the CPU report carries: SHA-384 over the runtime data, zero-padded on the right."""
+"""64 bytes the CPU report carries: a hash over the runtime data, zero-padded on the right."""
 GpuNonce = NewType("GpuNonce", bytes)
 """The SPDM requester nonce: 32 bytes, the first of the device digest."""
 
@@ -24,11 +24,25 @@ NO_REPORT_DATA = ReportData(bytes(REPORT_DATA_BYTES))
 GPU_NONCE_BYTES = 32
 
 
+class OpaqueNonce(bytes):
+    """Trustee's nonce: a text, here its UTF-8, that is bound and sent back as it came, whatever it says. A `Nonce` holds it."""
+
+
+class BindingHash(enum.Enum):
+    """What binds the runtime data, by Trustee's names. A Challenge may select another than SHA-384; our broker's never does."""
+
+    SHA256 = "sha256"
+    SHA384 = "sha384"
+    SHA512 = "sha512"
+
+
 class Tee(enum.Enum):
     """Kinds of TEE, by their Trustee wire names."""
 
     SNP = "snp"
     TDX = "tdx"
+    SAMPLE = "sample"
+    """Nothing: Trustee's evidence for trying things out. A simulator's, and of no use to our own broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +50,16 @@ class Evidence:
     """Evidence of the CPU TEE.
 
     Attributes:
-        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
+        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it; of `sample` the digest alone.
         cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
             quote holds its own, so there it is empty.
+        event_log: of a TDX guest, what its RTMRs were extended with (`ccel.py`), without padding; empty when that is not known.
     """
 
     tee: Tee
     report: bytes
     cert_chain: tuple[bytes, ...] = ()
+    event_log: bytes = b""
 
 
 class Attester(Protocol):
@@ -144,6 +160,7 @@ class RuntimeData:
     nonce: Nonce
     public_key_x: bytes  # 32 bytes, big endian
     public_key_y: bytes  # 32 bytes, big endian
+    hash: BindingHash = BindingHash.SHA384
 
 
 @dataclass(frozen=True, slots=True)

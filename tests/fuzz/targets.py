@@ -37,6 +37,10 @@ from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
+from agent.commands.diagnosis import diagnose
+from agent.commands.policy import broker_policy
+from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
     ConfigError,
@@ -61,11 +65,12 @@ from agent.evidence import (
     qgs_abi,
     snp_abi,
     tdx_abi,
+    trustee_json,
 )
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
-from agent.guest.initdata import pack_device, parse_initdata, read_device
+from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
     Accepted,
@@ -79,9 +84,11 @@ from agent.handshake import (
     grpc_status,
     grpc_wire,
 )
+from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.publish import HandedModel
+from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
@@ -181,6 +188,23 @@ def certificate_table(data: bytes) -> None:
 def _tdx() -> tuple[Evidence, x509.Certificate, datetime]:
     root = x509.load_pem_x509_certificate(_silicon("sgx-root.pem"))
     return Evidence(Tee.TDX, _silicon("tdx-quote.bin")), root, root.not_valid_before_utc + timedelta(days=2)
+
+
+def trustee_evidence(data: bytes) -> None:
+    """The TEE stands in front, as nothing in the text says it."""
+    name, _, text = data.partition(b" ")
+    evidence = trustee_json.parse_evidence(Tee(name.decode()), text)
+    again = trustee_json.parse_evidence(evidence.tee, trustee_json.pack_evidence(evidence).encode())
+    assert replace(again, cert_chain=()) == replace(evidence, cert_chain=())
+    # What a certificate is says its name, not the text; without a leaf none is sent.
+    assert sorted(again.cert_chain) in ([], sorted(evidence.cert_chain))
+
+
+def trustee_evidence_seeds() -> list[bytes]:
+    log = trustee_json.trimmed((CORPUS / "ccel" / "made-0").read_bytes())
+    quote, _, _ = _tdx()
+    made = (_snp()[0], replace(_snp()[0], cert_chain=()), quote, replace(quote, event_log=log), Evidence(Tee.SAMPLE, bytes(48)))
+    return [f"{each.tee.value} {trustee_json.pack_evidence(each)}".encode() for each in made]
 
 
 def tdx_quote(data: bytes) -> None:
@@ -503,6 +527,87 @@ def sealed_key(data: bytes) -> None:
     keys.open_jwe(data, keys.EphemeralKey(GUEST), memoryview(out))
 
 
+def ear(data: bytes) -> None:
+    """A Trustee token; what its pinned keys signed is what a diagnosis reads."""
+    text = data.decode("utf-8", "surrogatepass")
+    decoded = decode_unverified_ear(text)
+    assert verify_ear(text, (AUTHORITY.public_key(),), NOW) == decoded
+
+
+def ear_claims(data: bytes) -> None:
+    """The payload alone; whatever is accepted has findings in words."""
+    for finding in findings(verify_ear(_sign(data), (AUTHORITY.public_key(),), NOW)):
+        assert str(finding).isprintable()
+
+
+def ear_claims_seeds() -> list[bytes]:
+    """SNP with a GPU that nothing affirms, TDX, and sample evidence without an issuer."""
+    runtime = {"nonce": jose.pack_b64(NONCE), "tee-pubkey": jose.pack_jwk(POINT), "additional-evidence": ""}
+
+    def submod(kind: str, claims: dict[str, object], init_data: str | None, **vector: int) -> dict[str, object]:
+        evidence = {kind: claims, "init_data": init_data, "runtime_data_claims": runtime}
+        return {
+            "ear.status": "contraindicated" if 97 in vector.values() else "affirming",
+            "ear.trustworthiness-vector": vector,
+            "ear.veraison.annotated-evidence": evidence,
+        }
+
+    gpu = submod("nvidia", {}, None, executables=33, hardware=97, configuration=36)
+    snp = submod("snp", {"measurement": "ab" * 48}, "cd" * 32, executables=3, hardware=2, configuration=2)
+    tdx = submod(
+        "tdx", {"quote": {"body": {"mr_td": "ab" * 48}}, "tcb_status": "OutOfDate", "advisory_ids": ["A-1"]}, "cd" * 48
+    )
+    sample = submod("sample", {"launch_digest": "abcde"}, "q80=")
+    times: dict[str, object] = {"iat": NOW - 5, "exp": NOW + 300}
+    bodies = [
+        times | {"iss": "CoCo-Attestation-Service", "submods": {"cpu0": snp, "gpu0": gpu}},
+        times | {"iss": "x", "nbf": NOW, "submods": {"cpu0": tdx}},
+        times | {"submods": {"cpu0": sample}},
+    ]
+    return [json.dumps(body).encode() for body in bodies]
+
+
+def given_to_explain(data: bytes) -> None:
+    """Whatever is explained is printed from closed values."""
+    said = diagnose(data.decode("utf-8", "replace"), NOW)
+    assert json.dumps(said.record).isprintable()
+    assert all(text.isprintable() for problem in said.problems for text in problem.said)
+    assert all(text.isprintable() for fact in said.facts for text in fact)
+
+
+def given_to_explain_seeds() -> list[bytes]:
+    """A failure, a log, a status document, the answer of an attestation."""
+    failed = ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.url"))
+    report = BootReport("1", "run")
+    report.apply(failed)
+    line = json.dumps(message_to_record(failed) | {"at": "x", "t_ms": 1})
+    log = f"x\n{line}\n{json.dumps(message_to_record(StageEnded(Stage.LOAD, 5, 1)))}"
+    answer = json.dumps({"token": (CORPUS / "ear" / "made-0").read_text()})
+    return [text.encode() for text in (line, log, json.dumps(report.status()), answer)]
+
+
+def policy_values(data: bytes) -> None:
+    """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
+    image = parse_image(policy_values_seeds()[0])
+    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    try:
+        approved = replace(known, image=parse_image(data))
+    except AgentError:
+        approved = replace(known, gpus=(parse_gpu(data),))
+    assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
+    assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
+
+
+def policy_values_seeds() -> list[bytes]:
+    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
+    snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
+    turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
+    tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
+    gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
+    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -637,7 +742,8 @@ def config_seeds() -> list[bytes]:
 
 def initdata(data: bytes) -> None:
     document = parse_initdata(data, STATE)
-    assert document.entry("keyturn.toml") is None or len(document.digest) in (32, 48, 64)
+    assert len(document.digest) in (32, 48, 64)
+    assert parse_initdata(pack_document(document.entries, "sha256"), STATE).entries == document.entries
 
 
 def initdata_seeds() -> list[bytes]:
@@ -852,6 +958,7 @@ TARGETS = {
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
         Target("certificate_table", certificate_table, _none),
+        Target("trustee_evidence", trustee_evidence, trustee_evidence_seeds, (ValueError,)),  # another TEE's name
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
@@ -876,6 +983,10 @@ TARGETS = {
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
+        Target("ear", ear, _none, (UnicodeDecodeError,)),
+        Target("ear_claims", ear_claims, ear_claims_seeds),
+        Target("policy_values", policy_values, policy_values_seeds),
+        Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
@@ -946,6 +1057,7 @@ def renew() -> None:
         "gpu_chain": chains,
         "gpu_certificate": [certificate.public_bytes(Encoding.DER) for certificate in gpu_certificates],
         "token": [_sign(token_claims_seeds()[0]).encode()],
+        "ear": [_sign(ear_claims_seeds()[0]).encode()],
         "sealed_key": [jwe.seal(bytes(range(32)), TeePublicKey(numbers.x.to_bytes(32), numbers.y.to_bytes(32)))],
     }
     for name, inputs in made.items():

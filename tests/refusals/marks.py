@@ -37,6 +37,8 @@ COMPLETE = (
     "agent/evidence/collect.py",
     "agent/evidence/gate.py",
     "agent/evidence/gpu_abi.py",
+    "agent/handshake/ear.py",
+    "agent/handshake/jws.py",
     "agent/handshake/machine.py",
     "agent/handshake/token.py",
     "agent/keys.py",
