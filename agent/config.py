@@ -88,6 +88,7 @@ class BrokerConfig(_Section, frozen=True, kw_only=True):
     resource_uri: _ResourceUri | None = None
     protocol_version: _SemVer | None = None
     cdh: bool = False
+    tokens: Literal["keyturn", "trustee"] = "keyturn"
     server_name: _DnsName | None = None
     ca_pem: _Certificate | None = None
     token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)] | None = None
@@ -255,6 +256,9 @@ def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
         # refusal: test_every_mistake_names_its_key
         if getattr(broker, key) is not None and broker.url is None:
             raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(f"broker.{key}"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.tokens != "keyturn" and broker.endpoints is None:  # the other ways have tokens of one kind each
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("broker.tokens"))
     with_tls = not broker.cdh and not (broker.url or "").startswith("http:")
     for key in ("server_name", "ca_pem"):
         # refusal: test_every_mistake_names_its_key
@@ -333,6 +337,8 @@ EXPLAIN = {
     "the service in the guest's own cdh.toml, after the guest's attestation-agent attested. Only with attester coco; needs "
     "neither server_name nor ca_pem, and token_keys (the attestation service's) are optional: without them its token is not "
     "verified",
+    "broker.tokens": "whose verdicts count, with endpoints: keyturn (default), our broker's; trustee, where the broker is a relay "
+    "(`keyturn broker --upstream`) before a Trustee KBS: then token_keys are its attestation service's",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",

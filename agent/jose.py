@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable
 from typing import NoReturn
 
+from agent.evidence import Nonce, OpaqueNonce
 from agent.handshake import TeePublicKey
 
 COORDINATE_BYTES = 32
@@ -117,6 +118,11 @@ def _inverse_of(pack: Callable[[bytes], str], text: str, decode: Callable[[str],
     if pack(data) != text:
         raise ValueError("not canonical base64")
     return data
+
+
+def nonce_text(nonce: Nonce) -> str:
+    """The nonce as Trustee's binding has it: 32 bytes in base64, or a text that came as one."""
+    return nonce.decode() if isinstance(nonce, OpaqueNonce) else pack_b64(nonce)
 
 
 def pack_jwk(key: TeePublicKey) -> dict[str, str]:

@@ -224,6 +224,9 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
 
+    def on_unaffirmed(finding: Ident) -> None:
+        notify(NotAffirmed(finding))
+
     if at.url is not None:
         from agent.handshake.rcar import PROTOCOL_VERSION
         from agent.handshake.rcar_client import RcarBroker, Site
@@ -238,11 +241,22 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
             measured.digest,
             simulated=cfg.tee.simulated,
         )
-        return RcarBroker(site, trust, at.timeout_s, on_retry, lambda finding: notify(NotAffirmed(finding)))
+        return RcarBroker(site, trust, at.timeout_s, on_retry, on_unaffirmed)
+    from agent.handshake import TokenKind
     from agent.handshake.grpc_client import GrpcBroker
 
     assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"
-    return GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry)
+    return GrpcBroker(
+        at.endpoints,
+        at.ca_pem,
+        at.server_name,
+        trust,
+        at.timeout_s,
+        on_retry,
+        TokenKind(at.tokens),
+        on_unaffirmed,
+        simulated=cfg.tee.simulated,
+    )
 
 
 async def _open(

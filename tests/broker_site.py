@@ -16,6 +16,7 @@ from agent.broker import bootstrap
 from agent.broker.anchors import TrustAnchors, load_simulation_roots
 from agent.broker.audit import AuditLog
 from agent.broker.authority import Authority
+from agent.broker.desk import AuthorityDesk
 from agent.broker.keystore import DirectoryKeyStore, KeyStore
 from agent.broker.policy import parse_policy
 from agent.broker.service import BrokerServer, Limits, Tls
@@ -128,7 +129,7 @@ class Site:
             AuditLog(self.audit_path),
             now=lambda: self.clock.now,
         )
-        server = BrokerServer(authority, self.reported.append, lambda: self.clock.monotonic, self.limits)
+        server = BrokerServer(AuthorityDesk(authority), self.reported.append, lambda: self.clock.monotonic, self.limits)
         tls = Tls((directory / "tls.pem").read_bytes(), (directory / "tls.key").read_bytes())
         self.port = await server.start("127.0.0.1:0", tls)
         try:

@@ -12,9 +12,10 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from agent.broker.anchors import TrustAnchors
+from agent.broker.desk import CHALLENGE_LIFE_S
 from agent.broker.keystore import StoredKey
 from agent.broker.policy import parse_policy
-from agent.broker.service import CHALLENGE_LIFE_S, MAX_HELLOS, SERVICE, Limits, peer_host
+from agent.broker.service import MAX_HELLOS, SERVICE, Limits, peer_host
 from agent.broker.token import TOKEN_LIFE_S
 from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason, InternalError, KeyReleaseDeniedError

@@ -184,7 +184,7 @@ def test_a_key_response_out_of_form_is_refused(expected: ProtocolProblem, data: 
 
 def test_a_key_request_out_of_form_is_refused() -> None:
     for fields in ({"token": ""}, {"key_uri": "x"}, {"request_id": "r" * 65}):
-        sent = {"request_id": ID, "token": "t", "key_uri": URI} | fields
+        sent: dict[str, Any] = {"request_id": ID, "token": "t", "key_uri": URI} | fields
         assert problem(wire.parse_key_request, pb.ReleaseKeyRequest(**sent).SerializeToString()) is ProtocolProblem.MALFORMED
 
 

@@ -1,4 +1,4 @@
-"""The broker's gRPC service: streams, nonces, deadlines, limits. What is decided, and why, is `authority.py`'s.
+"""The broker's gRPC service: streams, nonces, deadlines, limits. What is decided, and why, is the desk's (`desk.py`).
 
 A nonce is drawn for a Challenge, lives in the coroutine of its stream and nowhere else, and is gone with the first
 Attestation, the next Hello or the end of the stream: so it is used once, only here, and any number of brokers can share an
@@ -10,23 +10,22 @@ together and for each host, and a slot is taken only while Evidence is judged or
 import asyncio
 import contextlib
 import ipaddress
-import secrets
 import time
 import traceback
 import urllib.parse
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from agent.broker.audit import AUDIT_LOG
-from agent.broker.authority import Authority, failure_reason
+from agent.broker.authority import failure_reason
+from agent.broker.desk import CHALLENGE_LIFE_S, Desk, UpstreamFailedError
 from agent.closed import Ident
 from agent.errors import (
     AgentError,
@@ -39,17 +38,14 @@ from agent.errors import (
     RemoteProtocolError,
     TokenError,
 )
-from agent.evidence import NONCE_BYTES, Nonce
 from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, grpc_wire
 from agent.handshake.grpc_status import DETAILS_KEY, OVERLOADED, Denial, Failure, pack_failure
 
 SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
 _RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
 
-CHALLENGE_LIFE_S = 300
 MAX_HELLOS = 8  # of one stream
 MAX_CALLS_PER_CONNECTION = 64
-VERIFIER_THREADS = 4
 RETRY_AFTER_S = 5.0
 DRAIN_S = 25.0  # below Kubernetes' 30 s; a guest whose stream is cut starts a new handshake with another replica
 
@@ -63,7 +59,7 @@ _OPTIONS = [
     ("grpc.keepalive_timeout_ms", 10_000),
 ]
 _Context = grpc.aio.ServicerContext[bytes, bytes]
-_Result = TypeVar("_Result")
+_Failed = AgentError | UpstreamFailedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,18 +101,17 @@ class BrokerServer:
 
     def __init__(
         self,
-        authority: Authority,
+        desk: Desk,
         report: Callable[[AgentError], None],
         monotonic: Callable[[], float] = time.monotonic,
         limits: Limits = Limits(),
     ) -> None:
-        self._authority = authority
+        self._desk = desk
         self._report = report
         self._monotonic = monotonic
         self._limits = limits
         self._slots_taken = 0
         self._open_calls: Counter[str] = Counter()  # by host
-        self._threads = ThreadPoolExecutor(VERIFIER_THREADS, "verifier")
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
         self._server = grpc.aio.server(options=_OPTIONS)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -143,11 +138,16 @@ class BrokerServer:
         await self._server.start()
         return port
 
+    async def set_serving(self, serving: bool) -> None:
+        """What the health service says, from now on."""
+        status = health_pb2.HealthCheckResponse
+        await self._health.set(SERVICE, status.SERVING if serving else status.NOT_SERVING)
+
     async def drain(self, grace_s: float = DRAIN_S) -> None:
         """Take no new work, let what runs come to its end for at most `grace_s` seconds, and close."""
         await self._health.enter_graceful_shutdown()
         await self._server.stop(grace_s)
-        self._threads.shutdown()
+        self._desk.close()
 
     # --- attestation --------------------------------------------------------------------------------------------------
 
@@ -159,7 +159,7 @@ class BrokerServer:
                     await self._attest(stream, patience)
             except TimeoutError:
                 await self._fail(stream, _broker_failure(grpc.StatusCode.DEADLINE_EXCEEDED, "STREAM_TIMEOUT"))
-            except AgentError as error:
+            except (AgentError, UpstreamFailedError) as error:
                 await self._fail(stream, error)
             except grpc.aio.BaseError:
                 pass  # the guest is gone in the middle of a message: nobody is left to tell
@@ -173,9 +173,10 @@ class BrokerServer:
             hello = message
             patience.reschedule(asyncio.get_running_loop().time() + self._limits.attestation_timeout_s)
             # 1. A fresh nonce, whatever there was before.
-            nonce = Nonce(secrets.token_bytes(NONCE_BYTES))
-            expires_at = self._monotonic() + CHALLENGE_LIFE_S
-            await stream.write(Challenge(hello.request_id, nonce, CHALLENGE_LIFE_S))
+            asked_at = self._monotonic()
+            opened = await self._desk.open(hello)
+            expires_at = asked_at + opened.challenge.expires_in_s
+            await stream.write(opened.challenge)
             message = await stream.read()
             if isinstance(message, Attestation):
                 # 2. The Attestation, in time, is judged with the nonce of this stream's last Challenge.
@@ -184,11 +185,11 @@ class BrokerServer:
                     raise _broker_failure(grpc.StatusCode.FAILED_PRECONDITION, "NONCE_EXPIRED")
                 patience.reschedule(asyncio.get_running_loop().time() + self._limits.verdict_timeout_s)
                 with self._slot():
-                    verdict = await self._in_thread(self._authority.attest, hello, message, nonce)
+                    verdict = await opened.attest(message)
                 return await stream.write(verdict)
         raise _broker_failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_HELLOS")
 
-    async def _fail(self, stream: "_AttestStream", error: AgentError) -> None:
+    async def _fail(self, stream: "_AttestStream", error: _Failed) -> None:
         if stream.hello is not None:  # who said nothing leaves no line: a port scan is no attestation
             error = await self._recorded(error, stream.hello)
         self._report_own(error)
@@ -201,12 +202,12 @@ class BrokerServer:
             request: KeyRequest | None = None
             recorded = False
             try:
-                request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"))
+                request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"), self._desk.tokens)
                 with self._slot():
-                    recorded = True  # what the authority refuses, it records
-                    return grpc_wire.pack_key_response(await self._in_thread(self._authority.release, request))
-            except AgentError as error:
-                failure: AgentError = error
+                    recorded = True  # what the desk refuses, it records
+                    return grpc_wire.pack_key_response(await self._desk.release(request))
+            except (AgentError, UpstreamFailedError) as error:
+                failure: _Failed = error
             except Exception as error:  # noqa: BLE001  # as above
                 failure, recorded = _internal(error), False
             if not recorded:
@@ -241,19 +242,15 @@ class BrokerServer:
         finally:
             self._slots_taken -= 1
 
-    async def _recorded(self, error: AgentError, asked: Hello | KeyRequest | None) -> AgentError:
+    async def _recorded(self, error: _Failed, asked: Hello | KeyRequest | None) -> _Failed:
         """The failure that the guest is told: this one, or that it could not be recorded."""
         try:
-            await self._in_thread(self._authority.record_failure, asked, _failure(error, None).reason)
+            await self._desk.record_failure(asked, _failure(error, None).reason)
         except BrokerFailureError as unrecorded:
             return unrecorded
         return error
 
-    async def _in_thread(self, work: Callable[..., _Result], *args: object) -> _Result:
-        """Signatures take milliseconds of CPU and the audit log waits for the disk: neither may stop the other streams."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
-
-    def _report_own(self, error: AgentError) -> None:
+    def _report_own(self, error: _Failed) -> None:
         """What the audit log cannot say: bugs, and that it cannot be written."""
         if isinstance(error, InternalError) or (isinstance(error, BrokerFailureError) and error.reason == AUDIT_LOG):
             self._report(error)
@@ -301,9 +298,11 @@ def peer_host(peer: str) -> str:
     return str(ipaddress.ip_network((host, 64), strict=False)) if kind == "ipv6" else host
 
 
-def _failure(error: AgentError, request_id: Ident | None) -> Failure:
+def _failure(error: _Failed, request_id: Ident | None) -> Failure:
     """How a failure looks on the wire. A denial says what a denied Verdict would; its word is the claim in capitals."""
     match error:
+        case UpstreamFailedError():
+            return replace(error.failure, request_id=request_id)
         case KeyReleaseDeniedError():
             word = Ident(error.claim.upper().replace(".", "_"))
             denial = Denial(error.reason, error.claim, error.reference_value_id, error.policy_version)
@@ -319,7 +318,7 @@ def _failure(error: AgentError, request_id: Ident | None) -> Failure:
             return Failure(_code(grpc.StatusCode.INTERNAL), Ident("INTERNAL"), request_id)
 
 
-async def _abort(context: _Context, error: AgentError, request_id: Ident | None) -> NoReturn:
+async def _abort(context: _Context, error: _Failed, request_id: Ident | None) -> NoReturn:
     failure = _failure(error, request_id)
     code = next(code for code in grpc.StatusCode if _code(code) == failure.code)
     await context.abort(code, str(failure.reason), ((DETAILS_KEY, pack_failure(failure)),))

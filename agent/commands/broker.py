@@ -78,6 +78,7 @@ async def _serve(args: argparse.Namespace) -> int:
     from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
     from agent.broker.audit import AuditLog
     from agent.broker.authority import Authority
+    from agent.broker.desk import AuthorityDesk
     from agent.broker.keystore import DirectoryKeyStore
     from agent.broker.service import BrokerServer
     from agent.broker.token import TokenKey
@@ -99,7 +100,7 @@ async def _serve(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ConfigError(ConfigProblem.NOT_FOUND, Ident("audit")) from error
     authority = Authority(policy, anchors, token_key, keys, audit, now=lambda: datetime.now(UTC))
-    server = BrokerServer(authority, _report)
+    server = BrokerServer(AuthorityDesk(authority), _report)
     port = await server.start(args.listen, tls)
 
     loop, stop = asyncio.get_running_loop(), asyncio.Event()

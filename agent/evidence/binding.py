@@ -24,9 +24,9 @@ import rfc8785
 
 from agent.closed import Ident
 from agent.errors import EvidenceFormat, MalformedEvidenceError
-from agent.evidence import GPU_NONCE_BYTES, REPORT_DATA_BYTES, GpuEvidence, GpuNonce, OpaqueNonce, ReportData, RuntimeData
+from agent.evidence import GPU_NONCE_BYTES, REPORT_DATA_BYTES, GpuEvidence, GpuNonce, ReportData, RuntimeData
 from agent.handshake import MAX_ADDITIONAL_EVIDENCE_BYTES, TeePublicKey
-from agent.jose import boolean, integer, pack_b64, pack_jwk, parse_b64, parse_object, string
+from agent.jose import boolean, integer, nonce_text, pack_b64, pack_jwk, parse_b64, parse_object, string
 
 MAX_GPUS = 16
 MAX_MODE = 255
@@ -62,7 +62,7 @@ class KeyturnClaims:
 def canonical_runtime_data(data: RuntimeData, additional_evidence: str | None) -> bytes:
     """RFC 8785 text of {nonce, tee-pubkey} and, unless None, additional-evidence (hyphen here, underscore on the wire)."""
     members: dict[str, str | dict[str, str]] = {
-        "nonce": data.nonce.decode() if isinstance(data.nonce, OpaqueNonce) else pack_b64(data.nonce),
+        "nonce": nonce_text(data.nonce),
         "tee-pubkey": pack_jwk(TeePublicKey(data.public_key_x, data.public_key_y)),
     }
     if additional_evidence is not None:

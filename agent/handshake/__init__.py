@@ -3,6 +3,7 @@
 Sizes are checked where a value is built from the wire. See `protos/HANDSHAKE.md`.
 """
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -15,10 +16,22 @@ MAX_ADDITIONAL_EVIDENCE_BYTES = 512 << 10
 MAX_CERTIFICATES = 8
 MAX_CERTIFICATE_BYTES = 8 << 10
 MAX_TOKEN_BYTES = 16 << 10
+MAX_TRUSTEE_TOKEN_BYTES = 256 << 10
+"""Such a token repeats the evidence: about 20 KiB for each GPU, 170 KiB for eight (`ear.py` has the same bound)."""
 MAX_JWE_BYTES = 8 << 10
+MAX_SESSION_BYTES = 4 << 10
 MAX_QUOTE_BYTES = 128 << 10
 MIN_CHALLENGE_LIFE_S = 180
 PROTOCOL_VERSION = "1"
+
+
+class TokenKind(enum.Enum):
+    """Whose Verdict tokens a broker hands out. The measured configuration says which this guest believes."""
+
+    KEYTURN = "keyturn"
+    """Our broker's own (`token.py`)."""
+    TRUSTEE = "trustee"
+    """Those of the attestation service behind a relay (`ear.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +66,17 @@ class Attestation:
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """Everything but the token is for display: only the token's signed claims decide."""
+    """Everything but the token is for display: only the token's signed claims decide.
+
+    Attributes:
+        session: of a relay, opaque: it goes back with the key request, to whichever replica serves that.
+    """
 
     request_id: Ident
     token: str
     policy_version: Ident
     reference_value_ids: tuple[Ident, ...]
+    session: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +90,12 @@ class Denied:
 
 @dataclass(frozen=True, slots=True)
 class KeyRequest:
+    """`session` is what came with the Verdict."""
+
     request_id: Ident
     token: str
     key_uri: Ident
+    session: bytes = field(default=b"", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,8 @@ OnAttempt = Callable[[Ident, int], None]
 """Told the request id and the number of each attempt, from 1, before anything is sent."""
 OnRetry = Callable[[AgentError, int, float], None]
 """Told why an attempt failed, how many have, and how many seconds the next one waits."""
+OnUnaffirmed = Callable[[Ident], None]
+"""Told one thing in a Trustee token that is not affirmed (`rcar.not_affirmed`)."""
 
 _Result = TypeVar("_Result")
 _Foreign = TypeVar("_Foreign", bound=Exception)

@@ -20,14 +20,10 @@ import grpc
 import grpc.aio
 
 from agent.closed import Ident
-from agent.errors import (
-    AgentError,
-    BrokerUnreachableError,
-    Unreachable,
-)
-from agent.evidence import Tee
-from agent.handshake import MAX_MESSAGE_BYTES, KeyRequest, SealedKey, Verdict, grpc_wire
-from agent.handshake.broker import Collect, OnAttempt, OnRetry, collected, retried
+from agent.errors import AgentError, BrokerUnreachableError, KeyReleaseDeniedError, TrusteeRefusedError, Unreachable
+from agent.evidence import CompositeEvidence, RuntimeData, Tee
+from agent.handshake import MAX_MESSAGE_BYTES, KeyRequest, SealedKey, TokenKind, Verdict, grpc_wire
+from agent.handshake.broker import Collect, OnAttempt, OnRetry, OnUnaffirmed, collected, retried
 from agent.handshake.machine import (
     Action,
     Closed,
@@ -40,7 +36,9 @@ from agent.handshake.machine import (
     SendHello,
     SendKeyRequest,
     Trust,
+    VerifyToken,
 )
+from agent.handshake.token import verify_token
 from agent.keys import EphemeralKey
 from agent.retry import RetrySchedule
 
@@ -64,6 +62,9 @@ class GrpcBroker:
         trust: Trust,
         timeout_s: float,
         on_retry: OnRetry = lambda *_: None,
+        tokens: TokenKind = TokenKind.KEYTURN,
+        on_unaffirmed: OnUnaffirmed = lambda _: None,
+        simulated: bool = False,
     ) -> None:
         """Nothing is connected yet.
 
@@ -74,6 +75,9 @@ class GrpcBroker:
             trust: token keys, and whether simulated evidence may count.
             timeout_s: for attestation and key release together, with every retry.
             on_retry: told why an attempt failed, how many have, and how many seconds the next one waits.
+            tokens: whose tokens count: our broker's, or those of a Trustee attestation service behind a relay.
+            on_unaffirmed: after a denial, told each thing in a Trustee token that is not affirmed.
+            simulated: the evidence is a simulator's, which a Trustee token does not say.
         """
         if not endpoints:
             raise RuntimeError("no endpoints: the configuration must not get this far")
@@ -83,12 +87,16 @@ class GrpcBroker:
         self._trust = trust
         self._timeout_s = timeout_s
         self._on_retry = on_retry
+        self._tokens = tokens
+        self._on_unaffirmed = on_unaffirmed
+        self._simulated = simulated
         self._schedule: RetrySchedule | None = None
         self._channel: grpc.aio.Channel | None = None
         self._endpoint = 0
         self._machine: Handshake | None = None
-        self._request_id: Ident | None = None
+        self._key_request: KeyRequest | None = None
         self._attempts = 0
+        self._refused = 0
 
     async def __aenter__(self) -> Self:
         return self
@@ -101,15 +109,30 @@ class GrpcBroker:
     ) -> tuple[Verdict, EphemeralKey]:
         """As `Broker.attest`."""
         self._schedule = RetrySchedule(asyncio.get_running_loop().time() + self._timeout_s)
+        self._refused = 0
         return await self._retry(self._schedule, lambda: self._attest_once(key_uri, tee, collect, on_attempt))
 
     async def release_key(self, verdict: Verdict) -> SealedKey:
         """As `Broker.release_key`."""
-        machine, schedule = self._machine, self._schedule
-        if machine is None or schedule is None or verdict.request_id != self._request_id:
+        machine, schedule, request = self._machine, self._schedule, self._key_request
+        if machine is None or schedule is None or request is None or verdict.request_id != request.request_id:
             raise RuntimeError("a key is asked for after its attestation")
-        request = KeyRequest(verdict.request_id, verdict.token, verdict.claims.key_uri)
-        return await self._retry(schedule, lambda: self._release_once(machine, request))
+        self._refused = 0
+        try:
+            return await self._retry(schedule, lambda: self._release_once(machine, request))
+        except KeyReleaseDeniedError as error:
+            denied = self._explained(error, verdict)
+        raise denied
+
+    def _explained(self, error: KeyReleaseDeniedError, verdict: Verdict) -> KeyReleaseDeniedError:
+        """The denial in the words of the token, which is signed: a relay knows no more, and may say less."""
+        if self._tokens is TokenKind.KEYTURN:
+            return error
+        from agent.handshake import rcar  # only a denial pays for its import
+
+        for finding in rcar.not_affirmed(verdict.token):
+            self._on_unaffirmed(finding)
+        return rcar.denial(verdict.token)
 
     async def _retry(self, schedule: RetrySchedule, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         async def next_address() -> None:
@@ -123,11 +146,13 @@ class GrpcBroker:
     async def _attest_once(
         self, key_uri: Ident, tee: Tee, collect: Collect, on_attempt: OnAttempt
     ) -> tuple[Verdict, EphemeralKey]:
-        self._request_id = request_id = Ident(secrets.token_hex(16))
+        request_id = Ident(secrets.token_hex(16))
         self._attempts += 1
         on_attempt(request_id, self._attempts)
         key = EphemeralKey.generate()
-        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust)
+        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, self._verify(tee))
+        self._key_request = None
+        asked: RuntimeData | None = None
         stream: _Stream = self._connect().stream_stream(grpc_wire.ATTEST_METHOD, bytes, bytes)(None)
         try:
             action: Action = machine.start()
@@ -136,13 +161,17 @@ class GrpcBroker:
                 match action:
                     case SendHello():
                         data = grpc_wire.pack_attest_request(action.hello)
-                        event = await _exchange(stream, data, machine, CHALLENGE_TIMEOUT_S)
+                        event = await _exchange(stream, data, machine, CHALLENGE_TIMEOUT_S, self._tokens)
                     case NeedEvidence():
+                        asked = action.runtime_data
                         event = await collected(collect, action)
                     case SendAttestation():
+                        assert asked is not None, "evidence was asked for"
+                        self._check(asked, action.attestation.evidence)
                         data = grpc_wire.pack_attest_request(action.attestation)
-                        event = await _exchange(stream, data, machine, VERDICT_TIMEOUT_S)
+                        event = await _exchange(stream, data, machine, VERDICT_TIMEOUT_S, self._tokens)
                     case SendKeyRequest():
+                        self._key_request = action.request
                         return action.verdict, key
                     case Done():
                         raise RuntimeError("no key comes over the attestation stream")
@@ -152,10 +181,24 @@ class GrpcBroker:
         finally:
             stream.cancel()
 
+    def _verify(self, tee: Tee) -> VerifyToken:
+        if self._tokens is TokenKind.KEYTURN:
+            return verify_token
+        from agent.handshake.rcar_token import EarVerifier  # only guests of a relay pay for its import
+
+        return EarVerifier(tee, self._simulated)
+
+    def _check(self, asked: RuntimeData, evidence: CompositeEvidence) -> None:
+        """What Trustee would refuse without a word is found here. No initdata goes over this wire, so none is compared."""
+        if self._tokens is TokenKind.TRUSTEE:
+            from agent.evidence import binding, precheck
+
+            precheck.check_before_sending(evidence.primary, binding.report_data(asked, evidence.additional_evidence), None)
+
     async def _release_once(self, machine: Handshake, request: KeyRequest) -> SealedKey:
         method = self._connect().unary_unary(grpc_wire.RELEASE_KEY_METHOD, bytes, bytes)
         answer = await method(grpc_wire.pack_key_request(request), timeout=KEY_TIMEOUT_S)
-        response = grpc_wire.parse_key_response(answer, Ident(machine.state.value))
+        response = grpc_wire.parse_key_response(answer, Ident(machine.state.value), self._tokens)
         action = machine.receive(response, int(time.time()))
         assert isinstance(action, Done), "the table knows one action for a key"
         return action.sealed_key
@@ -191,10 +234,14 @@ class GrpcBroker:
 
         peer = grpc_failure.Peer(self._endpoints[self._endpoint], self._ca_pem, self._server_name)
         state = Ident(self._machine.state.value if self._machine else "START")
-        return await grpc_failure.translate(exc, peer, state, CONNECT_TIMEOUT_S)
+        error, wait_s = await grpc_failure.translate(exc, peer, state, CONNECT_TIMEOUT_S)
+        if isinstance(error, TrusteeRefusedError):
+            self._refused += 1
+            error.attempts = self._refused
+        return error, wait_s
 
 
-async def _exchange(stream: _Stream, data: bytes, machine: Handshake, limit_s: int) -> Event:
+async def _exchange(stream: _Stream, data: bytes, machine: Handshake, limit_s: int, tokens: TokenKind) -> Event:
     """Send one message and wait for the next; the end of the stream and the end of patience are events."""
     try:
         async with asyncio.timeout(limit_s):
@@ -205,7 +252,7 @@ async def _exchange(stream: _Stream, data: bytes, machine: Handshake, limit_s: i
         return Expired()
     if not isinstance(answer, bytes):  # grpc.aio.EOF
         return Closed()
-    return grpc_wire.parse_attest_response(answer, Ident(machine.state.value))
+    return grpc_wire.parse_attest_response(answer, Ident(machine.state.value), tokens)
 
 
 async def _write(stream: _Stream, data: bytes) -> None:

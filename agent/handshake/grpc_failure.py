@@ -24,6 +24,7 @@ from agent.errors import (
     KeyReleaseDeniedError,
     ProtocolProblem,
     RemoteProtocolError,
+    TrusteeRefusedError,
     Unreachable,
 )
 from agent.handshake import grpc_status
@@ -59,6 +60,10 @@ async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout
 
     error: AgentError
     match code:
+        case grpc.StatusCode.PERMISSION_DENIED:
+            error = _denied(failure)
+        case _ if failure is not None and (refusal := grpc_status.refusal_of(failure.reason)):  # of a Trustee behind a relay
+            error, wait_s = TrusteeRefusedError(refusal), failure.retry_after_s or 0.0
         case grpc.StatusCode.RESOURCE_EXHAUSTED if failure is not None and failure.retry_after_s is not None:
             error, wait_s = BrokerUnreachableError(Unreachable.OVERLOADED), failure.retry_after_s
         case grpc.StatusCode.UNAVAILABLE if failure is not None:
@@ -66,8 +71,6 @@ async def translate(exc: grpc.aio.AioRpcError, peer: Peer, state: Ident, timeout
             overloaded = failure.reason == grpc_status.OVERLOADED
             error = BrokerUnreachableError(Unreachable.OVERLOADED) if overloaded else BrokerFailureError(status, failure.reason)
             wait_s = failure.retry_after_s or 0.0
-        case grpc.StatusCode.PERMISSION_DENIED:
-            error = _denied(failure)
         case grpc.StatusCode.UNAVAILABLE:
             error = await _look_again(peer, timeout_s)
         case grpc.StatusCode.DEADLINE_EXCEEDED:

@@ -13,7 +13,7 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no types
 
 from agent.closed import Ident
-from agent.errors import DenialReason
+from agent.errors import DenialReason, TrusteeRefusal
 
 DETAILS_KEY = "grpc-status-details-bin"
 ERROR_DOMAIN = "keyturn.kbs.v1"
@@ -21,6 +21,7 @@ OVERLOADED = Ident("OVERLOADED")
 """The one reason that is about the number of guests and not about a part of the broker."""
 MAX_DETAILS_BYTES = 8 << 10
 MAX_RETRY_AFTER_S = 86_400.0
+_TRUSTEE = "TRUSTEE_"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,17 @@ class Failure:
     request_id: Ident | None = None
     retry_after_s: float | None = None
     denial: Denial | None = None
+
+
+def reason_of(refusal: TrusteeRefusal) -> Ident:
+    """The reason by which a relay tells what the Trustee behind it refused: `TRUSTEE_ATTESTATION` and the like."""
+    return Ident(_TRUSTEE + refusal.name)
+
+
+def refusal_of(reason: Ident) -> TrusteeRefusal | None:
+    """The inverse of `reason_of`; None for a reason that is about something else."""
+    word = reason.removeprefix(_TRUSTEE)
+    return TrusteeRefusal.__members__.get(word) if word != reason else None
 
 
 def pack_failure(failure: Failure) -> bytes:

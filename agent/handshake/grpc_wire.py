@@ -23,7 +23,9 @@ from agent.handshake import (
     MAX_JWE_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_QUOTE_BYTES,
+    MAX_SESSION_BYTES,
     MAX_TOKEN_BYTES,
+    MAX_TRUSTEE_TOKEN_BYTES,
     MIN_CHALLENGE_LIFE_S,
     PROTOCOL_VERSION,
     Accepted,
@@ -34,6 +36,7 @@ from agent.handshake import (
     KeyRequest,
     KeyResponse,
     TeePublicKey,
+    TokenKind,
 )
 from agent.handshake.pb import kbs_pb2 as pb
 from agent.jose import COORDINATE_BYTES
@@ -56,6 +59,8 @@ _REASONS = {
     pb.DENIAL_REASON_POLICY: DenialReason.POLICY,
 }
 _REASON_VALUES = {reason: value for value, reason in _REASONS.items()}
+_TOKEN_BYTES = {TokenKind.KEYTURN: MAX_TOKEN_BYTES, TokenKind.TRUSTEE: MAX_TRUSTEE_TOKEN_BYTES}
+_FIRST_VERSION = {TokenKind.KEYTURN: 1, TokenKind.TRUSTEE: 0}  # Trustee's keys have none, for which a relay says 0
 _Wire = TypeVar("_Wire", bound=Message)
 
 
@@ -152,6 +157,7 @@ def pack_attest_response(message: Challenge | Accepted | Denied) -> bytes:
             wire.verdict.accepted.token = message.token
             wire.verdict.accepted.policy_version = message.policy_version
             wire.verdict.accepted.reference_value_ids.extend(message.reference_value_ids)
+            wire.verdict.accepted.session = message.session
         case Denied():
             wire.verdict.denied.reason = _REASON_VALUES[message.reason]
             wire.verdict.denied.claim = message.claim
@@ -160,8 +166,8 @@ def pack_attest_response(message: Challenge | Accepted | Denied) -> bytes:
     return wire.SerializeToString()
 
 
-def parse_attest_response(data: bytes, state: Ident) -> Challenge | Accepted | Denied:
-    """What a broker sent. Texts for display that are no identifiers become `unprintable`: they never decide.
+def parse_attest_response(data: bytes, state: Ident, tokens: TokenKind = TokenKind.KEYTURN) -> Challenge | Accepted | Denied:
+    """What a broker of that kind sent. Texts for display that are no identifiers become `unprintable`: they never decide.
 
     Raises:
         RemoteProtocolError: OVERSIZED or MALFORMED.
@@ -179,7 +185,13 @@ def parse_attest_response(data: bytes, state: Ident) -> Challenge | Accepted | D
             if len(accepted.reference_value_ids) > MAX_REFERENCE_VALUE_IDS:
                 raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
             values = tuple(Ident.of_peer(text) for text in accepted.reference_value_ids)
-            return Accepted(request_id, _token(accepted.token, state), Ident.of_peer(accepted.policy_version), values)
+            return Accepted(
+                request_id,
+                _token(accepted.token, state, tokens),
+                Ident.of_peer(accepted.policy_version),
+                values,
+                _session(accepted.session, state),
+            )
         case "denied":
             denied = wire.verdict.denied
             reason = _REASONS.get(denied.reason)
@@ -193,14 +205,21 @@ def parse_attest_response(data: bytes, state: Ident) -> Challenge | Accepted | D
 
 def pack_key_request(message: KeyRequest) -> bytes:
     """The guest's key request."""
-    wire = pb.ReleaseKeyRequest(request_id=message.request_id, token=message.token, key_uri=message.key_uri)
+    wire = pb.ReleaseKeyRequest(
+        request_id=message.request_id, token=message.token, key_uri=message.key_uri, session=message.session
+    )
     return wire.SerializeToString()
 
 
-def parse_key_request(data: bytes, state: Ident) -> KeyRequest:
+def parse_key_request(data: bytes, state: Ident, tokens: TokenKind = TokenKind.KEYTURN) -> KeyRequest:
     """What a guest sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
     wire = _decode(pb.ReleaseKeyRequest(), data, state)
-    return KeyRequest(_request_id(wire.request_id, state), _token(wire.token, state), parse_key_uri(wire.key_uri, state))
+    return KeyRequest(
+        _request_id(wire.request_id, state),
+        _token(wire.token, state, tokens),
+        parse_key_uri(wire.key_uri, state),
+        _session(wire.session, state),
+    )
 
 
 def pack_key_response(message: KeyResponse) -> bytes:
@@ -211,13 +230,13 @@ def pack_key_response(message: KeyResponse) -> bytes:
     return wire.SerializeToString()
 
 
-def parse_key_response(data: bytes, state: Ident) -> KeyResponse:
-    """What a broker sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
+def parse_key_response(data: bytes, state: Ident, tokens: TokenKind = TokenKind.KEYTURN) -> KeyResponse:
+    """What a broker of that kind sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
     wire = _decode(pb.ReleaseKeyResponse(), data, state)
     request_id = _request_id(wire.request_id, state)
     if len(wire.jwe) > MAX_JWE_BYTES:
         raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
-    if not wire.jwe or not 1 <= wire.key_version <= MAX_KEY_VERSION:
+    if not wire.jwe or not _FIRST_VERSION[tokens] <= wire.key_version <= MAX_KEY_VERSION:
         raise _malformed(state)
     return KeyResponse(request_id, wire.jwe, _ident(wire.key_id, state), wire.key_version)
 
@@ -256,8 +275,14 @@ def _ident(text: str, state: Ident) -> Ident:
         raise _malformed(state) from None
 
 
-def _token(text: str, state: Ident) -> str:
-    if len(text) > MAX_TOKEN_BYTES:
+def _session(data: bytes, state: Ident) -> bytes:
+    if len(data) > MAX_SESSION_BYTES:
+        raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
+    return data
+
+
+def _token(text: str, state: Ident, tokens: TokenKind) -> str:
+    if len(text) > _TOKEN_BYTES[tokens]:
         raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
     if not text or not text.isascii():
         raise _malformed(state)

@@ -264,4 +264,7 @@ class Handshake:
         if claims.simulated and not self._trust.allow_simulation:
             raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
         verdict = Verdict(self._hello.request_id, accepted.token, claims, accepted.reference_value_ids)
-        return SendKeyRequest(verdict, KeyRequest(self._hello.request_id, accepted.token, self._hello.key_uri))
+        return SendKeyRequest(verdict, self._key_request(accepted))
+
+    def _key_request(self, accepted: Accepted) -> KeyRequest:
+        return KeyRequest(self._hello.request_id, accepted.token, self._hello.key_uri, accepted.session)

@@ -28,7 +28,7 @@ from agent.errors import (
 from agent.evidence import BindingHash, CompositeEvidence, Nonce, OpaqueNonce, Tee, trustee_json
 from agent.handshake import TeePublicKey
 from agent.handshake.ear import MAX_EAR_BYTES, Finding, FindingKind, decode_unverified_ear, findings
-from agent.jose import pack_jwk, parse_object, string
+from agent.jose import nonce_text, pack_jwk, parse_object, string
 
 PROTOCOL_VERSION = "0.4.0"
 """Of every release since v0.14.0 (July 2025). A KBS takes exactly its own."""
@@ -79,7 +79,7 @@ def pack_attestation(nonce: Nonce, tee_pubkey: TeePublicKey, evidence: Composite
     body = _pack(
         {
             "init-data": None if init_data is None else {"format": "toml", "body": init_data},
-            "runtime-data": {"nonce": nonce.decode(), "tee-pubkey": pack_jwk(tee_pubkey)},
+            "runtime-data": {"nonce": nonce_text(nonce), "tee-pubkey": pack_jwk(tee_pubkey)},
             "tee-evidence": {
                 "primary_evidence": trustee_json.to_json(evidence.primary),
                 "additional_evidence": evidence.additional_evidence,

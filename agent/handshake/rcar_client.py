@@ -29,7 +29,7 @@ from agent.errors import (
 from agent.evidence import CompositeEvidence, RuntimeData, Tee, binding
 from agent.evidence.precheck import check_before_sending
 from agent.handshake import Accepted, Challenge, KeyResponse, SealedKey, TeePublicKey, Verdict, rcar
-from agent.handshake.broker import Collect, OnAttempt, OnRetry, collected, retried
+from agent.handshake.broker import Collect, OnAttempt, OnRetry, OnUnaffirmed, collected, retried
 from agent.handshake.kbs_http import KbsHttp, Question
 from agent.handshake.machine import (
     Action,
@@ -56,7 +56,6 @@ SESSION_MARGIN_S = 15
 
 _FORGOTTEN = (TrusteeRefusal.NO_SESSION, TrusteeRefusal.VERIFICATION)
 
-OnUnaffirmed = Callable[[Ident], None]
 _Result = TypeVar("_Result")
 
 

@@ -15,6 +15,7 @@ from agent.evidence import Nonce, Tee
 from agent.handshake import TeePublicKey, TokenClaims
 from agent.handshake.ear import LEEWAY_S, Ear, check_binding, decode_unverified_ear, verify_ear
 from agent.handshake.rcar import UNVERSIONED
+from agent.jose import nonce_text
 
 
 class EarVerifier:
@@ -55,7 +56,7 @@ class EarVerifier:
             raise _expiry_or_clock(error, token, keys, nonce, tee_pubkey, now) from None
 
         # 2. Of this handshake.
-        check_binding(ear, nonce.decode(), tee_pubkey)
+        check_binding(ear, nonce_text(nonce), tee_pubkey)
 
         # 3. About this kind of guest: a service that takes our evidence for something else has not appraised it.
         # refusal: test_a_token_about_another_kind_of_tee_is_refused
@@ -85,7 +86,7 @@ def _expiry_or_clock(
     """The clock, where the token is of this handshake and was not issued within a minute of now."""
     try:
         ear: Ear = verify_ear(token, keys, decode_unverified_ear(token).issued_at)
-        check_binding(ear, nonce.decode(), tee_pubkey)
+        check_binding(ear, nonce_text(nonce), tee_pubkey)
     except TokenError:
         return error
     ahead_s = now - ear.issued_at

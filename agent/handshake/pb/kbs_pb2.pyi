@@ -103,14 +103,16 @@ class Verdict(_message.Message):
     def __init__(self, accepted: _Optional[_Union[Accepted, _Mapping[str, object]]] = ..., denied: _Optional[_Union[Denied, _Mapping[str, object]]] = ...) -> None: ...
 
 class Accepted(_message.Message):
-    __slots__ = ("token", "policy_version", "reference_value_ids")
+    __slots__ = ("token", "policy_version", "reference_value_ids", "session")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     POLICY_VERSION_FIELD_NUMBER: _ClassVar[int]
     REFERENCE_VALUE_IDS_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     token: str
     policy_version: str
     reference_value_ids: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, token: _Optional[str] = ..., policy_version: _Optional[str] = ..., reference_value_ids: _Optional[_Iterable[str]] = ...) -> None: ...
+    session: bytes
+    def __init__(self, token: _Optional[str] = ..., policy_version: _Optional[str] = ..., reference_value_ids: _Optional[_Iterable[str]] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class Denied(_message.Message):
     __slots__ = ("reason", "claim", "reference_value_id", "policy_version")
@@ -125,14 +127,16 @@ class Denied(_message.Message):
     def __init__(self, reason: _Optional[_Union[DenialReason, str]] = ..., claim: _Optional[str] = ..., reference_value_id: _Optional[str] = ..., policy_version: _Optional[str] = ...) -> None: ...
 
 class ReleaseKeyRequest(_message.Message):
-    __slots__ = ("request_id", "token", "key_uri")
+    __slots__ = ("request_id", "token", "key_uri", "session")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     KEY_URI_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     token: str
     key_uri: str
-    def __init__(self, request_id: _Optional[str] = ..., token: _Optional[str] = ..., key_uri: _Optional[str] = ...) -> None: ...
+    session: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token: _Optional[str] = ..., key_uri: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
 
 class ReleaseKeyResponse(_message.Message):
     __slots__ = ("request_id", "jwe", "key_id", "key_version")
