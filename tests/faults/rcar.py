@@ -145,9 +145,8 @@ def denied(claim: str, value: int) -> Change:
 # --- the table of refusals ----------------------------------------------------------------------------------------------
 
 ONCE = {"auth": 1, "attest": 1, "resource": 1}
-WRONG_VERSION = (
-    "Attestation error: RCAR handshake Auth failed: KBS Client Protocol Version Mismatch: expect ={} while the request is X"
-)
+AUTH_FAILED = "Attestation error: RCAR handshake Auth failed: "
+WRONG_VERSION = AUTH_FAILED + "KBS Client Protocol Version Mismatch: expect ={} while the request is X"
 REFUSALS = [
     *(
         row(
