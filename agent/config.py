@@ -337,7 +337,7 @@ EXPLAIN = {
     "the service in the guest's own cdh.toml, after the guest's attestation-agent attested. Only with attester coco; needs "
     "neither server_name nor ca_pem, and token_keys (the attestation service's) are optional: without them its token is not "
     "verified",
-    "broker.tokens": "whose verdicts count, with endpoints: keyturn (default), our broker's; trustee, where the broker is a relay "
+    "broker.tokens": "whose verdicts count, with endpoints: keyturn (default), our broker's; trustee, where it is a relay "
     "(`keyturn broker --upstream`) before a Trustee KBS: then token_keys are its attestation service's",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",

@@ -29,6 +29,7 @@ class AuditStep(enum.Enum):
 
 class Decision(enum.Enum):
     ALLOWED = "allowed"
+    RELAYED = "relayed"  # a Trustee behind us appraised, and its policy decides when the key is asked for
     DENIED = "denied"
     FAILED = "failed"  # the broker or the request failed before there was a decision
 
@@ -40,7 +41,8 @@ class AuditRecord:
     Attributes:
         time: UTC, `2026-11-21T12:00:00.123Z` (`timestamp`).
         request_id, key_id: as the guest gave them; None for a request that could not be read.
-        measurement, host_data: hexadecimal, out of a report whose signature was verified; of a TD its MRTD and MRCONFIGID.
+        measurement, host_data: hexadecimal, out of a report whose signature was verified; of a TD its MRTD and MRCONFIGID. A
+            relay has them from the token of the Trustee behind it.
         chip_id_hash: SHA-256 of the chip id or of a TDX platform's PPID, hexadecimal: tells machines apart without naming them.
         reason: the denial reason, or the reason of the failure.
         nonce: of the attestation, hexadecimal, spent when this is written. The token carries it, so it joins a release,
