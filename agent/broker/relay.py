@@ -1,12 +1,12 @@
 """The desk of a relay (`keyturn broker --upstream`): guests speak gRPC to us, and an unmodified Trustee KBS decides.
 
-Each stream has a session of its own at the KBS, and the nonce of its Challenge is the KBS's. Evidence goes on in Trustee's form,
-the attestation token and the sealed key come back as they are. So nothing is decided here, nothing is opened, and nobody has to
+Each stream has a session of its own at the KBS, whose nonce its Challenge carries. Evidence goes on in Trustee's form, and
+attestation token and sealed key come back as they are. So nothing is decided here, nothing is opened, and nobody has to
 trust us: the guest verifies the token under its pinned keys, and the key by the manifest's commitment. We keep no state: the
-session's cookie goes to the guest beside the token and comes back with the key request, to whichever replica serves that, because
+session's cookie goes to the guest beside the token and comes back with the key request, to whichever replica serves it, because
 a token of eight GPUs is larger than the header it would have to stand in.
 
-What the KBS refuses becomes a failure with its reason (`failure_of`); that a policy denied stays a denial. The guest's request id
+What the KBS refuses becomes a failure with its reason (`failure_of`); a policy's denial stays one. The guest's request id
 goes to the KBS as `X-Request-Id` and into our audit log.
 Follows confidential-containers/trustee 78962cd through `handshake/rcar.py`, which has its messages and refusals.
 """
@@ -96,7 +96,7 @@ class Relay:
         upstream: as above.
         audit: gets a line for everything that is answered.
         now: the time of day, with a time zone.
-        report: told of what the relay's operator must mend: the KBS is not the one it should be, or does not speak its protocol.
+        report: told of what its operator must mend: the KBS is not the one it should be, or does not speak its protocol.
     """
 
     tokens = TokenKind.TRUSTEE
@@ -344,7 +344,7 @@ def _code(status: grpc.StatusCode) -> int:
 
 
 def _with_claims(record: AuditRecord, token: str) -> AuditRecord:
-    """What the KBS says was attested, over a connection that ends at its certificate; nothing by a token that we cannot read."""
+    """What the KBS says was attested, over a connection that ends at its certificate; nothing by a token we cannot read."""
     try:
         ear = decode_unverified_ear(token)
     except TokenError:

@@ -182,6 +182,7 @@ class Trustee:
             body_bytes=len(request.body),
             members=_member_names(request.body),
             reason=reason,
+            request_id=request.headers.get("x-request-id"),
         )
         with self._lock:
             self._log.append(entry)

@@ -176,6 +176,7 @@ class LogEntry:
         cookie, bearer: whether the request carried one.
         members: names of the members of a JSON object in the body, sorted.
         reason: why /attest failed, which a real server tells nobody but its own log.
+        request_id: the header X-Request-Id, which a real server leaves to the proxy before it.
     """
 
     connection: int
@@ -191,3 +192,4 @@ class LogEntry:
     body_bytes: int = 0
     members: tuple[str, ...] = ()
     reason: str | None = None
+    request_id: str | None = None
