@@ -599,9 +599,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The two times are not shown, only how far they lie apart: nobody needs more to mend it.",
     ),
     errors.TrusteeRefusedError: Explanation(
-        "A Trustee KBS (`broker.url`) ended the handshake with a refusal that is not its policy's. A KBS answers 401 to "
-        "nearly everything; what its answers tell apart is told here, with what mends it. Three of them may pass by "
-        "themselves and were tried three times, the others once.",
+        "A Trustee KBS (at `broker.url`, or behind a relay) ended the handshake with a refusal that is not its policy's. A KBS "
+        "answers 401 to nearly everything; what its answers tell apart is told here, with what mends it. Three of them may "
+        "pass by themselves and were tried three times, the others once.",
         (
             (
                 "Attestation refused: the only answer a KBS has for wrong evidence, wrong reference collateral, an expired "
@@ -621,7 +621,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Too large: raise payload_request_size (2 MiB by default). Policy that cannot be evaluated, or a part that "
-                "failed: the KBS's own log, at the time of this request; this wire carries no request id."
+                "failed: the KBS's own log, at the time of this request. Its wire has no request id; a relay's "
+                "audit log has it, with the same word as TRUSTEE_."
             ),
         ),
         "The text of the KBS is not repeated: it is a peer's, and in these cases always the same few words.",
@@ -671,9 +672,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`.TAG.version` beside it must hold one decimal number from 1."
             ),
             (
-                "AUDIT_LOG: the file of `--audit` cannot be written, most often a full disk, and nothing is decided that "
+                "AUDIT_LOG: the file of `--audit` cannot be written, most often a full disk; nothing is decided that "
                 "cannot be recorded. KEY_STORE_IO: the folder of `--keys` cannot be read; mend the volume below it, and "
-                "guests that still wait get their key."
+                "guests that still wait get their key. UPSTREAM_: the broker is a relay, and the KBS behind it was not reached "
+                "(14), is not the one of `--upstream-ca`, or answers what this wire cannot carry: see the relay's stderr."
             ),
             (
                 "Status 16: the broker does not accept a verdict that this guest has verified (TOKEN_ and the check). "

@@ -144,23 +144,11 @@ class Site:
         trust = Trust((parse_token_key(self.made.token_key_pem),), True)
         return GrpcBroker([f"127.0.0.1:{self.port}"], self.made.ca_pem, self.made.server_name, trust, timeout_s=30)
 
-    def channel(self) -> Any:  # the stubs want serialisers, which a wire of bytes has not
-        credentials = grpc.ssl_channel_credentials(self.made.ca_pem.encode())
-        options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1)]  # its own connection
-        return grpc.aio.secure_channel(f"127.0.0.1:{self.port}", credentials, options)
+    def channel(self) -> Any:
+        return channel_to(self.port, self.made.ca_pem)
 
     def collect(self, data: RuntimeData) -> CompositeEvidence:
-        """What the agent of this site's machine would send."""
-        machine = self.machine
-        devices = open_devices(
-            check_measured(machine.attester(self.tee), machine.host_data),
-            machine.gpu_system() if machine.gpu.count else None,
-            gpu_count=machine.gpu.count,
-            expected_ready=ExpectedReady.UNSET,
-            manifest_digest=MANIFEST,
-            server_command_digest=COMMAND,
-        )
-        return devices.collect(data)
+        return collect_of(self.machine, self.tee, data)
 
     async def attest(self, key_uri: Ident = URI, collect: Collector | None = None) -> tuple[Verdict, EphemeralKey]:
         """One attestation by the real client."""
@@ -172,6 +160,25 @@ class Site:
         async with self.client() as broker:
             verdict, key = await broker.attest(URI, self.tee, in_thread(self.collect))
             return verdict, key, await broker.release_key(verdict)
+
+
+def channel_to(port: int, ca_pem: str) -> Any:  # the stubs want serialisers, which a wire of bytes has not
+    """A connection of its own to a broker on this port."""
+    options = [("grpc.ssl_target_name_override", "localhost"), ("grpc.use_local_subchannel_pool", 1)]
+    return grpc.aio.secure_channel(f"127.0.0.1:{port}", grpc.ssl_channel_credentials(ca_pem.encode()), options)
+
+
+def collect_of(machine: SimulatedMachine, tee: Tee, data: RuntimeData) -> CompositeEvidence:
+    """What the agent of this machine would send."""
+    devices = open_devices(
+        check_measured(machine.attester(tee), machine.host_data),
+        machine.gpu_system() if machine.gpu.count else None,
+        gpu_count=machine.gpu.count,
+        expected_ready=ExpectedReady.UNSET,
+        manifest_digest=MANIFEST,
+        server_command_digest=COMMAND,
+    )
+    return devices.collect(data)
 
 
 def in_thread(collect: Collector) -> Collect:

@@ -24,8 +24,7 @@ from agent.handshake.token import parse_token_key
 from agent.keys import EphemeralKey
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee, serve
-from tests.broker_site import Collector, in_thread
-from tests.broker_site import Site as GuestSite
+from tests.broker_site import Collector, channel_to, collect_of, in_thread
 from tests.tls import certificate, key_pem, pem
 
 KEY = bytes(range(32))
@@ -75,10 +74,11 @@ class RelaySite:
             await self.server.drain(0.0)
             audit.close()
 
-    channel = GuestSite.channel
+    def channel(self) -> Any:
+        return channel_to(self.port, self.made.ca_pem)
 
     def _collect(self, data: RuntimeData) -> CompositeEvidence:
-        return GuestSite.collect(self, data)  # type: ignore[arg-type]  # looks at machine and tee
+        return collect_of(self.machine, self.tee, data)
 
     def audit(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.audit_path.read_bytes().splitlines()]
@@ -111,4 +111,4 @@ class RelaySite:
             return verdict, key, await broker.release_key(verdict)
 
     def guest(self) -> Collect:
-        return in_thread(lambda data: self.collect(data))
+        return in_thread(self.collect)

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
@@ -44,7 +42,7 @@ from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee
 from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, Knobs, TokenFault
 from tests.hostile_broker import claims_of
-from tests.relay_site import CA, KEY, URI, RelaySite, upstream
+from tests.relay_site import CA, KEY, UPSTREAM_NAME, URI, RelaySite, upstream
 from tests.test_broker_service import failure_of as wire_failure
 from tests.test_handshake_ear import SERVICE as STRANGER
 from tests.tls import pem
@@ -92,7 +90,12 @@ def test_a_guest_gets_its_key_through_a_relay_and_everything_is_as_the_kbs_made_
     site = RelaySite(tmp_path, machine, kbs, tee)
     asked: list[RuntimeData] = []
     collect = site.collect
-    site.collect = lambda data: (asked.append(data), collect(data))[1]
+
+    def collecting(data: RuntimeData) -> CompositeEvidence:
+        asked.append(data)
+        return collect(data)
+
+    site.collect = collecting
     verdict, key, sealed = played(site, site.boot)
     opened = bytearray(32)
     open_jwe(sealed.jwe, key, memoryview(opened))
@@ -101,7 +104,11 @@ def test_a_guest_gets_its_key_through_a_relay_and_everything_is_as_the_kbs_made_
     claims = claims_of(verdict.token)["submods"]["cpu0"]["ear.veraison.annotated-evidence"]["runtime_data_claims"]
     assert claims["nonce"] == pack_b64(asked[0].nonce)
     assert (verdict.claims.nonce, verdict.claims.lease_s, verdict.claims.simulated) == (asked[0].nonce, None, True)
-    assert [(entry.path.split("/")[3], entry.status) for entry in kbs.log] == [("auth", 200), ("attest", 200), ("resource", 200)]
+    assert [(entry.path.split("/")[3], entry.status) for entry in kbs.log] == [
+        ("auth", 200),
+        ("attest", 200),
+        ("resource", 200),
+    ]
     assert [entry.cookie for entry in kbs.log] == [False, True, True]
     assert kbs.log[2].bearer
 
@@ -340,7 +347,7 @@ def test_a_sealed_key_above_the_bound_is_the_upstreams_failure(site: RelaySite) 
 
 
 def test_an_upstream_that_is_not_there_is_unavailable_and_says_when_to_come_back(site: RelaySite) -> None:
-    site.upstream = Upstream("https://127.0.0.1:1", pem(CA).decode(), site.upstream.server_name)
+    site.upstream = Upstream("https://127.0.0.1:1", pem(CA).decode(), UPSTREAM_NAME)
 
     async def scene() -> Failure:
         async with site.channel() as channel:
@@ -425,11 +432,18 @@ def test_the_health_service_says_whether_the_upstream_answers(site: RelaySite) -
     assert played(site, scene) == [status.SERVING, status.NOT_SERVING]
 
 
-def test_a_kbs_that_is_down_is_not_reachable_and_one_that_is_too_old_for_the_question_is(site: RelaySite) -> None:
-    site.upstream = Upstream("https://127.0.0.1:1", pem(CA).decode(), site.upstream.server_name)
-    assert played(site, lambda: site.relay.reachable()) is False
+def test_a_kbs_that_is_down_or_somebody_else_is_not_reachable_and_one_that_is_too_old_for_the_question_is(
+    site: RelaySite,
+) -> None:
+    async def scene() -> bool:
+        return await site.relay.reachable()
+
+    site.kbs.knobs = Knobs(faults={"": Fault.NOT_JSON})
+    assert played(site, scene)
+    site.upstream = Upstream("https://127.0.0.1:1", pem(CA).decode(), UPSTREAM_NAME)
+    assert not played(site, scene)
     site.upstream = Upstream(site.kbs.url, pem(CA).decode(), "another.test")
-    assert played(site, lambda: site.relay.reachable()) is False
+    assert not played(site, scene)
 
 
 # --- what a guest can send ----------------------------------------------------------------------------------------------
@@ -494,9 +508,7 @@ def test_evidence_that_does_not_parse_is_the_guests_mistake(site: RelaySite) -> 
             assert isinstance(challenge, Challenge)
             data = RuntimeData(challenge.nonce, public.x, public.y)
             primary = replace(site.machine.attester().collect(report_data(data, "")), report=b"\xff" * 1184)
-            await stream.write(
-                wire.pack_attest_request(Attestation(Ident("raw-1"), public, CompositeEvidence(primary, "")))
-            )
+            await stream.write(wire.pack_attest_request(Attestation(Ident("raw-1"), public, CompositeEvidence(primary, ""))))
             return await wire_failure(stream.read())
 
     told = played(site, scene)

@@ -14,13 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from agent import config
+from agent.broker.service import SERVICE
 from agent.errors import EXIT_STATUS, EXIT_USAGE, KeyReleaseDeniedError, Owner, Step
 from agent.evidence import CompositeEvidence, RuntimeData
 from agent.sim.machine import SimulatedMachine
 from tests.broker_site import KEY, URI, Site, policy_for
 from tests.children import read_line
+from tests.relay_site import CA as UPSTREAM_CA
+from tests.relay_site import UPSTREAM_NAME, RelaySite, upstream
+from tests.tls import pem
 
 COMMAND = [sys.executable, "-m", "agent", "broker"]
 EXIT_CONFIG = EXIT_STATUS[Owner.OPERATOR, Step.CONFIG]
@@ -200,6 +205,112 @@ def test_guests_cannot_write_to_the_brokers_stderr(site: Site) -> None:
 def test_missing_arguments_are_a_usage_error() -> None:
     done = subprocess.run([*COMMAND, "--listen", "127.0.0.1:0"], capture_output=True, timeout=60, check=False)
     assert done.returncode == EXIT_USAGE and b"--policy" in done.stderr and b"--listen," not in done.stderr
+
+
+# --- a relay ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def relay(tmp_path: Path, machine: SimulatedMachine) -> Iterator[RelaySite]:
+    with upstream(machine) as kbs:
+        (tmp_path / "upstream.pem").write_bytes(pem(UPSTREAM_CA))
+        yield RelaySite(tmp_path, machine, kbs)
+
+
+def relay_arguments(relay: RelaySite, **changes: str) -> list[str]:
+    directory = relay.made.directory
+    flags = {
+        "listen": "127.0.0.1:0",
+        "tls-cert": str(directory / "tls.pem"),
+        "tls-key": str(directory / "tls.key"),
+        "audit": str(relay.audit_path),
+        "upstream": relay.kbs.url,
+        "upstream-ca": str(directory.parent / "upstream.pem"),
+        "upstream-server-name": UPSTREAM_NAME,
+    } | {name.replace("_", "-"): value for name, value in changes.items()}
+    return [*COMMAND, *(part for name, value in flags.items() for part in (f"--{name}", value))]
+
+
+@contextmanager
+def relaying(relay: RelaySite, **changes: str) -> Iterator[Running]:
+    process = subprocess.Popen(relay_arguments(relay, **changes), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        broker = Running(process)
+        relay.port = int(broker.listening["address"].rpartition(":")[2])
+        yield broker
+    finally:
+        process.kill()
+        process.communicate()
+
+
+async def health(relay: RelaySite) -> int:
+    async with relay.channel() as channel:
+        answer = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(service=SERVICE))
+        return int(answer.status)
+
+
+def test_a_relay_hands_out_the_keys_of_the_kbs_and_sigterm_ends_it(relay: RelaySite) -> None:
+    with relaying(relay) as broker:
+        assert broker.listening == {
+            "event": "listening",
+            "address": f"127.0.0.1:{relay.port}",
+            "upstream": relay.kbs.url,
+        }
+        assert broker.says() == {"event": "upstream", "reachable": True}
+        assert asyncio.run(health(relay)) == health_pb2.HealthCheckResponse.SERVING
+        _, _, sealed = asyncio.run(relay.boot())
+        assert sealed.key_id == URI
+        rotated = relay.audit_path.with_suffix(".1")
+        relay.audit_path.rename(rotated)
+        broker.process.send_signal(signal.SIGHUP)
+        broker.process.send_signal(signal.SIGTERM)
+        stdout, stderr = broker.process.communicate(timeout=60)
+        assert (broker.process.returncode, stdout, stderr) == (0, b"", b"")
+    assert (len(rotated.read_bytes().splitlines()), relay.audit()) == (2, [])
+
+
+def test_the_health_of_a_relay_is_that_of_its_kbs(relay: RelaySite) -> None:
+    with relaying(relay, upstream="https://127.0.0.1:1") as broker:
+        assert broker.says() == {"event": "upstream", "reachable": False}
+        assert asyncio.run(health(relay)) == health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+def usage(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, timeout=60, check=False, text=True)
+    assert (done.returncode, done.stdout) == (EXIT_USAGE, ""), done
+    return done.stderr
+
+
+@pytest.mark.parametrize("option", ["policy", "keys", "token-key", "endorsements", "tdx-collateral", "unsafe-simulation-roots"])
+def test_a_relay_takes_nothing_that_only_an_authority_has(relay: RelaySite, option: str) -> None:
+    text = usage([*relay_arguments(relay), f"--{option}", "x"])
+    assert f"not with --upstream, where a Trustee KBS decides and has the keys: --{option}\n" in text
+
+
+def test_half_a_relay_is_a_usage_error(site: Site) -> None:
+    assert "required: --upstream-ca" in usage([*COMMAND, "--upstream", "https://kbs", *_LISTENING])
+    assert "required: --upstream\n" in usage([*COMMAND, "--upstream-ca", "ca.pem", *_LISTENING])
+    assert "only with --upstream: --upstream-server-name" in usage([*arguments(site), "--upstream-server-name", "kbs"])
+
+
+_LISTENING = ["--listen", "127.0.0.1:0", "--tls-cert", "x", "--tls-key", "x", "--audit", "x"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://kbs", "https://kbs/kbs/v0", "https://kbs:65536", "kbs:8080", "https://", "https://user@kbs", "https://kbs?x"],
+)
+def test_an_upstream_without_tls_or_with_a_path_is_refused(relay: RelaySite, url: str) -> None:
+    assert refused(relay_arguments(relay, upstream=url)) == ("upstream", "value is out of range or malformed")
+
+
+def test_an_upstream_ca_that_is_none_is_refused(relay: RelaySite, tmp_path: Path) -> None:
+    (tmp_path / "no.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+    assert refused(relay_arguments(relay, upstream_ca=str(tmp_path / "no.pem")))[0] == "upstream-ca"
+    assert refused(relay_arguments(relay, upstream_ca=str(tmp_path / "absent.pem")))[0] == "upstream-ca"
+
+
+# --- init -------------------------------------------------------------------------------------------------------------
 
 
 def test_init_prints_what_starts_the_broker_and_what_the_guest_must_pin(tmp_path: Path) -> None:

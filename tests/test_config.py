@@ -116,6 +116,8 @@ NOT_LOOPBACK = [
         (change(ENDPOINTS, ENDPOINTS + '\nurl = "https://kbs"'), NEEDS, "broker.url"),
         (change(ENDPOINTS, ENDPOINTS + '\nresource_uri = "kbs:///a/b/c"'), NEEDS, "broker.resource_uri"),
         (change(ENDPOINTS, ENDPOINTS + '\nprotocol_version = "0.4.0"'), NEEDS, "broker.protocol_version"),
+        (trustee('url = "https://kbs"\ntokens = "trustee"'), NEEDS, "broker.tokens"),
+        (change(ENDPOINTS, ENDPOINTS + '\ntokens = "ear"'), BAD, "broker.tokens"),
         (change(ENDPOINTS, ""), ConfigProblem.MISSING_KEY, "broker.endpoints"),
         (change('attester = "snp"', 'attester = "sample"'), NEEDS, "simulation.machine"),
         (SIMULATED.replace("simulated-snp", "sample"), NEEDS, "tee.attester"),

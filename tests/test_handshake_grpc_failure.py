@@ -21,10 +21,12 @@ from agent.errors import (
     KeyReleaseDeniedError,
     ProtocolProblem,
     RemoteProtocolError,
+    TrusteeRefusal,
+    TrusteeRefusedError,
     Unreachable,
 )
 from agent.handshake.grpc_failure import Peer, check_peer, translate
-from agent.handshake.grpc_status import DETAILS_KEY, Denial, Failure, pack_failure
+from agent.handshake.grpc_status import DETAILS_KEY, Denial, Failure, pack_failure, reason_of
 from tests.tls import Signer, certificate, key_pem, pem
 
 STATE = Ident("AWAIT_X")
@@ -70,6 +72,23 @@ def test_a_broker_with_too_many_guests_is_overloaded(code: grpc.StatusCode, word
     got, wait_s = translated(failed(code, Failure(number, Ident(word), None, 2.5)))
     assert isinstance(got, BrokerUnreachableError)
     assert (got.reason, wait_s) == (Unreachable.OVERLOADED, 2.5)
+
+
+@pytest.mark.parametrize("refusal", TrusteeRefusal)
+@pytest.mark.parametrize("code", [Code.UNAVAILABLE, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, Code.RESOURCE_EXHAUSTED])
+def test_what_a_trustee_behind_a_relay_refused_is_told_as_over_its_own_wire(
+    refusal: TrusteeRefusal, code: grpc.StatusCode
+) -> None:
+    got, wait_s = translated(failed(code, Failure(code.value[0], reason_of(refusal), None, 3.0)))
+    assert isinstance(got, TrusteeRefusedError)
+    assert (got.refusal, wait_s) == (refusal, 3.0)
+
+
+def test_a_denial_stays_one_whatever_its_reason_and_a_refusal_that_nobody_knows_is_a_failure() -> None:
+    got, _ = translated(failed(Code.PERMISSION_DENIED, Failure(7, reason_of(TrusteeRefusal.ATTESTATION), None, 3.0)))
+    assert isinstance(got, KeyReleaseDeniedError)
+    got, _ = translated(failed(Code.FAILED_PRECONDITION, Failure(9, Ident("TRUSTEE_OF_TOMORROW"))))
+    assert isinstance(got, BrokerFailureError) and not got.retryable
 
 
 def test_a_part_of_the_broker_that_is_down_is_no_overload_and_keeps_its_name() -> None:

@@ -21,6 +21,7 @@ from agent.handshake import (
     KeyRequest,
     KeyResponse,
     TeePublicKey,
+    TokenKind,
 )
 from agent.handshake import grpc_wire as wire
 from agent.handshake.pb import kbs_pb2 as pb
@@ -186,6 +187,38 @@ def test_a_key_request_out_of_form_is_refused() -> None:
     for fields in ({"token": ""}, {"key_uri": "x"}, {"request_id": "r" * 65}):
         sent: dict[str, Any] = {"request_id": ID, "token": "t", "key_uri": URI} | fields
         assert problem(wire.parse_key_request, pb.ReleaseKeyRequest(**sent).SerializeToString()) is ProtocolProblem.MALFORMED
+
+
+def test_a_token_has_the_bound_of_its_kind_and_a_key_without_version_is_a_relays() -> None:
+    long = "a" * (16384 + 1)
+    accepted, key = verdict(accepted=pb.Accepted(token=long, policy_version="p")), key_response(key_version=0)
+    request = pb.ReleaseKeyRequest(request_id=ID, token=long, key_uri=URI).SerializeToString()
+    assert problem(wire.parse_attest_response, accepted) is ProtocolProblem.OVERSIZED
+    assert problem(wire.parse_key_request, request) is ProtocolProblem.OVERSIZED
+    assert problem(wire.parse_key_response, key) is ProtocolProblem.MALFORMED
+    heard = wire.parse_attest_response(accepted, STATE, TokenKind.TRUSTEE)
+    assert isinstance(heard, Accepted) and heard.token == long
+    assert wire.parse_key_request(request, STATE, TokenKind.TRUSTEE).token == long
+    assert wire.parse_key_response(key, STATE, TokenKind.TRUSTEE).key_version == 0
+
+    longer = verdict(accepted=pb.Accepted(token="a" * (262144 + 1), policy_version="p"))
+    with pytest.raises(RemoteProtocolError) as raised:
+        wire.parse_attest_response(longer, STATE, TokenKind.TRUSTEE)
+    assert raised.value.problem is ProtocolProblem.OVERSIZED
+
+
+def test_a_relays_session_goes_back_as_it_came_and_is_bounded() -> None:
+    accepted = Accepted(ID, "a.b.c", Ident("p1"), (), b"\0 any bytes" * 100)
+    assert wire.parse_attest_response(wire.pack_attest_response(accepted), STATE) == accepted
+    request = KeyRequest(ID, "a.b.c", URI, accepted.session)
+    assert wire.parse_key_request(wire.pack_key_request(request), STATE) == request
+    long = b"s" * 4097
+    assert (
+        problem(wire.parse_attest_response, verdict(accepted=pb.Accepted(token="t", session=long))) is ProtocolProblem.OVERSIZED
+    )
+    sent = pb.ReleaseKeyRequest(request_id=ID, token="t", key_uri=URI, session=long).SerializeToString()
+    assert problem(wire.parse_key_request, sent) is ProtocolProblem.OVERSIZED
+    assert "any bytes" not in repr(accepted) + repr(request)
 
 
 def test_a_denial_is_heard_even_when_its_texts_are_not_printable() -> None:

@@ -134,10 +134,11 @@ async def _serve(args: argparse.Namespace) -> int:
     server = BrokerServer(AuthorityDesk(authority), _report)
     port = await server.start(args.listen, tls)
 
+    stop = _obey_signals(lambda: _reload(authority, audit, args.policy))
     listening = {"event": "listening", "address": f"{host}:{port}", "simulation": bool(anchors.simulation_roots)}
     print(json.dumps(listening), flush=True)
     _say_policy("policy_loaded", policy)
-    await _until_stopped(lambda: _reload(authority, audit, args.policy))
+    await stop.wait()
     await server.drain()
     audit.close()
     return 0
@@ -154,9 +155,10 @@ async def _serve_relay(args: argparse.Namespace) -> int:
     relay = Relay(upstream, audit, now=lambda: datetime.now(UTC), report=_report)
     server = BrokerServer(relay, _report)
     port = await server.start(args.listen, tls)
+    stop = _obey_signals(lambda: _reopen(audit))
     looking = asyncio.create_task(_look(relay, server))
     print(json.dumps({"event": "listening", "address": f"{host}:{port}", "upstream": upstream.url}), flush=True)
-    await _until_stopped(lambda: _reopen(audit))
+    await stop.wait()
     looking.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await looking
@@ -177,12 +179,13 @@ async def _look(relay: "Relay", server: "BrokerServer") -> None:
         await asyncio.sleep(LOOK_EVERY_S)
 
 
-async def _until_stopped(on_hangup: Callable[[], None]) -> None:
+def _obey_signals(on_hangup: Callable[[], None]) -> asyncio.Event:
+    """From now on: a hang-up is the caller's, and whatever asks to stop sets the event."""
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    await stop.wait()
+    return stop
 
 
 def _reload(authority: "Authority", audit: "AuditLog", path: str) -> None:
