@@ -225,7 +225,7 @@ def _parse_device(entry: object) -> GpuEvidence:
         raise ValueError
     uuid = string(entry, "uuid") if "uuid" in entry else _UNNAMED
     report, chain = parse_b64(string(entry, "evidence")), parse_b64(string(entry, "certificate"))
-    if len(report) > MAX_REPORT_BYTES or len(chain) > MAX_CHAIN_BYTES:
+    if not 0 < len(report) <= MAX_REPORT_BYTES or not 0 < len(chain) <= MAX_CHAIN_BYTES:
         raise ValueError
     return GpuEvidence(string(entry, "arch").upper(), uuid, report, chain)
 

@@ -1,5 +1,6 @@
 """Faults of a container in a CoCo guest: of the guest's own API, of what is behind it, and of `keyturn load`."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -119,19 +120,29 @@ def elsewhere(world: FaultWorld, _: Components) -> None:
     world.tee["coco_url"] = "http://192.0.2.1:8006"
 
 
-def lease_without_a_server(world: FaultWorld) -> str:
-    """`keyturn load`, whose last word is what Kubernetes shows."""
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as out:
-        world.server = {}
-        world.artifact |= {"destination": "directory", "directory": out, "unsafe_allow_swap": True}
-        world.row["lease_s"] = 3600
-        config = world.prepare()
-        world.start_broker()
-        command = [sys.executable, "-m", "agent", "load", "--out", out, "--config", str(config), "--status-file", ""]
-        command += ["--termination-log", str(world.folder / "termination")]
-        assert subprocess.run(command, capture_output=True, timeout=DEADLINE_S).returncode == 22
-        world.kill_broker()
-    return (world.folder / "termination").read_text().replace("step: ", "step ", 1)  # as on a console's last line
+def lease_without_a_server(world: FaultWorld) -> None:
+    out = world.undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+    world.server = {}
+    world.artifact |= {"destination": "directory", "directory": out, "unsafe_allow_swap": True}
+    world.row["lease_s"] = 3600
+    world.prepare()
+    world.start_broker()
+
+
+def load(world: FaultWorld) -> str:
+    """`keyturn load`, and its last word, which is what Kubernetes shows."""
+    flags = {
+        "out": world.artifact["directory"],
+        "config": world.folder / "keyturn.toml",
+        "status-file": "",
+        "termination-log": world.folder / "termination",
+    }
+    command = [argument for name, value in flags.items() for argument in (f"--{name}", str(value))]
+    subprocess.run([sys.executable, "-m", "agent", "load", *command], capture_output=True, timeout=DEADLINE_S)
+    assert os.listdir(world.artifact["directory"]) == []
+    text = (world.folder / "termination").read_text()
+    assert f"exit status: {LeaseUnsupervisedError(1).exit_status}" in text
+    return text.replace("step: ", "step ", 1)  # as on a console's last line
 
 
 ROWS = [
@@ -219,7 +230,8 @@ ROWS = [
     Fault(
         "lease for a model that nobody of ours serves",
         LeaseUnsupervisedError,
-        drive=lease_without_a_server,
+        lease_without_a_server,
+        drive=load,
         may_stay=frozenset({"termination", "audit.jsonl"}),
     ),
 ]

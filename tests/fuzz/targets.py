@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -43,6 +43,7 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
+    GuestApiError,
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
@@ -56,6 +57,7 @@ from agent.evidence import (
     Tee,
     binding,
     ccel,
+    coco,
     cpu,
     gpu_abi,
     qgs_abi,
@@ -66,6 +68,7 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
+from agent.guest.api_server import ApiServer
 from agent.guest.initdata import pack_device, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -680,6 +683,58 @@ def store_answer_seeds() -> list[bytes]:
     ]
 
 
+# --- CoCo's api-server-rest -------------------------------------------------------------------------------------------
+
+
+def guest_api_answer(data: bytes) -> None:
+    """What answers in the guest's own API, to every request there is, from a real socket."""
+    server = _answering()
+    server.answer = data
+    api = ApiServer(f"http://127.0.0.1:{server.port}", timeout_s=5.0)
+    key = memoryview(bytearray(32))
+    asks: tuple[Callable[[], object], ...] = (
+        api.info,
+        api.token,
+        lambda: api.evidence(bytes(48)),
+        lambda: api.additional_evidence(bytes(32)),
+        lambda: api.resource(KEY_URI, key),
+        lambda: api.measure("keyturn", "op", "content"),
+    )
+    for ask in asks:
+        with suppress(GuestApiError):
+            ask()
+
+
+def guest_api_answer_seeds() -> list[bytes]:
+    bodies = (
+        b'{"version":"v0","tee":"snp","additional_tees":["nvidia"],"feature":"all"}',
+        b'{"token":"a.b.c","tee_keypair":"-----BEGIN PRIVATE KEY-----"}',
+        b'{"success":"false","message": "The platform does not support runtime measurement"}',
+        bytes(range(32)),
+    )
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\ndate: x\r\n\r\n"
+    return [head % len(body) + body for body in bodies] + [b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1\r\n\r\nx"]
+
+
+def coco_devices(data: bytes) -> None:
+    for evidence in coco._parse_devices(jose.parse_object(data, 1 << 20)):
+        assert 0 < len(evidence.report) <= gpu_abi.MAX_REPORT_BYTES
+        assert 0 < len(evidence.certificate_chain) <= gpu_abi.MAX_CHAIN_BYTES
+
+
+def coco_devices_seeds() -> list[bytes]:
+    evidence, _, _ = _gpu()
+    entry = {
+        "arch": "HOPPER",
+        "uuid": "unknown",
+        "evidence": jose.pack_b64(evidence.report),
+        "certificate": jose.pack_b64(evidence.certificate_chain),
+    }
+    small = entry | {"evidence": "AA==", "certificate": "AA=="}
+    lists: list[list[dict[str, str]]] = [[entry], [small, small | {"arch": "Blackwell"}], []]
+    return [json.dumps({"nvidia": {"device_evidence_list": each}}).encode() for each in lists] + [b'{"sampledevice":{}}']
+
+
 # --- guest, configuration, worker and server --------------------------------------------------------------------------
 
 CONFIG = measured.EXAMPLE.encode()
@@ -947,6 +1002,8 @@ TARGETS = {
         Target("stream_header", stream_header, stream_header_seeds),
         Target("redirect", redirect, redirect_seeds),
         Target("store_answer", store_answer, store_answer_seeds),
+        Target("guest_api_answer", guest_api_answer, guest_api_answer_seeds),
+        Target("coco_devices", coco_devices, coco_devices_seeds, (ValueError,)),
         Target("config", config, config_seeds),
         Target("initdata", initdata, initdata_seeds),
         Target("initdata_disk", initdata_disk, initdata_disk_seeds),
