@@ -68,7 +68,7 @@ async def boot(
             verdict, ephemeral = await _attest(cfg, devices, broker, notify)
             claims = verdict.claims
             notify(_accepted(verdict))
-            # refusal: test_a_key_with_a_lease_is_not_left_to_nobody
+            # refusal: test_commands_load.py::test_a_key_with_a_lease_is_not_left_to_nobody
             if claims.lease_s is not None and not supervised:
                 raise LeaseUnsupervisedError(claims.lease_s)
 

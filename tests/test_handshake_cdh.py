@@ -164,14 +164,14 @@ def test_a_token_about_fewer_gpus_is_refused() -> None:
         assert (error.expected, error.got) == (count, 2)
 
 
-def test_a_token_over_sample_evidence_counts_only_where_it_is_allowed() -> None:
+def test_a_simulation_counts_only_where_it_is_allowed() -> None:
     sample = token({"cpu0": cpu("sample", None)})
     assert isinstance(refused(sample, Tee.SAMPLE), SimulationRefusedError)
     with guest(sample, Trust(PINNED.token_keys, allow_simulation=True)) as this:
         assert this.attest(Tee.SAMPLE)[0].claims.simulated
 
 
-def test_simulated_silicon_is_a_simulation_whatever_its_token_says() -> None:
+def test_simulated_silicon_is_one_whatever_its_token_says() -> None:
     for allowed in (False, True):
         with serve(Components(None, token=token)) as url:
             trust = Trust(PINNED.token_keys, allow_simulation=allowed)

@@ -105,7 +105,7 @@ class CdhBroker:
         # refusal: test_a_token_about_fewer_gpus_is_refused
         if gpus != self._gpu_count:
             raise GpuCountError(self._gpu_count, gpus)
-        # refusal: test_a_token_over_sample_evidence_counts_only_where_it_is_allowed
+        # refusal: test_a_simulation_counts_only_where_it_is_allowed test_simulated_silicon_is_one_whatever_its_token_says
         if (ear.simulated or self._simulated) and not self._trust.allow_simulation:
             raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
 

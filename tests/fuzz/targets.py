@@ -718,8 +718,7 @@ def guest_api_answer_seeds() -> list[bytes]:
 
 def coco_devices(data: bytes) -> None:
     for evidence in coco._parse_devices(jose.parse_object(data, 1 << 20)):
-        assert 0 < len(evidence.report) <= gpu_abi.MAX_REPORT_BYTES
-        assert 0 < len(evidence.certificate_chain) <= gpu_abi.MAX_CHAIN_BYTES
+        assert len(evidence.report) + len(evidence.certificate_chain) < len(data)
 
 
 def coco_devices_seeds() -> list[bytes]:
