@@ -38,9 +38,7 @@ BAD = ConfigProblem.BAD_VALUE
 NEEDS = ConfigProblem.NEEDS_OTHER_KEY
 CERTIFICATE = "-----BEGIN CERTIFICATE-----"
 COCO = EXAMPLE.replace('attester = "snp"', 'attester = "coco"')
-CDH = re.sub(r'(?sm)^(endpoints|server_name|ca_pem|token_keys) = (".*?"|""".*?"""|\[.*?\])[^\n]*\n', "", COCO).replace(
-    "[broker]", "[broker]\ncdh = true"
-)
+CDH = re.sub(r"(?s)\[broker\].*?(?=\[artifact\])", '[broker]\ncdh = true\nkey_uri = "kbs:///models/my-model/1"\n', COCO)
 NOT_LOOPBACK = [
     *("http://127.0.0.1", "https://127.0.0.1:8006", "http://localhost:8006", "http://10.0.0.1:8006", "http://0.0.0.0:8006"),
     *("http://127.0.0.1:8006/", "http://127.0.0.1:0", "http://127.0.0.1:65536", "http://u@127.0.0.1:8006", "http://[::2]:8006"),
