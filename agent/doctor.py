@@ -42,7 +42,7 @@ from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
 from agent.server import ServerPlan
 from agent.threads import signals_wait
-from agent.worker import plan_of, stays_inside, token_keys
+from agent.worker import endpoint_of, plan_of, stays_inside, token_keys
 
 if TYPE_CHECKING:
     from agent.artifact.manifest import ModelConfig
@@ -259,7 +259,7 @@ def _broker(guest: Guest) -> None:
     from agent.handshake.grpc_failure import Peer, check_peer
 
     at = guest.config.broker
-    endpoints = _needed(at.endpoints, Skip.OWN_COMPONENTS)
+    endpoints = _needed(at.endpoints or ((endpoint_of(at.url),) if at.url else None), Skip.OWN_COMPONENTS)
     assert at.ca_pem and at.server_name, "the schema asks for them"
     _stay_offline(guest)
     for number, endpoint in enumerate(endpoints, 1):

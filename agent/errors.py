@@ -11,8 +11,10 @@ AgentError
 │       EvidenceVerificationError                                         host × evidence
 ├── GpuCountError · GpuModeError · GpuFaultError                          host × gpu
 ├── VmRestartRequiredError                                                operator × gate
+├── EvidencePrecheckError                                                 host × evidence
 ├── NoRouteError · BrokerUnreachableError · BrokerIdentityError           operator × broker
-├── RemoteProtocolError · BrokerFailureError                              authority × broker
+├── ClockSkewError                                                        operator × broker
+├── RemoteProtocolError · BrokerFailureError · TrusteeRefusedError        authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError                                     authority × key
 ├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
@@ -448,6 +450,28 @@ class EvidenceVerificationError(AgentError):
         return f"{self.format.value}: {self.check.value} does not verify{numbers}"
 
 
+class Precheck(enum.Enum):
+    """What Trustee's verifier or its usual policies refuse without saying so, seen before anything is sent."""
+
+    REPORT_VERSION = "report version"
+    VMPL = "VMPL"
+    DEBUG = "debug bit of the guest policy or of the TD attributes"
+
+
+@dataclasses.dataclass(eq=False)
+class EvidencePrecheckError(AgentError):
+    """Evidence is genuine as far as we know, and of a guest that was launched as no verifier of ours accepts it."""
+
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "launch the guest at VMPL 0 and without debugging, on firmware that writes report versions 3 to 5"
+    check: Precheck
+    got: int
+
+    def what(self) -> str:
+        return f"evidence would be refused: {self.check.value} is {self.got}"
+
+
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 
@@ -545,6 +569,7 @@ class Unreachable(enum.Enum):
     TIMEOUT = "no answer in time"
     RESET = "connection lost"
     OVERLOADED = "broker asked to come back later"
+    SERVER_ERROR = "broker, or a proxy before it, answers with a server error"
 
 
 @dataclasses.dataclass(eq=False)
@@ -585,6 +610,19 @@ class BrokerIdentityError(AgentError):
         return f"broker identity: {self.problem.value}"
 
 
+@dataclasses.dataclass(eq=False)
+class ClockSkewError(AgentError):
+    """Something that was made a moment ago, by the broker's clock, has another time on it. Not expiry: that is a TokenError."""
+
+    owner = Owner.OPERATOR
+    step = Step.BROKER
+    next_step = "set the guest's clock, which its host gives it, and compare the broker's with a time server"
+    ahead_s: int  # how far this guest's clock is ahead; negative: behind
+
+    def what(self) -> str:
+        return f"this guest's clock and the broker's differ by {self.ahead_s} s"
+
+
 class ProtocolProblem(enum.Enum):
     UNEXPECTED_MESSAGE = "message out of order"
     OVERSIZED = "message larger than the limit"
@@ -592,18 +630,24 @@ class ProtocolProblem(enum.Enum):
     REQUEST_ID = "answer carries another request id"
     CLOSED = "stream ended before the answer"
     VERSION = "protocol version is not supported"
+    REDIRECT = "answer is a redirect, which is not followed"
+    FOREIGN = "answer is not one that a key broker gives"
 
 
 @dataclasses.dataclass(eq=False)
 class RemoteProtocolError(AgentError):
+    """`version` is the one that the broker says it speaks, where it says so."""
+
     owner = Owner.AUTHORITY
     step = Step.BROKER
     next_step = "compare the versions of broker and agent; the broker's audit log has the request id"
     problem: ProtocolProblem
     state: Ident
+    version: Ident | None = None
 
     def what(self) -> str:
-        return f"broker protocol in state {self.state}: {self.problem.value}"
+        version = f", the broker speaks {self.version}" if self.version else ""
+        return f"broker protocol in state {self.state}: {self.problem.value}{version}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -626,6 +670,52 @@ class BrokerFailureError(AgentError):
 
     def what(self) -> str:
         return f"broker failed with status {self.status}, reason {self.reason}"
+
+
+class TrusteeRefusal(enum.Enum):
+    """What a Trustee KBS can answer instead, as far as its answers tell it apart (`handshake/rcar.py` has the table)."""
+
+    REQUEST = "it does not take our first request: it may not know this kind of TEE"
+    CHALLENGE = "it has no challenge for us: its session store or its attestation service may be down"
+    ATTESTATION = "it refused the attestation and says no more: its own log and its attestation service's have the reason"
+    NO_SESSION = "it knows neither our session nor our token: its replicas need one session store"
+    VERIFICATION = "it does not take the token it gave us: its [attestation_token] must name the attestation service's key"
+    POLICY_ENGINE = "its resource policy cannot be evaluated: mend the policy"
+    RESOURCE = "its policy lets us through and it does not have the key: store it where broker.resource_uri says"
+    KEY_TYPE = "it cannot encrypt for a P-256 key: update the KBS"
+    NO_PLUGIN = "it has no plugin of that name: configure it, or correct broker.resource_uri"
+    PATH = "it takes no such path: correct broker.resource_uri"
+    ADMIN = "it wants an administrator there: broker.resource_uri names something else than a key"
+    TOO_LARGE = "our message is larger than its limit: raise payload_request_size of the KBS"
+    INTERNAL = "a part of it failed: its log has the reason"
+    UNKNOWN = "it refused in a word of another release: compare the versions"
+
+
+_MAY_PASS = frozenset((TrusteeRefusal.CHALLENGE, TrusteeRefusal.ATTESTATION, TrusteeRefusal.RESOURCE))
+MAX_REFUSED_ATTEMPTS = 3
+
+
+@dataclasses.dataclass(eq=False)
+class TrusteeRefusedError(AgentError):
+    """A Trustee KBS ended the handshake, and not by its policy: that is a KeyReleaseDeniedError.
+
+    Three refusals look the same whether something is wrong for good or for a minute (vendor's collateral, a store behind the
+    KBS). They are tried again, and given up after three attempts, however much time is left.
+    """
+
+    owner = Owner.AUTHORITY
+    step = Step.BROKER
+    next_step = "do what the refusal says; the logs of KBS and attestation service have more at the time of this request"
+    refusal: TrusteeRefusal
+    attempts: int = 1
+
+    @property
+    def retryable(self) -> bool:
+        return self.refusal in _MAY_PASS and self.attempts < MAX_REFUSED_ATTEMPTS
+
+    def what(self) -> str:
+        attempts = f", {self.attempts} attempts" if self.attempts > 1 else ""
+        return f"Trustee: {self.refusal.value}{attempts}"
 
 
 class DenialReason(enum.Enum):

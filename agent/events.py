@@ -132,6 +132,13 @@ class VerdictAccepted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class NotAffirmed(Event):
+    """After a denial by Trustee's policy, each thing that its attestation service does not affirm: `device:what:value`."""
+
+    finding: Ident
+
+
+@dataclasses.dataclass(frozen=True)
 class LeaseStarted(Event):
     """The key of the open model may be used for so long, counted from before it was asked for.
 

@@ -11,6 +11,7 @@ Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, w
 
 import ctypes
 import mmap
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -163,12 +164,54 @@ def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevic
     return ReleasedKey(secret, sealed.key_id, sealed.key_version)
 
 
+@dataclass(frozen=True, slots=True)
+class Jwe:
+    """A sealed key taken apart: every length is right and the sender's key is a point of our curve.
+
+    Attributes:
+        protected: as received, base64url: it is what the tag covers.
+    """
+
+    protected: bytes
+    sender: ec.EllipticCurvePublicKey = field(repr=False)
+    wrapped_key: bytes = field(repr=False)
+    iv: bytes = field(repr=False)
+    sealed: bytes = field(repr=False)  # ciphertext and tag
+
+
 def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     """Decrypt a flattened JWE of at most 8 KiB into `out` (32 bytes), which holds nothing to be used on failure.
 
     Raises:
         KeyUnwrapError: as `unwrap`; one check is named, never a value.
-    Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3; Trustee's form of them: exactly these members, no apu, apv, zip, crit.
+    Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3.
+    """
+    parts = parse_jwe(jwe)
+
+    # 1. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
+    other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
+    key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(parts.sender))
+    try:
+        content_key = aes_key_unwrap(key_encryption_key, parts.wrapped_key)
+    except InvalidUnwrap:
+        raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
+
+    # 2. AES-GCM into the caller's memory; the header is authenticated as it was received.
+    try:
+        AESGCM(content_key).decrypt_into(parts.iv, parts.sealed, parts.protected, out)
+    except InvalidTag:
+        raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+
+
+def parse_jwe(jwe: bytes) -> Jwe:
+    """All of a sealed key that can be checked without our private key: so nobody passes the gate for what opens never.
+
+    Args:
+        jwe: flattened JSON, at most 8 KiB.
+
+    Raises:
+        KeyUnwrapError: as `unwrap`; one check is named, never a value.
+    Spec: RFC 7516, RFC 7518 §4.6; Trustee's form of them: exactly these members, no apu, apv, zip, crit.
     """
     # 1. Exactly the five members, each canonical base64url and of its one possible length.
     try:
@@ -213,19 +256,7 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     if len(ciphertext) != KEY_BYTES:
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 
-    # 5. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
-    other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
-    key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(sender))
-    try:
-        content_key = aes_key_unwrap(key_encryption_key, wrapped)
-    except InvalidUnwrap:
-        raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
-
-    # 6. AES-GCM into the caller's memory; the header is authenticated as it was received.
-    try:
-        AESGCM(content_key).decrypt_into(iv, ciphertext + tag, protected.encode("ascii"), out)
-    except InvalidTag:
-        raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+    return Jwe(protected.encode("ascii"), sender, wrapped, iv, ciphertext + tag)
 
 
 def _length_prefixed(data: bytes) -> bytes:

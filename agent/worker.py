@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from agent import unhandled
 from agent.channel import Channel
@@ -20,7 +21,17 @@ from agent.closed import Ident
 from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
-from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
+from agent.events import (
+    AttesterOpened,
+    ConfigFound,
+    Event,
+    LocalChecksPassed,
+    NotAffirmed,
+    Retrying,
+    Stage,
+    WaitingFor,
+    message_to_record,
+)
 from agent.evidence import Attester, GpuSystem
 from agent.evidence.gate import ExpectedReady
 from agent.guest import hardening
@@ -111,7 +122,7 @@ async def _boot(
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
-        measured = parse(found.data, found.digest)
+        measured = parse(found.data, found.digest, found.initdata)
         check_out(measured.config, out)
         plan = plan_of(measured.config)
 
@@ -168,7 +179,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
     """
     _watch_loop(notify)
     found = await _find(find_config, _unheard)
-    measured = parse(found.data, found.digest)
+    measured = parse(found.data, found.digest, found.initdata)
     plan = plan_of(measured.config)
 
     from agent.boot import renew
@@ -209,10 +220,26 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
 
         api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
         return CdhBroker(api, trust, measured.digest, cfg.gpu.count, simulated=cfg.simulation is not None)
-    from agent.handshake.grpc_client import GrpcBroker
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
+
+    if at.url is not None:
+        from agent.handshake.rcar import PROTOCOL_VERSION
+        from agent.handshake.rcar_client import RcarBroker, Site
+
+        site = Site(
+            at.url,
+            at.ca_pem,
+            at.server_name,
+            at.resource_uri or at.key_uri,
+            at.protocol_version or PROTOCOL_VERSION,
+            measured.initdata.decode() if measured.initdata is not None else None,
+            measured.digest,
+            simulated=cfg.tee.simulated,
+        )
+        return RcarBroker(site, trust, at.timeout_s, on_retry, lambda finding: notify(NotAffirmed(finding)))
+    from agent.handshake.grpc_client import GrpcBroker
 
     assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"
     return GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry)
@@ -263,7 +290,14 @@ async def _open(
 
 def stays_inside(broker: BrokerConfig) -> bool:
     """Is a boot without a route out of this guest worth while? What the guest's own components need is their affair."""
-    return all(is_loopback(endpoint) for endpoint in broker.endpoints or ())
+    return all(is_loopback(endpoint) for endpoint in broker.endpoints or ([endpoint_of(broker.url)] if broker.url else ()))
+
+
+def endpoint_of(url: str) -> str:
+    """`broker.url` as `host:port`."""
+    parts = urlsplit(url)
+    default = {"https": 443, "http": 80}[parts.scheme]
+    return parts.netloc if parts.port else f"{parts.netloc}:{default}"
 
 
 def is_loopback(endpoint: str) -> bool:

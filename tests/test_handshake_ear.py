@@ -317,6 +317,14 @@ def test_what_is_only_shown_is_none_in_another_form() -> None:
     assert (ear.cpu.measurement, ear.cpu.advisories) == ("unprintable", ("unprintable",))
 
 
+@pytest.mark.parametrize("name", ["az-snp-vtpm", "az_snp_vtpm"])
+def test_both_spellings_of_a_kind_are_known(name: str) -> None:
+    ear = verified(signed(payload(cpu0=submod(name, {"measurement": "ab"}))))
+    assert ear.cpu is not None
+    assert (ear.cpu.kind, ear.cpu.measurement) == (EvidenceKind.AZ_SNP_VTPM, "ab")
+    assert refused(signed(payload(cpu0=submod(name, {}, sample={})))) is TokenCheck.CLAIMS
+
+
 def test_an_unknown_kind_of_evidence_has_no_kind() -> None:
     ear = verified(signed(payload(cpu0=submod("tee-of-tomorrow", {}))))
     assert ear.cpu is not None

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     if match is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
     location, digest = match.groups()
-    ca_pem = _read_ca(args.ca_file) if args.ca_file else None
+    ca_pem = read_ca(args.ca_file) if args.ca_file else None
     with contextlib.closing(open_source(location, ca_pem, _TIMEOUT_S)) as source:
         for wanted in [digest] if digest else _digests_in_index(source):
             manifest = m.parse_manifest(source.read_blob(wanted, m.MAX_MANIFEST_BYTES), wanted)
@@ -82,7 +82,7 @@ def _digests_in_index(source: LayoutSource) -> list[str]:
     return digests
 
 
-def _read_ca(path: Path) -> str:
+def read_ca(path: Path) -> str:
     try:
         with path.open("rb") as stream:
             return stream.read(_MAX_CA_BYTES).decode("ascii")

@@ -13,7 +13,7 @@ from agent.closed import Ident
 Nonce = NewType("Nonce", bytes)
 """The broker's nonce: 32 bytes, single use."""
 ReportData = NewType("ReportData", bytes)
-"""64 bytes the CPU report carries: SHA-384 over the runtime data, zero-padded on the right."""
+"""64 bytes the CPU report carries: a hash over the runtime data, zero-padded on the right."""
 GpuNonce = NewType("GpuNonce", bytes)
 """The SPDM requester nonce: 32 bytes, the first of the device digest."""
 
@@ -22,6 +22,18 @@ REPORT_DATA_BYTES = 64
 NO_REPORT_DATA = ReportData(bytes(REPORT_DATA_BYTES))
 """For a report that only tells us something and proves nothing to anybody."""
 GPU_NONCE_BYTES = 32
+
+
+class OpaqueNonce(bytes):
+    """Trustee's nonce: a text, here its UTF-8, that is bound and sent back as it came, whatever it says. A `Nonce` holds it."""
+
+
+class BindingHash(enum.Enum):
+    """What binds the runtime data, by Trustee's names. A Challenge may select another than SHA-384; our broker's never does."""
+
+    SHA256 = "sha256"
+    SHA384 = "sha384"
+    SHA512 = "sha512"
 
 
 class Tee(enum.Enum):
@@ -148,6 +160,7 @@ class RuntimeData:
     nonce: Nonce
     public_key_x: bytes  # 32 bytes, big endian
     public_key_y: bytes  # 32 bytes, big endian
+    hash: BindingHash = BindingHash.SHA384
 
 
 @dataclass(frozen=True, slots=True)

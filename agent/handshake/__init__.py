@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from agent.closed import Ident
 from agent.errors import DenialReason
-from agent.evidence import CompositeEvidence, Nonce, Tee
+from agent.evidence import BindingHash, CompositeEvidence, Nonce, Tee
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_ADDITIONAL_EVIDENCE_BYTES = 512 << 10
@@ -41,6 +41,7 @@ class Challenge:
     request_id: Ident
     nonce: Nonce
     expires_in_s: int
+    hash: BindingHash = BindingHash.SHA384
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,8 @@ class KeyResponse:
 class TokenClaims:
     """The signed claims of a Verdict token (ES256 JWT). Times are Unix seconds.
 
-    `lease_s` is None when the key comes without a lease; `min_model_version` is the rollback floor.
+    `lease_s` is None when the key comes without a lease; `min_model_version` is the rollback floor. Trustee's tokens know
+    neither of them, nor the key that will be asked for (`rcar_token.py`).
     """
 
     nonce: Nonce

@@ -1,19 +1,20 @@
 """A key broker as the boot sees it, whatever wire it speaks, and what the shells of all wires share.
 
-Owns the loop of attempts (which ends at the deadline, waits as `retry.py` says and tells every retry) and the collection that
-is never abandoned: a device request that is cut off in mid-flight can cost the guest its attestation key. Does not connect,
-send or know an order: the wires' clients and `machine.py` do.
+Owns the loop of attempts (which ends at the deadline, waits as `retry.py` says and tells every retry), the collection that is
+never abandoned (a device request that is cut off in mid-flight can cost the guest its attestation key), and the names of what
+TLS found wrong with a peer. Does not connect, send or know an order: the wires' clients and `machine.py` do.
 """
 
 import asyncio
 import contextlib
 import random
+import ssl
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Protocol, Self, TypeVar
 
 from agent.closed import Ident
-from agent.errors import AgentError, BrokerUnreachableError, Unreachable
+from agent.errors import AgentError, BrokerIdentityError, BrokerUnreachableError, IdentityProblem, Unreachable
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
 from agent.handshake import KeptKey, SealedKey, Verdict
 from agent.handshake.machine import Collected, Expired, NeedEvidence
@@ -29,6 +30,15 @@ OnRetry = Callable[[AgentError, int, float], None]
 
 _Result = TypeVar("_Result")
 _Foreign = TypeVar("_Foreign", bound=Exception)
+
+
+# OpenSSL x509_vfy.h, X509_V_ERR_…
+_PROBLEMS = {
+    9: IdentityProblem.NOT_YET_VALID,  # CERT_NOT_YET_VALID
+    10: IdentityProblem.EXPIRED,  # CERT_HAS_EXPIRED
+    62: IdentityProblem.NAME,  # HOSTNAME_MISMATCH
+    64: IdentityProblem.NAME,  # IP_ADDRESS_MISMATCH
+}
 
 
 class Broker(Protocol):
@@ -140,3 +150,12 @@ async def collected(collect: Collect, need: NeedEvidence) -> Collected | Expired
             task.exception()  # looked at, so that asyncio does not log it
         raise
     return Collected(evidence) if clock() - started < need.expires_in_s else Expired()
+
+
+def tls_error(exc: ssl.SSLError) -> AgentError:
+    """Who answered instead, or that the line was cut."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return BrokerIdentityError(_PROBLEMS.get(exc.verify_code, IdentityProblem.CHAIN))
+    if isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return BrokerUnreachableError(Unreachable.RESET)
+    return BrokerIdentityError(IdentityProblem.TLS)

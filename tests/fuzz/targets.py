@@ -37,6 +37,10 @@ from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
+from agent.commands.diagnosis import diagnose
+from agent.commands.policy import broker_policy
+from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
     ConfigError,
@@ -69,7 +73,7 @@ from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
 from agent.guest.api_server import ApiServer
-from agent.guest.initdata import pack_device, parse_initdata, read_device
+from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
     Accepted,
@@ -87,6 +91,7 @@ from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.publish import HandedModel
+from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
@@ -565,6 +570,47 @@ def ear_claims_seeds() -> list[bytes]:
     return [json.dumps(body).encode() for body in bodies]
 
 
+def given_to_explain(data: bytes) -> None:
+    """Whatever is explained is printed from closed values."""
+    said = diagnose(data.decode("utf-8", "replace"), NOW)
+    assert json.dumps(said.record).isprintable()
+    assert all(text.isprintable() for problem in said.problems for text in problem.said)
+    assert all(text.isprintable() for fact in said.facts for text in fact)
+
+
+def given_to_explain_seeds() -> list[bytes]:
+    """A failure, a log, a status document, the answer of an attestation."""
+    failed = ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.url"))
+    report = BootReport("1", "run")
+    report.apply(failed)
+    line = json.dumps(message_to_record(failed) | {"at": "x", "t_ms": 1})
+    log = f"x\n{line}\n{json.dumps(message_to_record(StageEnded(Stage.LOAD, 5, 1)))}"
+    answer = json.dumps({"token": (CORPUS / "ear" / "made-0").read_text()})
+    return [text.encode() for text in (line, log, json.dumps(report.status()), answer)]
+
+
+def policy_values(data: bytes) -> None:
+    """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
+    image = parse_image(policy_values_seeds()[0])
+    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    try:
+        approved = replace(known, image=parse_image(data))
+    except AgentError:
+        approved = replace(known, gpus=(parse_gpu(data),))
+    assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
+    assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
+
+
+def policy_values_seeds() -> list[bytes]:
+    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
+    snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
+    turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
+    tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
+    gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
+    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -750,7 +796,8 @@ def config_seeds() -> list[bytes]:
 
 def initdata(data: bytes) -> None:
     document = parse_initdata(data, STATE)
-    assert document.entry("keyturn.toml") is None or len(document.digest) in (32, 48, 64)
+    assert len(document.digest) in (32, 48, 64)
+    assert parse_initdata(pack_document(document.entries, "sha256"), STATE).entries == document.entries
 
 
 def initdata_seeds() -> list[bytes]:
@@ -992,6 +1039,8 @@ TARGETS = {
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
         Target("ear_claims", ear_claims, ear_claims_seeds),
+        Target("policy_values", policy_values, policy_values_seeds),
+        Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),

@@ -14,7 +14,7 @@ from agent.errors import ConfigError, ConfigProblem
 class BlobSource(Protocol):
     """Blobs by digest. Safe for any number of threads; close it when none of them is inside.
 
-    A network read also ends, as a timeout, at the limits of the reading thread (`limited.py`).
+    A network read also ends, as a timeout, at the limits of the reading thread (`http_limited.py`).
     """
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:

@@ -13,19 +13,17 @@ from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.exceptions import (
-    ConnectTimeoutError,
     HTTPError,
     IncompleteRead,
     NewConnectionError,
     ProtocolError,
-    ReadTimeoutError,
     SSLError,
 )
 
 from agent import __version__, http_policy
 from agent.artifact.sources.directory import blob_path
-from agent.artifact.sources.limited import limited, pool
 from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.http_limited import limited, pool
 
 _PIECE_BYTES = 1 << 20
 _KEPT_CONNECTIONS = 32
@@ -137,7 +135,7 @@ def _translated() -> Iterator[None]:
         yield
     except (NewConnectionError, ProtocolError, IncompleteRead):  # NewConnectionError is a ConnectTimeoutError by descent only
         raise ArtifactUnavailableError(StoreProblem.UNREACHABLE) from None
-    except (ConnectTimeoutError, ReadTimeoutError):
+    except urllib3.exceptions.TimeoutError:
         raise ArtifactUnavailableError(StoreProblem.TIMEOUT) from None
     except SSLError as error:
         # A connection that was cut is not a failed handshake.
