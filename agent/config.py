@@ -228,13 +228,13 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("artifact.unsafe_allow_swap")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
-    _check_broker(config.broker, through_coco=config.tee.through_coco)
     # refusal: test_every_mistake_names_its_key
     if config.tee.attester == "sample" and config.broker.url is None:  # only Trustee knows it
         raise wrong("tee.attester")
     # refusal: test_every_mistake_names_its_key
     if (config.broker.url or "").startswith("http:") and not simulated:
         raise wrong("broker.url")
+    _check_broker(config.broker, through_coco=config.tee.through_coco)
     addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints or ())}
     addresses |= {"broker.url": config.broker.url} if config.broker.url else {}
     for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():

@@ -23,6 +23,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "requested": ["request_id", "attempt"],
         "retrying": ["attempt", "wait_ms", "error"],
         "verdict_accepted": ["request_id", "key_uri", "policy_version", "simulated", "lease_s"],
+        "not_affirmed": ["finding"],
         "lease_started": ["lease_s", "ends_at"],
         "lease_renewal_started": [],
         "lease_renewed": ["lease_s", "ends_at"],

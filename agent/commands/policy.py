@@ -191,7 +191,7 @@ def _record(approved: Approved) -> dict[str, object]:
 
 def _approved(args: argparse.Namespace) -> Approved:
     from agent.server.presets import command_digest
-    from agent.worker import plan_server
+    from agent.worker import plan_of
 
     image = None if args.unsafe_sample else parse_image(_read(args.image, "image"))
     gpus: tuple[GpuVersions, ...] = tuple(parse_gpu(_read(file, "gpu")) for file in args.gpu)
@@ -199,6 +199,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     measured = config.parse(found.data).config
     _check_tee(image, measured)
     model = _read_model(args, measured)
+    plan = plan_of(measured)
     return Approved(
         image=image,
         init_data=found.digest,
@@ -209,7 +210,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         model_name=model.model_name,
         model_version=model.version,
         manifest_digest=measured.artifact.manifest_digest,
-        server_command_digest=command_digest(plan_server(measured.server).argv),
+        server_command_digest=command_digest(plan.argv if plan else ()),
     )
 
 
