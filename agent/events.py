@@ -133,7 +133,9 @@ class VerdictAccepted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class NotAffirmed(Event):
-    """After a denial by Trustee's policy, each thing that its attestation service does not affirm: `device:what:value`."""
+    """After a denial by Trustee's policy, or where the guest's own components gave no key: each thing that the attestation
+    service does not affirm, `device:what:value`.
+    """
 
     finding: Ident
 

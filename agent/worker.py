@@ -214,12 +214,16 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
 
     cfg, at = measured.config, measured.config.broker
     trust = Trust(token_keys(at.token_keys or ()), at.allow_simulated)
+
+    def on_unaffirmed(finding: Ident) -> None:
+        notify(NotAffirmed(finding))
+
     if at.cdh:
         from agent.guest.api_server import TIMEOUT_S, ApiServer
         from agent.handshake.cdh import CdhBroker
 
         api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
-        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, simulated=cfg.simulation is not None)
+        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, on_unaffirmed, simulated=cfg.tee.simulated)
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
@@ -238,7 +242,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
             measured.digest,
             simulated=cfg.tee.simulated,
         )
-        return RcarBroker(site, trust, at.timeout_s, on_retry, lambda finding: notify(NotAffirmed(finding)))
+        return RcarBroker(site, trust, at.timeout_s, on_retry, on_unaffirmed)
     from agent.handshake.grpc_client import GrpcBroker
 
     assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"

@@ -77,6 +77,7 @@ def printed(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def digests(site: Site) -> tuple[str, str]:
     config = parse(site.file("keyturn.toml").read_bytes()).config
     assert config.server
+    assert config.server
     return config.artifact.manifest_digest, command_digest(config.server.command)
 
 
