@@ -28,7 +28,7 @@ def test_what_verify_prints_of_snp_is_read() -> None:
 
 def test_what_verify_prints_of_tdx_is_read() -> None:
     assert parse_image(json.dumps(TDX).encode()) == TdxImage(
-        mr_td="41" * 48, rtmr_1="51" * 48, rtmr_2="52" * 48, rtmr_0="50" * 48, mr_seam="53" * 48,
+        mr_td="41" * 48, rtmr_1="51" * 48, rtmr_2="52" * 48, mr_seam="53" * 48,
         tee_tcb_svn="060103" + "00" * 13, xfam="e702060000000000",
     )  # fmt: skip
 
@@ -36,7 +36,7 @@ def test_what_verify_prints_of_tdx_is_read() -> None:
 def test_a_measurement_by_hand_is_enough() -> None:
     assert parse_image(f'measurement = "{"11" * 48}"'.encode()) == SnpImage("11" * 48, None)
     by_hand = f'mr_td = "{"1" * 96}"\nrtmr_1 = "{"2" * 96}"\nrtmr_2 = "{"3" * 96}"\n'
-    assert parse_image(by_hand.encode()) == TdxImage("1" * 96, "2" * 96, "3" * 96, None, None, None, None)
+    assert parse_image(by_hand.encode()) == TdxImage("1" * 96, "2" * 96, "3" * 96, None, None, None)
 
 
 def test_versions_of_a_gpu_are_read() -> None:
@@ -74,7 +74,7 @@ def test_an_image_of_no_tee_or_of_two_is_refused(members: Members) -> None:
         (SNP | {"reported_tcb": TCB | {"fmc": None}}, ConfigProblem.BAD_VALUE, "image.reported_tcb.fmc"),
         (SNP | {"reported_tcb": {}}, ConfigProblem.MISSING_KEY, "image.reported_tcb.boot_loader"),
         (TDX | {"rtmr_2": ""}, ConfigProblem.BAD_VALUE, "image.rtmr_2"),
-        (TDX | {"rtmr_0": None}, ConfigProblem.WRONG_TYPE, "image.rtmr_0"),
+        (TDX | {"rtmr_1": None}, ConfigProblem.WRONG_TYPE, "image.rtmr_1"),
         (TDX | {"tee_tcb_svn": "06"}, ConfigProblem.BAD_VALUE, "image.tee_tcb_svn"),
         (TDX | {"xfam": 5}, ConfigProblem.BAD_VALUE, "image.xfam"),
         (TDX | {"xfam": "0x" + "1" * 17}, ConfigProblem.BAD_VALUE, "image.xfam"),
