@@ -20,9 +20,9 @@ from types import TracebackType
 from typing import Self
 
 from agent.errors import DeviceError
-from agent.evidence import REPORT_DATA_BYTES, Evidence, ReportData
-from agent.evidence.snp_abi import CertificateKind
+from agent.evidence import REPORT_DATA_BYTES, ReportData
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import pack_certificate_table
 
 MAX_BLOB_BYTES = 32 << 10
 SEND_DEADLINE_S = 10.0
@@ -32,8 +32,6 @@ _REQUEST = struct.Struct(f"<III{REPORT_DATA_BYTES}s")  # bytes that follow, sequ
 _LENGTH = struct.Struct("<I")
 _BODY_BYTES = _REQUEST.size - _LENGTH.size
 _ANSWER = struct.Struct("<IIII")  # sequence, errno, bytes of the report, bytes of the auxblob
-_ENTRY = struct.Struct("<16sII")  # GUID in text order, offset from the start of the table, length
-_CHAIN = (CertificateKind.VCEK, CertificateKind.ASK, CertificateKind.ARK)
 
 
 class FrameError(Exception):
@@ -111,20 +109,6 @@ def parse_answer(frame: bytes) -> Answer:
         raise FrameError(f"blobs of {report_bytes} and {auxblob_bytes} bytes in a frame of {len(frame)} bytes")
     split = _ANSWER.size + report_bytes
     return Answer(sequence, errno, frame[_ANSWER.size : split], frame[split:])
-
-
-def pack_certificate_table(evidence: Evidence) -> bytes:
-    """The host's certificates as the kernel hands them out in `auxblob`: AMD 56421 (GHCB), "SNP Extended Guest Request".
-
-    Args:
-        evidence: a simulated machine's, whose chain is VCEK, ASK, ARK.
-    """
-    offset = _ENTRY.size * (len(_CHAIN) + 1)
-    entries = b""
-    for kind, der in zip(_CHAIN, evidence.cert_chain, strict=True):
-        entries += _ENTRY.pack(kind.value.bytes, offset, len(der))
-        offset += len(der)
-    return entries + bytes(_ENTRY.size) + b"".join(evidence.cert_chain)
 
 
 class Firmware:
