@@ -50,6 +50,39 @@ def test_a_td_boots_as_well() -> None:
     assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
 
 
+def check_configfs(status: int, result: dict[str, Any], events: list[dict[str, Any]], tee: str) -> None:
+    if result["error"] and result["error"]["class"] == "SimulationRefusedError":
+        pytest.skip(result["error"]["text"])
+    check_good(status, result)
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == (tee, "configfs-tsm")
+    assert next(event for event in events if event["event"] == "verdict_accepted")["simulated"] is True
+
+
+@pytest.mark.parametrize("tee", ["snp", "tdx"])
+def test_a_boot_through_configfs_tsm_uses_the_agents_own_code_for_it_and_leaves_no_mount(tee: str) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    check_configfs(*demo("--once", "--tee", tee, "--via", "configfs"), tee)
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_an_ordinary_user_has_a_configfs_tsm_too_where_he_may_make_user_namespaces() -> None:
+    user = site.choose_server_user()
+    if user is None or user.uid == 0:
+        pytest.skip("there is no other user who can execute the interpreter")
+    check_configfs(*demo("--once", "--via", "configfs", user=user.uid), "snp")
+
+
+def test_without_fuse_the_demo_says_what_it_takes_and_leaves_nothing() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("hiding /dev/fuse needs root")
+    hidden = ("unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/fuse; exec "$@"', "sh")
+    ended = subprocess.run([*hidden, *DEMO, "--once", "--via", "configfs"], capture_output=True, timeout=TIMEOUT_S)
+    result = json.loads(ended.stdout)
+    assert (ended.returncode, result["error"]["class"]) == (11, "SimulationRefusedError")
+    assert "modprobe fuse" in result["error"]["text"]
+
+
 def test_one_flipped_byte_of_ciphertext_ends_with_the_artifact_status_and_no_server() -> None:
     status, result, events = demo("--once", "--flip-byte")
     assert (status, result["ok"], result["exit_status"]) == (19, False, 19)

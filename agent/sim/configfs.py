@@ -186,9 +186,10 @@ def main() -> int:
     try:
         device = mount(mountpoint)
     except SimulationRefusedError:
-        print(REFUSED, end="", flush=True)
+        sys.stdout.write(REFUSED)
         return 1
-    print(MOUNTED, end="", flush=True)
+    sys.stdout.write(MOUNTED)
+    sys.stdout.flush()
     serve(device, ConfigfsServer(tsm, device).answer, sys.stdin.fileno(), lambda: False)
     return 0
 

@@ -1,8 +1,8 @@
 """A file system of our own behind /dev/fuse, as far as simulated devices need one.
 
-Owns the mount and the protocol's frames; what a file system holds and answers is its server's. Our own and no library's, because
-it is this short, needs no package of the system, and says what libraries hide: which open file cannot seek, when a file was
-released, who was interrupted.
+Owns the mount and the protocol's frames; what a file system holds and answers is its server's. Our own and no library's,
+because it is this short, needs no package of the system, and says what libraries hide: which open file cannot seek, when a file
+was released, who was interrupted.
 
 A mount is in a namespace of its server's own: no other process sees it, only `/proc/PID/root` leads there, and it is gone with
 the server, however that ends. An ordinary user may have one where the kernel lets him make user namespaces.
@@ -73,10 +73,10 @@ def mount(mountpoint: Path) -> int:
         SimulationRefusedError: this machine or user has no FUSE.
     """
     try:
-        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
         if os.geteuid() != 0:
             _become_root_of_a_namespace()
         enter_private_mount_namespace()
+        device = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)  # in the namespace in which it is mounted
         kind = stat.S_IFDIR if mountpoint.is_dir() else stat.S_IFREG
         options = f"fd={device},rootmode={kind:o},user_id={os.geteuid()},group_id={os.getegid()}"
         libc = ctypes.CDLL(None, use_errno=True)
