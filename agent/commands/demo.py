@@ -29,8 +29,8 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--via",
         choices=("configfs",),
-        help="reach it through a configfs-tsm that behaves like the kernel's, a FUSE file system, with the agent's own code for "
-        "that; default: inside the agent's process",
+        help="reach it through a configfs-tsm that behaves like the kernel's (a FUSE file system), with the agent's own code "
+        "for that; default: inside the agent's process",
     )
     parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"

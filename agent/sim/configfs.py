@@ -5,8 +5,8 @@ says first on standard output whether it could:
 
     python -m agent.sim.configfs MACHINE snp|tdx MOUNTPOINT
 
-One difference to the kernel's stays, because FUSE has one switch for both: pread(2) of a blob is refused, where the kernel refuses
-lseek(2) alone.
+One difference to the kernel's stays, because FUSE has one switch for both: pread(2) of a blob is refused, where the kernel
+refuses lseek(2) alone.
 """
 
 import errno
