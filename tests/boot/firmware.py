@@ -24,7 +24,7 @@ from agent.evidence import REPORT_DATA_BYTES, ReportData
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import pack_certificate_table
 
-MAX_BLOB_BYTES = 32 << 10
+MAX_BLOB_BYTES = 64 << 10
 SEND_DEADLINE_S = 10.0
 STOP_DEADLINE_S = 10.0
 
@@ -119,6 +119,7 @@ class Firmware:
         broken: why connections ended otherwise than between two requests.
         delay_s: how long each answer takes from now on.
         errno: what each request fails with from now on, 0 for nothing. The machine's own faults count as well.
+        chip: what answers a request, unless `errno` does; the machine at first.
         on_request: called in the thread before each answer; what it raises ends the thread, and `stop` raises it again.
     """
 
@@ -133,6 +134,7 @@ class Firmware:
         self.broken: list[str] = []
         self.delay_s = 0.0
         self.errno = 0
+        self.chip: Callable[[Request], Answer] = self._machine_answer
         self.on_request: Callable[[Request], None] | None = None
         self._machine = machine
         self._path = path
@@ -166,9 +168,11 @@ class Firmware:
         self.stop()
 
     def answer(self, request: Request) -> Answer:
-        """What the chip says to `request`. A report's VMPL is the one that was asked for."""
-        if self.errno:
-            return Answer(request.sequence, self.errno)
+        """What is said to `request`."""
+        return Answer(request.sequence, self.errno) if self.errno else self.chip(request)
+
+    def _machine_answer(self, request: Request) -> Answer:
+        """A report's VMPL is the one that was asked for."""
         try:
             evidence = dataclasses.replace(self._machine, vmpl=request.privlevel).attester().collect(request.report_data)
         except DeviceError as error:
