@@ -1,4 +1,4 @@
-"""The kernel's own configfs-tsm in a guest, step by step as `tests/tsm_steps.py` says; no agent takes part."""
+"""The kernel's own configfs-tsm in a guest, step by step as `tests/boot/tsm_steps.py` says; no agent takes part."""
 
 import time
 from contextlib import ExitStack
@@ -8,7 +8,7 @@ from agent.evidence.tsm import REPORT_ROOT
 from agent.sim.machine import SimulatedMachine
 from tests.boot.firmware import Answer, Firmware, Request
 from tests.boot.guest import Guest, Image
-from tests.tsm_steps import FURTHER, RECORDED, Provider
+from tests.boot.tsm_steps import FURTHER, RECORDED, Provider
 
 BOOT_S = 80
 LOAD = "/opt/hand/insmod /opt/driver/fake_tsm.ko svsm=1"

@@ -1,7 +1,7 @@
 """What the kernel's configfs-tsm does, as one table: each step with what must come of it.
 
-`test_sim_configfs.py` holds it against the simulated one and against the record of a kernel, `tests/boot` against the kernel's own
-module in a guest, where this file is a program (standard library only):
+`test_sim_configfs.py` holds it against the simulated one and against the record of a kernel, the boot test against the kernel's
+own module in a guest, where this file is a program (standard library only):
 
     python3 tsm_steps.py ROOT INSMOD-COMMAND RMMOD-COMMAND
 
@@ -264,9 +264,7 @@ RECORDED = [
     Step("inblob empty (open/close no write)", lambda bench: bench.write("inblob"), 0),
     _generation(3),
     Step("inblob 64", lambda bench: bench.write("inblob", bytes(64)), 64),
-    Step(
-        "4x16 writes, one close", Bench.in_four_parts, ("gen before close", b"4\n", "after", b"5\n", bytes(16) + b"\1" * 4)
-    ),
+    Step("4x16 writes, one close", Bench.in_four_parts, ("gen before close", b"4\n", "after", b"5\n", bytes(16) + b"\1" * 4)),
     Step("O_RDONLY inblob", lambda bench: bench.read("inblob"), "EACCES"),
     Step("O_WRONLY outblob", lambda bench: bench.write("outblob"), "EACCES"),
     Step("read outblob twice same fd", Bench.twice, (64, 536, 0, None)),
