@@ -6,13 +6,19 @@ import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pytest
+
+from agent.demo.site import mount_configfs
+from agent.errors import SimulationRefusedError
+from agent.evidence import Tee
 from agent.sim.configfs import ConfigfsServer
 from agent.sim.fuse import serve
+from agent.sim.machine import SimulatedMachine
 from agent.sim.tsm import Faults, Tsm
 from tests.children import readable
 from tests.fuse import served
 
-__all__ = ["FakeConfigfs", "Faults", "fake_configfs"]
+__all__ = ["FakeConfigfs", "Faults", "fake_configfs", "machine_configfs"]
 
 MakeReport = Callable[[bytes, int], bytes]
 """What the firmware answers to 64 bytes and a privilege level."""
@@ -64,3 +70,14 @@ def fake_configfs(mountpoint: Path, make: MakeReport) -> Iterator[FakeConfigfs]:
 
     with served(mountpoint, in_the_child) as (root, control):
         yield FakeConfigfs(root, control)
+
+
+@contextlib.contextmanager
+def machine_configfs(folder: Path, machine: SimulatedMachine, tee: Tee) -> Iterator[Path]:
+    """The root of one before a machine, as the demo has it, or a skip."""
+    with contextlib.ExitStack() as undo:
+        try:
+            root = undo.enter_context(mount_configfs(folder, machine, tee))
+        except SimulationRefusedError as error:
+            pytest.skip(str(error))
+        yield root

@@ -14,6 +14,7 @@ ELSEWHERE = {
 WHOLE = {
     "test_boot_devices",
     "test_boot_firmware",
+    "test_devices",
     "test_fuzz",
     "test_heavy_servers",
     "test_initrd",

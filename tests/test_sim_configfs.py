@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.demo.site import mount_configfs
-from agent.errors import DeviceUnavailableError, SimulationRefusedError
+from agent.errors import DeviceUnavailableError
 from agent.evidence import ReportData, Tee
 from agent.evidence.cpu import Patience, certificate_chain
 from agent.evidence.snp_abi import parse_report
@@ -20,7 +19,7 @@ from agent.sim.configfs import machine_firmware
 from agent.sim.machine import MACHINE_FILE, SimulatedMachine
 from agent.sim.tdx import SimulatedNode
 from tests.boot.tsm_steps import ATTRIBUTES, RECORDED, Bench, Provider, outcomes
-from tests.fake_configfs import FakeConfigfs, Faults, fake_configfs
+from tests.fake_configfs import FakeConfigfs, Faults, fake_configfs, machine_configfs
 from tests.shared import shared_data
 
 DATA = ReportData(bytes(range(64)))
@@ -90,14 +89,11 @@ def test_the_agents_own_code_reads_the_machine_through_a_mount_that_ends_with_it
 ) -> None:
     machine.host_data = bytes(range(32))
     machine.save()
-    try:
-        with mount_configfs(tmp_path, machine, tee) as root:
-            attester = machine.tsm(tee, str(root))
-            evidence = attester.collect(DATA)
-            digest = attester.launch_digest()
-            assert os.listdir(root) == []
-    except SimulationRefusedError as error:
-        pytest.skip(str(error))
+    with machine_configfs(tmp_path, machine, tee) as root:
+        attester = machine.tsm(tee, str(root))
+        evidence = attester.collect(DATA)
+        digest = attester.launch_digest()
+        assert os.listdir(root) == []
     assert (attester.interface, evidence.tee) == ("configfs-tsm", tee)
     assert len(evidence.cert_chain) == (3 if tee is Tee.SNP else 0)
     assert digest == machine.host_data.ljust(32 if tee is Tee.SNP else 48, b"\0")
