@@ -102,9 +102,9 @@ def test_an_ordinary_user_gets_the_same_from_a_sealed_memfd() -> None:
     assert [event["kind"] for event in events if event["event"] == "destination_chosen"] == ["memfd"]
 
 
-def start_serving() -> tuple[subprocess.Popen[str], int]:
+def start_serving(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     """A demo without --once, once it serves, and its server's process id."""
-    serving = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    serving = subprocess.Popen([*DEMO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert serving.stderr
     pid = 0
     for line in serving.stderr:
@@ -125,11 +125,15 @@ def test_it_serves_until_ctrl_c_and_then_ends_well() -> None:
 
 
 def test_a_killed_demo_takes_agent_server_and_broker_with_it() -> None:
-    serving, pid = start_serving()
+    via = ("--via", "configfs") if os.geteuid() == 0 and os.access("/dev/fuse", os.W_OK) else ()
+    serving, pid = start_serving(*via)
     with serving:
         children = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
         commands = [Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children]
-        assert sorted(command[command.index("agent") + 1] for command in commands) == ["broker", "run"]
+        started = sorted(
+            command[command.index("-m") + 1 :][: 1 if "agent.sim.configfs" in command else 2] for command in commands
+        )
+        assert started == [["agent", "broker"], ["agent", "run"], *([["agent.sim.configfs"]] if via else [])]
         folder = next(Path(command[command.index("--config") + 1]).parent for command in commands if "--config" in command)
         serving.kill()
     shutil.rmtree(folder)  # ciphertext and keys of simulated silicon: nobody was left to delete them
