@@ -117,13 +117,13 @@ def measurements(hardware: bool, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def emulated_gpus(hardware: bool, tmp_path: Path, nvml_library: Path) -> Iterator[SimulatedMachine | None]:
+def emulated_gpus(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Iterator[SimulatedMachine | None]:
     """Behind a library that stands for the driver's; None on hardware."""
     if hardware:
         yield None
-        return
-    with answered(gpu_machine(tmp_path / "machine"), nvml_library) as machine:
-        yield machine
+    else:
+        with answered(gpu_machine(tmp_path / "machine"), request.getfixturevalue("nvml_library")) as machine:
+            yield machine
 
 
 @pytest.fixture
