@@ -27,6 +27,12 @@ def add_parser(verbs: Any, summary: str) -> None:
         "--tee", choices=("snp", "tdx"), default="snp", help="the CPU TEE of the simulated machine; default snp"
     )
     parser.add_argument(
+        "--via",
+        choices=("configfs",),
+        help="reach it through a configfs-tsm that behaves like the kernel's (a FUSE file system), with the agent's own code "
+        "for that; default: inside the agent's process",
+    )
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from agent.demo.view import HumanView, JsonView
     from agent.evidence import Tee
 
-    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee))
+    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee), configfs=args.via == "configfs")
     if not args.json:
         with HumanView() as view:
             result = run(options, view)

@@ -36,11 +36,18 @@ _NOT_OK = EXIT_STATUS[Owner.KEYTURN, Step.AGENT]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`once`: stop when the questions are answered. `flip_byte`: damage one byte of ciphertext before the boot."""
+    """What is asked for.
+
+    Attributes:
+        once: stop when the questions are answered.
+        flip_byte: damage one byte of ciphertext before the boot.
+        configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
+    """
 
     once: bool
     flip_byte: bool
     tee: Tee = Tee.SNP
+    configfs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +124,7 @@ def run(options: Options, view: View) -> Result:
     """One demo, from nothing to nothing.
 
     Raises:
-        SimulationRefusedError: this is a machine with a real TEE.
+        SimulationRefusedError: this is a machine with a real TEE, or without FUSE where that is asked for.
     """
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
@@ -132,14 +139,23 @@ def run(options: Options, view: View) -> Result:
             with view.preparing("model store and key broker"):
                 store_url = running.enter_context(layout_server.serve(model.layout))
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
+            report_root = None
+            if options.configfs:
+                with view.preparing("configfs-tsm"):
+                    report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
                 port = _free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user).encode()
+                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, report_root).encode()
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
                 broker.load_policy(site.policy_text(machine, options.tee, model))
-            return _boot(folder, model, port, options, view)
+            result = _boot(folder, model, port, options, view)
+            if report_root and os.listdir(report_root):
+                result.left_behind.append("configfs-tsm entry")
+        if report_root and report_root.exists():
+            result.left_behind.append("configfs-tsm")
+        return result
 
 
 def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, view: View) -> Result:
