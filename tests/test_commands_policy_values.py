@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from agent.cli import main
 from agent.commands.policy_values import MAX_FILE_BYTES, GpuVersions, SnpImage, SnpTcb, TdxImage, parse_gpu, parse_image
 from agent.errors import ConfigError, ConfigProblem
+from tests.shared import shared_data
+from tests.test_commands_verify import snp_row, valid_day
 
 Members = dict[str, Any]
 TCB: Members = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
@@ -93,3 +96,32 @@ def test_what_is_no_object_is_refused(parse: Any) -> None:
         assert refused(parse, data)[0] is ConfigProblem.NOT_TOML
     assert refused(parse, b"\xff")[0] is ConfigProblem.NOT_UTF8
     assert refused(parse, b" " * (MAX_FILE_BYTES + 1))[0] is ConfigProblem.TOO_LARGE
+
+
+def verified(capsys: pytest.CaptureFixture[str], *words: object) -> bytes:
+    assert main(["verify", *map(str, words), "--json"]) == 0
+    return capsys.readouterr().out.encode()
+
+
+def test_a_recorded_quote_gives_the_values_as_trustee_spells_them(capsys: pytest.CaptureFixture[str]) -> None:
+    quote = shared_data("tdx/quotes/v4-uptodate.bin")
+    body = quote.read_bytes()[48:]  # Trustee prints fields as they lie there
+    image = parse_image(verified(capsys, "tdx", quote, "--no-collateral", "--at", valid_day(quote.read_bytes())))
+    assert image == TdxImage(
+        mr_td=body[136:184].hex(),
+        rtmr_1=body[376:424].hex(),
+        rtmr_2=body[424:472].hex(),
+        mr_seam=body[16:64].hex(),
+        tee_tcb_svn=body[:16].hex(),
+        xfam=body[128:136].hex(),
+    )
+
+
+def test_a_recorded_report_gives_measurement_and_levels(capsys: pytest.CaptureFixture[str]) -> None:
+    _, report, flags = snp_row("genoa-v3-vcek-configfs")
+    image = parse_image(verified(capsys, "snp", report, *flags))
+    assert isinstance(image, SnpImage)
+    assert image.measurement == report.read_bytes()[0x90:0xC0].hex()
+    assert image.tcb is not None
+    raw = report.read_bytes()[0x180:0x188]
+    assert (image.tcb.bootloader, image.tcb.tee, image.tcb.snp, image.tcb.microcode) == (raw[0], raw[1], raw[6], raw[7])
