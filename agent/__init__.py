@@ -25,7 +25,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     server/          the model server: presets, spawn, readiness, restart policy
     guest/           what we ask of the kernel: mounts, memory, hardening, Landlock, routes, uevents; and its initdata
     broker/          the reference key broker
-    sim/             simulated silicon in the real formats; never in a guest image
+    sim/             simulated silicon in the real formats, a test KBS; never in a guest image
     demo/            one boot on simulated silicon with a real model, for people
 
 There is no public Python API. The interfaces are the command line, the protocol, the

@@ -72,6 +72,7 @@ class TeeConfig(_Section, frozen=True, kw_only=True):
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
     machine: _Path
+    report_root: _Path | None = None
 
 
 class GpuConfig(_Section, frozen=True, kw_only=True):
@@ -319,6 +320,8 @@ EXPLAIN = {
     "http://127.0.0.1:8006. The guest must be started with agent.guest_components_rest_api=all",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
+    "simulation.report_root": "where a configfs-tsm that answers for the simulated machine is mounted, as `keyturn demo --via "
+    "configfs` does; default: the machine is asked inside the agent's process",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
     "gpu.architecture": "hopper or blackwell: every GPU must be of it; default: any that can attest",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "

@@ -267,6 +267,7 @@ class NoAttesterError(AgentError):
 class SimulationRefusal(enum.Enum):
     REAL_TEE_PRESENT = "a real TEE device exists"
     NOT_INSTALLED = "this installation carries no simulators"
+    NO_FUSE = "this machine has no FUSE for us: modprobe fuse, give a container /dev/fuse and CAP_SYS_ADMIN"
     NOT_ALLOWED = "the verdict is simulated and the configuration does not allow it"
 
 

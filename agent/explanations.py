@@ -206,6 +206,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`keyturn demo` does."
             ),
             (
+                "No FUSE: a configfs-tsm is simulated as a FUSE file system, which takes the kernel's module `fuse` "
+                "(`modprobe fuse`) and root, or a kernel that lets ordinary users make user namespaces. A container needs "
+                "the device `/dev/fuse`, and as root CAP_SYS_ADMIN. No package is missing."
+            ),
+            (
                 "The verdict is simulated on real hardware: the broker runs with `--unsafe-simulation-roots` and is not "
                 "the one for this guest. Only for boot tests set `broker.allow_simulated`."
             ),

@@ -118,7 +118,8 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
         sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
         return CocoAttester(_api_server(cfg), needs_resources=cfg.broker.cdh, sample_digest=sample_digest)
     if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).attester(Tee(cfg.tee.attester.removeprefix("simulated-")))
+        machine, tee = _simulated_machine(cfg.simulation.machine), Tee(cfg.tee.attester.removeprefix("simulated-"))
+        return machine.attester(tee) if cfg.simulation.report_root is None else machine.tsm(tee, cfg.simulation.report_root)
     from agent.evidence.detect import open_interface
 
     return open_interface(Tee(cfg.tee.attester))

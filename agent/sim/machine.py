@@ -212,6 +212,25 @@ class SimulatedMachine:
             case Tee.SAMPLE:
                 return sample.Sample(self)
 
+    def tsm(self, tee: Tee, report_root: str) -> Attester:
+        """Its CPU TEE through the agent's own code for configfs-tsm.
+
+        Args:
+            tee: which.
+            report_root: where a `configfs.py` for this machine is mounted.
+
+        Raises:
+            NoAttesterError: none is.
+            DeviceError: it refused.
+        """
+        from agent.evidence.tsm import TsmSnp, TsmTdx
+        from agent.sim import tdx
+
+        if tee is Tee.SNP:
+            return TsmSnp(Path(report_root))
+        # The node beside configfs is only asked for a TDREPORT: any file will do, for the ioctl is the machine's.
+        return TsmTdx(Path(report_root), device=self.directory / MACHINE_FILE, ioctl=tdx.SimulatedNode(self).ioctl)
+
     def gpu_system(self) -> GpuSystem:
         """Its GPUs, through the real NVML binding."""
         from agent.sim import nvml  # needs ctypes and pynvml, which a machine without GPUs does not

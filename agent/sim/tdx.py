@@ -7,6 +7,7 @@ digest its MRCONFIGID, and a guest policy that allows debugging makes it a debug
 """
 
 import datetime
+import errno
 import hashlib
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import DeviceError, EvidenceBindingError, EvidenceFormat
-from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
+from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
 from agent.evidence.ccel import SHA384, Event, EventLog, RuntimeEvent, SpecId, pack_runtime_event, replay
 from agent.evidence.snp_abi import GuestPolicy
 from agent.evidence.tdx_abi import (
@@ -35,6 +36,7 @@ from agent.evidence.tdx_abi import (
     parse_tdreport,
     signed_part,
 )
+from agent.evidence.tdx_guest import TDX_CMD_GET_REPORT0
 from agent.sim.machine import SimulatedMachine, write_file
 from agent.verify.pck import SGX_EXTENSION, PckConfiguration, PckExtension, pack_pck_extension
 from agent.verify.tdx import INTEL_QE_SIGNER, INTEL_QE_VENDOR_ID, TD_QE_ATTRIBUTES, TD_QE_PRODUCT
@@ -100,6 +102,23 @@ class SimulatedTdx:
         if self._machine.errno is not None:
             raise DeviceError(self.interface, Ident("report"), self._machine.errno)
         return parse_tdreport(pack_tdreport(make_td_report(self._machine, NO_REPORT_DATA))).body.mr_config_id
+
+
+class SimulatedNode:
+    """What ioctl(2) does at the machine's `/dev/tdx_guest`."""
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    def ioctl(self, descriptor: int, number: int, argument: bytearray) -> int:
+        """A TDREPORT behind the report data that begins `argument`; raises OSError as the driver does."""
+        if number != TDX_CMD_GET_REPORT0:
+            raise OSError(errno.ENOTTY, "")
+        if self._machine.errno is not None:
+            raise OSError(self._machine.errno, "")
+        report_data = ReportData(bytes(argument[:REPORT_DATA_BYTES]))
+        argument[REPORT_DATA_BYTES:] = pack_tdreport(make_td_report(self._machine, report_data))
+        return 0
 
 
 def make_event_log(machine: SimulatedMachine) -> EventLog:
