@@ -245,6 +245,7 @@ class Absence(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    NO_RUNTIME_REGISTER = "runtime measurement is required, and this guest has no register that the agent may extend"
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
     NO_GUEST_API = "nothing listens at tee.coco_url"
     SAMPLE = "the guest's attestation-agent gives sample evidence, which proves nothing"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from agent.errors import AgentError, GuestApiError, GuestApiProblem, KeyNotDeliveredError, Owner
+from agent.evidence import Tee
 from agent.guest.api_server import (
     MAX_HEAD_BYTES,
     MAX_INFO_BYTES,
@@ -75,8 +76,10 @@ def test_the_token_is_taken_and_the_private_key_beside_it_is_not() -> None:
 
 
 @pytest.mark.parametrize("outcome", Measured)
-def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured) -> None:
-    components = Components(None, measured=outcome.value)
+def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured, machine: SimulatedMachine) -> None:
+    components = Components(None, enables_log=outcome is not Measured.NOT_ENABLED)
+    if outcome is Measured.EXTENDED:
+        components.runtime = machine.runtime(Tee.TDX)
     with serve(components) as url:
         assert ApiServer(url).measure("keyturn", "LoadModel", '{"digest":"sha256:00"}') is outcome
     entries = [("keyturn", "LoadModel", '{"digest":"sha256:00"}')]

@@ -145,7 +145,7 @@ def run(options: Options, view: View) -> Result:
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
                 api_server = None
                 if options.coco:
-                    components = Components(machine.attester(options.tee), machine.gpu_system())
+                    components = Components(machine.attester(options.tee), machine.gpu_system(), machine.runtime(options.tee))
                     api_server = running.enter_context(api_server_rest.serve(components))
             report_root = None
             if options.configfs:
