@@ -9,7 +9,7 @@ KEYTURN = [sys.executable, "-I", "-m", "agent"]
 def test_help_names_every_option() -> None:
     shown = subprocess.run([*KEYTURN, "demo", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert all(option in shown.stdout for option in ("--once", "--json", "--flip-byte", "--tee", "--attester"))
+    assert all(option in shown.stdout for option in ("--once", "--json", "--flip-byte", "--tee", "--via", "--attester"))
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:

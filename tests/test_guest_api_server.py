@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import pytest
 
 from agent.errors import AgentError, GuestApiError, GuestApiProblem, KeyNotDeliveredError, Owner
+from agent.evidence import Tee
 from agent.guest.api_server import (
     MAX_HEAD_BYTES,
     MAX_INFO_BYTES,
@@ -75,8 +76,10 @@ def test_the_token_is_taken_and_the_private_key_beside_it_is_not() -> None:
 
 
 @pytest.mark.parametrize("outcome", Measured)
-def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured) -> None:
-    components = Components(None, measured=outcome.value)
+def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured, machine: SimulatedMachine) -> None:
+    components = Components(None, enables_log=outcome is not Measured.NOT_ENABLED)
+    if outcome is Measured.EXTENDED:
+        components.runtime = machine.runtime(Tee.TDX)
     with serve(components) as url:
         assert ApiServer(url).measure("keyturn", "LoadModel", '{"digest":"sha256:00"}') is outcome
     entries = [("keyturn", "LoadModel", '{"digest":"sha256:00"}')]
@@ -153,7 +156,7 @@ BAD_ANSWERS: list[tuple[str, bytes, GuestApiProblem]] = [
     ("folded header", ok(INFO, b" folded: x"), _MALFORMED),
     ("space before the colon", ok(INFO, b"a : x"), _MALFORMED),
     ("no length", b"HTTP/1.1 200 OK\r\n\r\n" + INFO, _MALFORMED),
-    ("two lengths", ok(INFO, b"Content-Length: 1"), _MALFORMED),
+    ("length twice", ok(INFO, b"Content-Length: %d" % len(INFO)), _MALFORMED),
     ("negative length", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n", _MALFORMED),
     ("huge length", b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n", _MALFORMED),
     ("too large", ok(b" " * MAX_INFO_BYTES + b"{}"), GuestApiProblem.TOO_LARGE),
@@ -208,6 +211,12 @@ def test_a_peer_that_drips_ends_in_a_timeout() -> None:
         ApiServer(url, timeout_s=0.4).info()
     assert caught.value.problem is _TIMEOUT
     assert time.monotonic() - began < 5
+
+
+def test_no_time_is_no_request() -> None:
+    with answers(ok(INFO)) as url, pytest.raises(GuestApiError) as caught:
+        ApiServer(url, timeout_s=0).info()
+    assert caught.value.problem is _TIMEOUT
 
 
 def test_nobody_there_is_told_apart() -> None:

@@ -26,12 +26,19 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--tee", choices=("snp", "tdx"), default="snp", help="the CPU TEE of the simulated machine; default snp"
     )
-    parser.add_argument(
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
         "--attester",
         choices=("direct", "coco"),
         default="direct",
         help="how the agent reaches its devices: direct, by their own interfaces (default), or coco, as a container in a Kata "
         "guest does, through a stand-in for CoCo's api-server-rest",
+    )
+    how.add_argument(
+        "--via",
+        choices=("configfs",),
+        help="reach it through a configfs-tsm that behaves like the kernel's (a FUSE file system), with the agent's own code "
+        "for that; default: inside the agent's process",
     )
     parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
@@ -50,7 +57,13 @@ def run(args: argparse.Namespace) -> int:
     from agent.demo.view import HumanView, JsonView
     from agent.evidence import Tee
 
-    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee), coco=args.attester == "coco")
+    options = Options(
+        once=args.once,
+        flip_byte=args.flip_byte,
+        tee=Tee(args.tee),
+        configfs=args.via == "configfs",
+        coco=args.attester == "coco",
+    )
     if not args.json:
         with HumanView() as view:
             result = run(options, view)

@@ -38,14 +38,19 @@ _NOT_OK = EXIT_STATUS[Owner.KEYTURN, Step.AGENT]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`once`: stop when the questions are answered. `flip_byte`: damage one byte of ciphertext before the boot.
+    """What is asked for.
 
-    `coco`: the agent reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
+    Attributes:
+        once: stop when the questions are answered.
+        flip_byte: damage one byte of ciphertext before the boot.
+        configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
+        coco: it reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
     """
 
     once: bool
     flip_byte: bool
     tee: Tee = Tee.SNP
+    configfs: bool = False
     coco: bool = False
 
 
@@ -123,7 +128,7 @@ def run(options: Options, view: View) -> Result:
     """One demo, from nothing to nothing.
 
     Raises:
-        SimulationRefusedError: this is a machine with a real TEE.
+        SimulationRefusedError: this is a machine with a real TEE, or without FUSE where that is asked for.
     """
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
@@ -140,16 +145,26 @@ def run(options: Options, view: View) -> Result:
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
                 api_server = None
                 if options.coco:
-                    components = Components(machine.attester(options.tee), machine.gpu_system())
+                    components = Components(machine.attester(options.tee), machine.gpu_system(), machine.runtime(options.tee))
                     api_server = running.enter_context(api_server_rest.serve(components))
+            report_root = None
+            if options.configfs:
+                with view.preparing("configfs-tsm"):
+                    report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
                 port = _free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, api_server)
-                (folder / "keyturn.toml").write_text(text)
-                machine.host_data = hashlib.sha256(text.encode()).digest()
+                reached = site.Reached(report_root, api_server)
+                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, reached).encode()
+                (folder / "keyturn.toml").write_bytes(text)
+                machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
                 broker.load_policy(site.policy_text(machine, options.tee, model))
-            return _boot(folder, model, port, options, view)
+            result = _boot(folder, model, port, options, view)
+            if report_root and os.listdir(report_root):
+                result.left_behind.append("configfs-tsm entry")
+        if report_root and report_root.exists():
+            result.left_behind.append("configfs-tsm")
+        return result
 
 
 def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, view: View) -> Result:

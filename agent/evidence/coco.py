@@ -33,7 +33,6 @@ from agent.evidence import (
     ReportData,
     Tee,
 )
-from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import parse_quote, quote_report_data
@@ -183,6 +182,7 @@ def _tee_of(name: str | None, *, sample_allowed: bool) -> Tee:
         if not sample_allowed:
             raise NoAttesterError(_COCO, Absence.SAMPLE)
         return Tee.SAMPLE
+    # refusal: test_a_guest_of_another_tee_has_no_attester_here
     if name in ("az-snp-vtpm", "az-tdx-vtpm"):
         raise NoAttesterError(_COCO, Absence.PARAVISOR)
     try:
@@ -213,6 +213,7 @@ def _parse_devices(members: dict[str, object] | None) -> list[GpuEvidence]:
     if members is None or nvidia == {}:
         return []
     try:
+        # refusal: test_malformed_gpu_evidence_is_one_typed_error
         if not isinstance(entries, list):
             raise ValueError
         return [_parse_device(entry) for entry in entries]
@@ -221,12 +222,11 @@ def _parse_devices(members: dict[str, object] | None) -> list[GpuEvidence]:
 
 
 def _parse_device(entry: object) -> GpuEvidence:
+    # refusal: test_malformed_gpu_evidence_is_one_typed_error
     if not isinstance(entry, dict):
         raise ValueError
     uuid = string(entry, "uuid") if "uuid" in entry else _UNNAMED
     report, chain = parse_b64(string(entry, "evidence")), parse_b64(string(entry, "certificate"))
-    if len(report) > MAX_REPORT_BYTES or len(chain) > MAX_CHAIN_BYTES:
-        raise ValueError
     return GpuEvidence(string(entry, "arch").upper(), uuid, report, chain)
 
 
