@@ -122,6 +122,19 @@ class Broker:
         self.port = port
         self._process = process
 
+    @property
+    def section(self) -> str:
+        """The guest's `[broker]` section, but for what every broker's has."""
+        files = self.files
+        return (
+            f'endpoints = ["127.0.0.1:{self.port}"]\nserver_name = "{files.server_name}"\n'
+            f"ca_pem = {json.dumps(files.ca_pem)}\ntoken_keys = [{json.dumps(files.token_key_pem)}]\n"
+        )
+
+    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel) -> None:
+        """Let this machine, as it is launched, have the key."""
+        self.load_policy(policy_text(machine, tee, model))
+
     def load_policy(self, text: str) -> None:
         """Replace the policy; when this returns, the broker decides by it."""
         (self.files.directory / "policy.toml").write_text(text)
@@ -285,7 +298,7 @@ def configuration_text(
     machine: SimulatedMachine,
     tee: Tee,
     model: SealedModel,
-    broker: Broker,
+    broker_section: str,
     store_url: str,
     server_port: int,
     user: ServerUser | None,
@@ -293,7 +306,7 @@ def configuration_text(
 ) -> str:
     """The guest's configuration: all the agent gets."""
     via = "" if reached.report_root is None else f"report_root = {json.dumps(str(reached.report_root))}\n"
-    attester = f'attester = "simulated-{tee.value}"'
+    attester = 'attester = "sample"' if tee is Tee.SAMPLE else f'attester = "simulated-{tee.value}"'
     if reached.api_server is not None:
         attester = f'attester = "simulated-coco"\ncoco_url = "{reached.api_server}"'
     if user is None:
@@ -316,11 +329,7 @@ count = {machine.gpu.count}
 ready_state = "own"
 
 [broker]
-endpoints = ["127.0.0.1:{broker.port}"]
-server_name = "{broker.files.server_name}"
-ca_pem = {json.dumps(broker.files.ca_pem)}
-token_keys = [{json.dumps(broker.files.token_key_pem)}]
-key_uri = "{KEY_URI}"
+{broker_section}key_uri = "{KEY_URI}"
 allow_simulated = true
 
 [artifact]
