@@ -498,6 +498,27 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Who set the state is not told because the driver does not say: it keeps one bit.",
     ),
+    errors.EvidencePrecheckError: Explanation(
+        "The evidence is there, and a Trustee attestation service would refuse it or its usual policies would, with an answer "
+        "that names no reason. So it was not sent. How a guest was launched stands in its report and cannot be changed "
+        "from inside.",
+        (
+            (
+                "VMPL: below a paravisor or an SVSM the guest does not run at VMPL 0, and Trustee's SNP verifier takes no "
+                "other level."
+            ),
+            (
+                "debug bit: the host may read such a guest's memory. Launch it with a policy that forbids debugging (SNP "
+                "policy bit 19, TD attributes bits 0 to 7)."
+            ),
+            (
+                "report version: 2 is of old SEV firmware, which the host can update; above 5 is newer than Trustee's "
+                "verifier knows. `keyturn evidence` shows the report of this guest."
+            ),
+        ),
+        "Only the one field is told. The rest of a report describes the host's machine, and the host's log is not the place "
+        "where somebody else should find it.",
+    ),
     # --- broker -------------------------------------------------------------------------------------------------------
     errors.NoRouteError: Explanation(
         "The local checks passed, and then the guest had no route out within `broker.route_timeout_s`. In a Kata guest "
@@ -522,8 +543,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Names and addresses of interfaces are not printed; the host gave them and knows them.",
     ),
     errors.BrokerUnreachableError: Explanation(
-        "No address in `broker.endpoints` gave an answer within `broker.timeout_s`, retries included. The reason told "
-        "is the last one. It is about the way to the broker and not about evidence: nothing was denied.",
+        "No address in `broker.endpoints`, or `broker.url`, gave an answer within `broker.timeout_s`, retries included. The "
+        "reason told is the last one. It is about the way to the broker and not about evidence: nothing was denied.",
         (
             (
                 "Connection refused: `keyturn broker` is not running or listens elsewhere; compare its `--listen` with "
@@ -543,7 +564,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Broker asked to come back later: more guests ask at one time than it serves (OVERLOADED in its audit "
-                "log). Add replicas, or start fewer guests at once."
+                "log). Add replicas, or start fewer guests at once. Server error, with `broker.url`: the KBS or a proxy "
+                "before it answers 5xx; its log says why."
             ),
         ),
         "Which address failed is not told, and no text of a peer: everything between guest and broker can write such a text.",
@@ -573,6 +595,54 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing of the foreign certificate is shown: a stranger wrote it, and logs must not carry a stranger's text.",
     ),
+    errors.ClockSkewError: Explanation(
+        "Something that the broker dated while this guest waited for it bears another time than the guest's clock. With "
+        "Trustee that is its token, which lives five minutes, or the answer before it. No key was asked for: such a token "
+        "would be over, or not yet valid, on one of the two sides.",
+        (
+            (
+                "ahead: positive seconds mean that this guest is in the future, negative ones that it is in the past. A "
+                "guest gets its time from its host; look at the host's clock and its time service first."
+            ),
+            (
+                "If the guest is right, the clock of the attestation service (or of the KBS) is wrong, and every guest says "
+                "so: compare both with a time server."
+            ),
+            (
+                "Years: a host that starts guests with a fixed clock, or a machine without a battery. `keyturn doctor` "
+                "compares the clock with the life of `broker.ca_pem` without asking anybody."
+            ),
+        ),
+        "The two times are not shown, only how far they lie apart: nobody needs more to mend it.",
+    ),
+    errors.TrusteeRefusedError: Explanation(
+        "A Trustee KBS (`broker.url`) ended the handshake with a refusal that is not its policy's. A KBS answers 401 to "
+        "nearly everything; what its answers tell apart is told here, with what mends it. Three of them may pass by "
+        "themselves and were tried three times, the others once.",
+        (
+            (
+                "Attestation refused: the only answer a KBS has for wrong evidence, wrong reference collateral, an expired "
+                "session and an attestation service that is down. The log of the attestation service has the whole cause."
+            ),
+            (
+                "Session or token: replicas of a KBS need one session store. [attestation_token] of the KBS must trust the "
+                "key that signs the tokens; its `insecure_header_jwk` is for tests alone."
+            ),
+            (
+                "No key, path, plugin or administrator: `kbs-client set-resource` stores the key under `broker.resource_uri` "
+                "(default `broker.key_uri`); 32 raw bytes, as `keyturn seal` wrote them. The policy had let this guest through."
+            ),
+            (
+                "First request or challenge: the KBS knows this kind of TEE only if it was built with its verifier, and a "
+                "challenge needs its session store and its attestation service."
+            ),
+            (
+                "Too large: raise payload_request_size (2 MiB by default). Policy that cannot be evaluated, or a part that "
+                "failed: the KBS's own log, at the time of this request; this wire carries no request id."
+            ),
+        ),
+        "The text of the KBS is not repeated: it is a peer's, and in these cases always the same few words.",
+    ),
     errors.RemoteProtocolError: Explanation(
         "The broker answered with something that the protocol does not allow at this point: out of order, malformed, "
         "too large, with another request id, or in another version. `state` is where the handshake was, for example "
@@ -590,6 +660,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Stream ended before the answer: the broker was stopped or killed in the middle; see its stderr for an "
                 "error line."
+            ),
+            (
+                "With `broker.url`: the version told is the KBS's, and `broker.protocol_version` must be the same. Redirect, "
+                "or an answer that no key broker gives: a proxy or another server answers; a KBS is at /kbs/v0 of that URL."
             ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
@@ -632,7 +706,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "names the first claim that did not hold, the id of the reference value it was compared with, and the version "
         "of the policy. A denial is final for this boot.",
         (
-            "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version.",
+            (
+                "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version. "
+                "With `broker.url` the claim is the worst that the token says (device, claim, meaning, value; the events "
+                "have the others), or resource-policy where it affirms everything: then the policy asks for something else."
+            ),
             (
                 "`reference-value`: the policy row for this key says nothing about that claim, and what a row leaves "
                 "out is denied. Add the value on purpose."

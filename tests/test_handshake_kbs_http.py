@@ -137,8 +137,10 @@ def test_a_peer_that_does_not_read_ends_at_the_limit() -> None:
         began = time.monotonic()
 
         async def never_read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await asyncio.sleep(3)
-            writer.close()
+            try:
+                await asyncio.sleep(3)
+            finally:
+                writer.transport.abort()
 
         server = await asyncio.start_server(never_read, "127.0.0.1", 0, limit=1)
         url = "http://{}:{}".format(*server.sockets[0].getsockname())

@@ -20,6 +20,7 @@ WHOLE = {
     "test_heavy_servers",
     "test_initrd",
     "test_layout",
+    "test_rcar_with_trustee",
     "test_refusals",
     "test_scripts",
 }
