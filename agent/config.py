@@ -273,7 +273,7 @@ EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is wha
 schema = "{SCHEMA}"
 
 [tee]
-attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-…" only on development machines
+attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "coco" in a container of a CoCo guest
 
 [gpu]
 count = 1                        # evidence of exactly this many distinct GPUs, 0 for none

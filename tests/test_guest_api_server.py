@@ -1,7 +1,11 @@
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -22,7 +26,8 @@ from tests.raw_http import answers
 from tests.world import free_port
 
 KEY = bytes(range(50, 82))
-URI = "kbs:///models/tiny/1"
+NAME = "models/tiny/1"
+URI = f"kbs:///{NAME}"
 CANARY = b"canary-peer-text"
 
 
@@ -70,6 +75,50 @@ def test_a_key_is_fetched_by_the_path_of_its_uri_into_the_callers_memory() -> No
     assert components.asked == ["/cdh/resource/models/tiny/1"]
 
 
+FETCHING = """
+import sys
+from agent.guest.api_server import ApiServer
+from agent.keys import SecretBuffer
+secret = SecretBuffer(32)
+ApiServer(sys.argv[1]).resource(sys.argv[2], secret.view())
+print("fetched", flush=True)
+sys.stdin.readline()
+secret.wipe()
+print("wiped", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_key_lies_in_the_callers_memory_and_nowhere_else_in_the_process() -> None:
+    key = os.urandom(32)
+    with serve(Components(None, resources={NAME: key})) as url:
+        command = [sys.executable, "-c", FETCHING, url, URI]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin and process.stdout
+            assert process.stdout.readline() == "fetched\n"
+            assert copies(process.pid, key) == 1
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "wiped\n"
+            assert copies(process.pid, key) == 0
+
+
+def copies(pid: int, secret: bytes) -> int:
+    """How often it lies in the writable memory of a process."""
+    found = 0
+    try:
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                place, mode, *_ = line.split()
+                start, end = (int(number, 16) for number in place.split("-"))
+                if "rw" in mode:
+                    memory.seek(start)
+                    found += memory.read(end - start).count(secret)
+    except PermissionError:
+        pytest.skip("this kernel lets nobody look into a process")
+    return found
+
+
 def test_the_token_is_taken_and_the_private_key_beside_it_is_not() -> None:
     with serve(Components(None, token=lambda: "a.b.c")) as url:
         assert ApiServer(url).token() == "a.b.c"
@@ -108,7 +157,6 @@ def refused_key(name: str, resources: dict[str, bytes], problem: GuestApiProblem
     return Refusal(name, Components(None, resources=resources), resource, problem, code, KeyNotDeliveredError)
 
 
-NAME = "models/tiny/1"
 REFUSALS = [
     Refusal(
         "no attestation",

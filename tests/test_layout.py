@@ -14,6 +14,7 @@ ELSEWHERE = {
 # Test files that are about more than one module.
 WHOLE = {
     "test_boot_devices",
+    "test_coco_with_trustee",
     "test_boot_firmware",
     "test_devices",
     "test_fuzz",

@@ -44,8 +44,8 @@ class Components:
         attester: the CPU TEE; None gives sample evidence.
         gpus: None without any.
         runtime: the runtime register of a TDX guest, and its log; None without.
-        token: makes the key broker service's; None: there is none to be had.
-        resources: by `repository/type/tag`.
+        token: makes the key broker service's; None, or an AgentError of it: there is none to be had.
+        resources: by `repository/type/tag`; a KeyError says as little as CDH.
         feature: `resource`, `attestation` or `all`.
         knows_base64: false: of the time before `encoding=base64`.
         names_gpus: false: as NVAT, which gives no UUID.
@@ -137,9 +137,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Refused(HTTPStatus.NOT_FOUND, "Resource Feature Not Enabled")
             api, _, resource = rest.partition("/")
             if api == "resource":
-                if resource not in self.behind.resources:
-                    raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _CDH_FAILED)
-                return "application/octet-stream", self.behind.resources[resource]
+                try:
+                    return "application/octet-stream", self.behind.resources[resource]
+                except KeyError:
+                    raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _CDH_FAILED) from None
         raise _Refused(HTTPStatus.NOT_FOUND, "URL NOT FOUND")
 
     def _attestation(self, method: str, path: str, query: dict[str, str]) -> tuple[str, bytes]:
@@ -210,9 +211,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return json.dumps({"nvidia": {"device_evidence_list": entries}}, separators=(",", ":")).encode()
 
     def _token(self) -> bytes:
-        if self.behind.token is None:
+        try:
+            token = self.behind.token() if self.behind.token else None
+        except AgentError:
+            token = None
+        if token is None:
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting token"))
-        return json.dumps({"token": self.behind.token(), "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
+        return json.dumps({"token": token, "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
 
     def _extend(self) -> bytes:
         length = int(self.headers.get("Content-Length", "0"))
