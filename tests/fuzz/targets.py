@@ -58,6 +58,7 @@ from agent.evidence import (
     GpuNonce,
     Nonce,
     ReportData,
+    RuntimeData,
     Tee,
     binding,
     ccel,
@@ -86,6 +87,7 @@ from agent.handshake import (
     TeePublicKey,
     grpc_status,
     grpc_wire,
+    rcar,
 )
 from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
@@ -513,6 +515,71 @@ def _sign(payload: bytes) -> str:
     text = f"{header}.{jose.pack_b64url(payload)}"
     r, s = decode_dss_signature(AUTHORITY.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
     return f"{text}.{jose.pack_b64url(r.to_bytes(32) + s.to_bytes(32))}"
+
+
+RCAR_STATE = Ident("AWAIT_VERDICT")
+PUBLIC = TeePublicKey(b"x" * 32, b"y" * 32)
+
+
+def rcar_challenge(data: bytes) -> None:
+    offer = rcar.parse_challenge(data, RCAR_STATE)
+    body = rcar.pack_attestation(offer.nonce, PUBLIC, CompositeEvidence(Evidence(Tee.SAMPLE, bytes(48)), ""), None)
+    assert json.loads(body)["runtime-data"]["nonce"] == offer.nonce.decode()
+    binding.report_data(RuntimeData(offer.nonce, PUBLIC.x, PUBLIC.y, offer.hash), "")
+
+
+def rcar_challenge_seeds() -> list[bytes]:
+    return [
+        b'{"nonce":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","extra-params":""}',
+        b'{"nonce":"{\\"x\\":1}","extra-params":{"selected-hash-algorithm":"SHA512"},"x":1.5}',
+    ]
+
+
+def rcar_token(data: bytes) -> None:
+    assert rcar.parse_token(data, RCAR_STATE).count(".") == 2
+
+
+def rcar_token_seeds() -> list[bytes]:
+    return [b'{"token":"aa.bb.c-_"}', b'{"token":"a.b.c","expires":3.5}']
+
+
+def rcar_failure(data: bytes) -> None:
+    """A status, and what came with it."""
+    status, _, body = data.partition(b" ")
+    answer = rcar.Answer(int(status), body, retry_after=body[:20].decode("latin-1"))
+    for exchange in rcar.Exchange:
+        error, wait_s = rcar.failure_of(exchange, answer, RCAR_STATE, body.decode("latin-1"))
+        assert isinstance(error, AgentError)
+        assert 0 <= wait_s <= 3600
+
+
+def rcar_failure_seeds() -> list[bytes]:
+    types = b"https://github.com/confidential-containers/kbs/errors/"
+    mismatch = b"KBS Client Protocol Version Mismatch: expect =0.1.1 while the request is 0.4.0"
+    bodies = [
+        b'{"type":"' + types + b'AttestationError","detail":"' + mismatch + b'"}',
+        b'{"type":"' + types + b'PolicyDeny","detail":"Access denied by policy"}',
+        b'{"type":"' + types + b'PluginNotFound","detail":"Plugin x not found"}',
+    ]
+    return [b"401 " + bodies[0], b"401 " + bodies[1], b"404 " + bodies[2], b"503 120", b"413 payload reached size limit"]
+
+
+def rcar_headers(data: bytes) -> None:
+    """Cookies, a line each, and a date."""
+    lines = tuple(data.decode("latin-1").split("\n"))
+    cookies = rcar.merge_cookies({"kept": "1"}, lines)
+    assert "kept" in cookies
+    assert len(cookies) <= 16
+    for name, value in cookies.items():
+        assert not set(name + value) & set(" ;,\r\n\t")
+    rcar.clock_ahead_s(rcar.Answer(200, b"", date=lines[0]), NOW)
+
+
+def rcar_headers_seeds() -> list[bytes]:
+    return [
+        b"kbs-session-id=0123456789abcdef; Expires=Thu, 01 Jan 1970 00:05:00 GMT\nlb=a+b/c=; Path=/",
+        b"Tue, 15 Nov 1994 08:12:31 GMT\nkept=2",
+    ]
 
 
 def token(data: bytes) -> None:
@@ -1050,6 +1117,10 @@ TARGETS = {
         Target("key_request", key_request, key_request_seeds),
         Target("key_response", key_response, key_response_seeds),
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
+        Target("rcar_challenge", rcar_challenge, rcar_challenge_seeds),
+        Target("rcar_token", rcar_token, rcar_token_seeds),
+        Target("rcar_failure", rcar_failure, rcar_failure_seeds, (ValueError,)),  # no number
+        Target("rcar_headers", rcar_headers, rcar_headers_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
