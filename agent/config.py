@@ -58,6 +58,7 @@ class TeeConfig(_Section, frozen=True, kw_only=True):
     attester: Literal["snp", "tdx", "coco", "simulated-snp", "simulated-tdx", "simulated-coco", "sample"]
     coco_url: _LoopbackUrl = "http://127.0.0.1:8006"
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
+    runtime_measurement: Literal["required", "if-supported"] = "if-supported"
 
     @property
     def through_coco(self) -> bool:
@@ -72,6 +73,7 @@ class TeeConfig(_Section, frozen=True, kw_only=True):
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
     machine: _Path
+    report_root: _Path | None = None
 
 
 class GpuConfig(_Section, frozen=True, kw_only=True):
@@ -275,7 +277,7 @@ EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is wha
 schema = "{SCHEMA}"
 
 [tee]
-attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-…" only on development machines
+attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "coco" in a container of a CoCo guest
 
 [gpu]
 count = 1                        # evidence of exactly this many distinct GPUs, 0 for none
@@ -322,7 +324,11 @@ EXPLAIN = {
     "tee.coco_url": "where api-server-rest listens, for attester coco: http, an address of the loopback, a port; default "
     "http://127.0.0.1:8006. The guest must be started with agent.guest_components_rest_api=all",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
+    "tee.runtime_measurement": "if-supported (default): the release of the key goes into RTMR 3 where this guest can extend it "
+    "(TDX, Linux 6.16), and the event release_measured says so. required: a guest that cannot ends before it asks for anything",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
+    "simulation.report_root": "where a configfs-tsm that answers for the simulated machine is mounted, as `keyturn demo --via "
+    "configfs` does; default: the machine is asked inside the agent's process",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
     "gpu.architecture": "hopper or blackwell: every GPU must be of it; default: any that can attest",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "

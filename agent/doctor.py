@@ -46,6 +46,7 @@ from agent.worker import endpoint_of, plan_of, stays_inside, token_keys
 
 if TYPE_CHECKING:
     from agent.artifact.manifest import ModelConfig
+    from agent.evidence.runtime import Runtime
 
 LOOK_S = 10
 """For one answer over a network. Nothing is tried again: a retry would hide what is looked for."""
@@ -59,6 +60,7 @@ class Skip(enum.Enum):
     NO_CONFIGURATION = "there is no usable configuration"
     OFFLINE = "it needs the network, and --offline was given"
     NO_TEE = "the CPU TEE did not open"
+    NOT_MEASURED = "this guest has no runtime register that the agent may extend: the release of the key is not measured"
     NO_GPU = "the configuration asks for no GPU"
     GPU_NOT_OPEN = "the GPUs were not opened"
     GPU_NOT_HELD = (
@@ -102,6 +104,7 @@ class Guest:
         find_config: looks for the one configuration; None while there is none.
         open_tee: opens the CPU TEE that a configuration names.
         open_gpus: likewise the GPUs.
+        open_runtime: likewise the TEE's runtime register and event log.
         offline: nothing is sent to anybody.
         measured: the configuration, once it parses.
         model: the model, once its manifest is authenticated.
@@ -110,6 +113,7 @@ class Guest:
     find_config: Callable[[], FoundConfig | None]
     open_tee: Callable[[MeasuredConfig], Attester]
     open_gpus: Callable[[MeasuredConfig], GpuSystem | None]
+    open_runtime: "Callable[[MeasuredConfig], Runtime]"
     offline: bool
     measured: Measured | None = None
     plan: ServerPlan | None = None
@@ -195,6 +199,20 @@ def _host_data(guest: Guest) -> None:
     tee = _needed(guest.tee, Skip.NO_TEE)
     with signals_wait():
         check_measured(tee, measured.digest)
+
+
+def _runtime_measurement(guest: Guest) -> None:
+    """Nothing is extended. The event log must be one: it goes with the evidence."""
+    from agent.evidence import Unsupported
+
+    config = guest.config
+    _needed(guest.tee, Skip.NO_TEE)
+    runtime = guest.open_runtime(config)
+    if config.tee.runtime_measurement == "required":
+        runtime.require()
+    runtime.event_log()
+    if runtime.unsupported() not in (None, Unsupported.NO_REGISTER):  # SNP has none, whatever is done about it
+        raise _SkippedError(Skip.NOT_MEASURED)
 
 
 def _gpu(guest: Guest) -> None:
@@ -349,6 +367,7 @@ CHECKS: Mapping[str, Callable[[Guest], None]] = {
     "configuration": _configuration,
     "tee": _tee,
     "host-data": _host_data,
+    "runtime-measurement": _runtime_measurement,
     "gpu": _gpu,
     "gpu-inventory": _gpu_inventory,
     "gpu-faults": _gpu_faults,

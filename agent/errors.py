@@ -245,6 +245,7 @@ class Absence(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    NO_RUNTIME_REGISTER = "runtime measurement is required, and this guest has no register that the agent may extend"
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
     NO_GUEST_API = "nothing listens at tee.coco_url"
     SAMPLE = "the guest's attestation-agent gives sample evidence, which proves nothing"
@@ -267,6 +268,7 @@ class NoAttesterError(AgentError):
 class SimulationRefusal(enum.Enum):
     REAL_TEE_PRESENT = "a real TEE device exists"
     NOT_INSTALLED = "this installation carries no simulators"
+    NO_FUSE = "this machine has no FUSE for us: modprobe fuse, give a container /dev/fuse and CAP_SYS_ADMIN"
     NOT_ALLOWED = "the verdict is simulated and the configuration does not allow it"
 
 

@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
     ATTEST = "attest"  # Hello … Verdict, token verified
     RELEASE_KEY = "release-key"  # the JWE arrives, still sealed
+    MEASURE = "measure"  # the release goes into the runtime register
     SECURE = "secure"  # the GPU gate
     UNWRAP = "unwrap"  # the key is opened
     LOAD = "load"  # segments opened into guest memory
@@ -133,7 +134,9 @@ class VerdictAccepted(Event):
 
 @dataclasses.dataclass(frozen=True)
 class NotAffirmed(Event):
-    """After a denial by Trustee's policy, each thing that its attestation service does not affirm: `device:what:value`."""
+    """After a denial by Trustee's policy, or where the guest's own components gave no key: each thing that the attestation
+    service does not affirm, `device:what:value`.
+    """
 
     finding: Ident
 
@@ -168,6 +171,17 @@ class LeaseRenewalFailed(Event):
 
     error: Ident
     retry_in_ms: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ReleaseMeasured(Event):
+    """That this key was released stands in the runtime register from here on; this is the value of it.
+
+    Or it stands nowhere, and `unsupported` says why: `no-register` (SEV-SNP), `no-driver`, `read-only` or `foreign-log`.
+    """
+
+    rtmr_3: Ident | None
+    unsupported: Ident | None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -187,7 +187,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
                 "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
-            "A driver that loads late: raise `tee.wait_s`.",
+            (
+                "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "
+                "takes a TDX guest with Linux 6.16 or newer, its sysfs writable, and no event log of CoCo's attestation agent "
+                "(`/run/attestation-agent/eventlog`). Else set it to if-supported."
+            ),
         ),
         "Nothing is held back here. Which paths were tried stands in `agent/evidence/detect.py` and `agent/evidence/gpu.py`.",
     ),
@@ -204,6 +208,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "No simulators: the shipped bundle and initrd leave them out by design. Run from a checkout, as "
                 "`keyturn demo` does."
+            ),
+            (
+                "No FUSE: a configfs-tsm is simulated as a FUSE file system, which takes the kernel's module `fuse` "
+                "(`modprobe fuse`) and root, or a kernel that lets ordinary users make user namespaces. A container needs "
+                "the device `/dev/fuse`, and as root CAP_SYS_ADMIN. No package is missing."
             ),
             (
                 "The verdict is simulated on real hardware: the broker runs with `--unsafe-simulation-roots` and is not "
@@ -254,12 +263,16 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Nothing of an answer that is no key is read, and a key of another length is never told apart from other bytes.",
     ),
     errors.DeviceError: Explanation(
-        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr "
-        "and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 on the "
-        "quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final, because a second try can latch a "
+        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr, "
+        "event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 "
+        "on the quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final: a second try can latch a "
         "GPU in a fatal state or cost an SNP guest its attestation key.",
         (
-            "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
+            (
+                "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only. "
+                "rtmr: the release of the key did not get into RTMR 3; at read-back something else in this guest extends it "
+                "too. event-log at write: `/run/keyturn` must be writable memory."
+            ),
             (
                 "configfs-tsm with code 22 at outblob, or sev-firmware: look for `sev-guest` lines in the guest's kernel "
                 "log, then update firmware and kernel of the host. Status 22 is a privilege level below the guest's own."
@@ -336,6 +349,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "nvidia-report and nvidia-certificate-chain: update VBIOS and driver to versions that NVIDIA lists for "
                 "confidential computing."
+            ),
+            (
+                "cc-event-log: the ACPI table CCEL that the host's TDX firmware left is no event log, or one of more than "
+                "256 KiB without its padding; `keyturn verify event-log` looks at it alone. Update the TD's firmware."
             ),
             "Report the format, the field and both numbers of the text to us together with the firmware and driver versions.",
         ),
@@ -703,7 +720,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`claim` with snp.measurement or snp.host_data, tdx.mr_td, tdx.rtmr or tdx.mr_config_id: a new image or a "
                 "new configuration. `keyturn config check` prints HOST_DATA or MRCONFIGID; after the change send SIGHUP to "
-                "the broker. With policy.tee: the row is for guests of the other TEE."
+                "the broker. With policy.tee: the row is for guests of the other TEE. tdx.rtmr_3 when a lease is renewed: the "
+                "release was measured, so take the register out of the row."
             ),
             (
                 "`claim` with snp.tcb or tdx.tee_tcb_svn: the host's firmware or TDX module is below the row's minimum; have "
@@ -712,7 +730,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
-                "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
+                "`device`: a report does not verify; that is the host's; event-log.rtmr: the TD's log is not that of its "
+                "registers; restart the guest, and look for what else extends them. `policy`: no row, revoked, or past "
                 "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),

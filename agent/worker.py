@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
+    from agent.evidence.runtime import Runtime
     from agent.handshake.broker import Broker
 
 STORE_TIMEOUT_S = 60
@@ -57,7 +58,7 @@ API_SERVER_LOOK_S = 0.5
 """No uevent tells that a server has started."""
 FindConfig = Callable[[], FoundConfig | None]
 """Looks for the one configuration; None while there is none."""
-OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
+OpenHardware = Callable[[MeasuredConfig], "tuple[Attester, GpuSystem | None, Runtime]"]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
@@ -214,18 +215,19 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
 
     cfg, at = measured.config, measured.config.broker
     trust = Trust(token_keys(at.token_keys or ()), at.allow_simulated)
+
+    def on_unaffirmed(finding: Ident) -> None:
+        notify(NotAffirmed(finding))
+
     if at.cdh:
         from agent.guest.api_server import TIMEOUT_S, ApiServer
         from agent.handshake.cdh import CdhBroker
 
         api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
-        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, simulated=cfg.simulation is not None)
+        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, on_unaffirmed, simulated=cfg.tee.simulated)
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
-
-    def on_unaffirmed(finding: Ident) -> None:
-        notify(NotAffirmed(finding))
 
     if at.url is not None:
         from agent.handshake.rcar import PROTOCOL_VERSION
@@ -269,7 +271,7 @@ async def _open(
     cfg = measured.config
     absent: list[NoAttesterError] = []
 
-    def look() -> tuple[Attester, GpuSystem | None] | None:
+    def look() -> "tuple[Attester, GpuSystem | None, Runtime] | None":
         try:
             return open_hardware(cfg)
         except NoAttesterError as error:
@@ -281,17 +283,20 @@ async def _open(
     hardware = await appears(look, cfg.tee.wait_s, lambda: notify(waiting), every_s)
     if hardware is None:
         raise absent[-1]
-    attester, gpus = hardware
+    attester, gpus, runtime = hardware
     notify(AttesterOpened(Ident(attester.tee.value), attester.interface))
 
     def look_at_them() -> "Devices":
         guest = check_measured(attester, measured.digest)
+        if cfg.tee.runtime_measurement == "required" and expected_ready is not ExpectedReady.OURS:  # a renewal measures nothing
+            runtime.require()
         if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
             with translated():  # now, because a boot after a dead agent's ends at the gate
                 given.wipe(cfg.artifact.directory)
         return open_devices(
             guest,
             gpus,
+            runtime,
             gpu_count=cfg.gpu.count,
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,

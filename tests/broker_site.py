@@ -173,6 +173,7 @@ def collect_of(machine: SimulatedMachine, tee: Tee, data: RuntimeData) -> Compos
     devices = open_devices(
         check_measured(machine.attester(tee), machine.host_data),
         machine.gpu_system() if machine.gpu.count else None,
+        machine.runtime(tee),
         gpu_count=machine.gpu.count,
         expected_ready=ExpectedReady.UNSET,
         manifest_digest=MANIFEST,

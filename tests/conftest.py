@@ -16,9 +16,26 @@ os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--device", choices=("emulation", "hardware"), default="emulation", help="what tests/test_devices.py drives"
+    )
     parser.addoption("--kills", type=int, default=20, help="random kills in the kill matrix")
     run = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))  # every process of one run draws the same
     parser.addoption("--kill-seed", default=run, help="what they are drawn from")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On hardware only what is marked for it runs. Simulated machines are refused there anyway."""
+    if config.getoption("--device") == "hardware":
+        for item in items:
+            if item.get_closest_marker("hardware") is None:
+                item.add_marker(pytest.mark.skip(reason="needs an emulation's knobs: hardware has none"))
+
+
+@pytest.fixture(scope="session")
+def hardware(request: pytest.FixtureRequest) -> bool:
+    """Is it this guest's own devices that are to be tested?"""
+    return bool(request.config.getoption("--device") == "hardware")
 
 
 @pytest.fixture(scope="session")

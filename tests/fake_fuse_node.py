@@ -7,7 +7,6 @@ argument points to the server reads and writes in the caller's memory.
 import contextlib
 import errno
 import os
-import select
 import socket
 import stat
 import struct
@@ -15,19 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
+from agent.sim.fuse import FOPEN_DIRECT_IO, IN_HEADER, NO_REPLY, Op, pack_attributes, pack_init, reply, serve
+from tests.children import IS_ROOT
 from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
-from tests.fuse import (
-    FOPEN_DIRECT_IO,
-    IN_HEADER,
-    MAX_WRITE_BYTES,
-    NO_REPLY,
-    PAGE_BYTES,
-    Op,
-    pack_attributes,
-    pack_init,
-    reply,
-    served,
-)
+from tests.fuse import served
 
 _IOCTL_IN = struct.Struct("<QIIQII")  # handle, flags, number, address, bytes in, bytes out
 _IOCTL_OUT = struct.Struct("<iIII")  # result, flags, and what only unrestricted ioctls use
@@ -41,7 +33,13 @@ def fuse_node(mountpoint: Path, fake: FakeSevGuest | FakeTdxGuest) -> Iterator[P
         mountpoint: a file.
         fake: as it is now.
     """
-    with served(mountpoint, lambda device, control: _Server(fake, device, control).serve()) as (node, _):
+    if not IS_ROOT:
+        pytest.skip("the server reads and writes the caller's memory, which needs root")
+
+    def in_the_child(device: int, control: socket.socket) -> None:
+        serve(device, _Server(fake, device).answer, control.fileno(), lambda: False)
+
+    with served(mountpoint, in_the_child) as (node, _):
         yield node
 
 
@@ -49,31 +47,25 @@ def fuse_node(mountpoint: Path, fake: FakeSevGuest | FakeTdxGuest) -> Iterator[P
 class _Server:
     fake: FakeSevGuest | FakeTdxGuest
     device: int
-    control: socket.socket
 
-    def serve(self) -> None:
-        poll = select.poll()
-        poll.register(self.device, select.POLLIN)
-        poll.register(self.control, select.POLLIN)
-        while all(descriptor == self.device for descriptor, _ in poll.poll()):
-            request = os.read(self.device, MAX_WRITE_BYTES + PAGE_BYTES)
-            _, opcode, unique, _, _, _, thread, _, _ = IN_HEADER.unpack_from(request)
-            body = request[IN_HEADER.size :]
-            match opcode:
-                case _ if opcode in NO_REPLY:
-                    pass
-                case Op.INIT:
-                    reply(self.device, unique, pack_init())
-                case Op.GETATTR:
-                    reply(self.device, unique, bytes(16) + pack_attributes(1, 0, stat.S_IFREG | 0o600))
-                case Op.OPEN:
-                    reply(self.device, unique, struct.pack("<QII", 0, FOPEN_DIRECT_IO, 0))
-                case Op.IOCTL:
-                    reply(self.device, unique, self._ioctl(thread, body))
-                case Op.FLUSH | Op.RELEASE:
-                    reply(self.device, unique, b"")
-                case _:
-                    reply(self.device, unique, b"", errno.ENOSYS)
+    def answer(self, request: bytes) -> None:
+        _, opcode, unique, _, _, _, thread, _, _ = IN_HEADER.unpack_from(request)
+        body = request[IN_HEADER.size :]
+        match opcode:
+            case _ if opcode in NO_REPLY:
+                pass
+            case Op.INIT:
+                reply(self.device, unique, pack_init())
+            case Op.GETATTR:
+                reply(self.device, unique, bytes(16) + pack_attributes(1, 0, stat.S_IFREG | 0o600))
+            case Op.OPEN:
+                reply(self.device, unique, struct.pack("<QII", 0, FOPEN_DIRECT_IO, 0))
+            case Op.IOCTL:
+                reply(self.device, unique, self._ioctl(thread, body))
+            case Op.FLUSH | Op.RELEASE:
+                reply(self.device, unique, b"")
+            case _:
+                reply(self.device, unique, b"", errno.ENOSYS)
 
     def _ioctl(self, thread: int, body: bytes) -> bytes:
         _, _, number, _, _, out_bytes = _IOCTL_IN.unpack_from(body)

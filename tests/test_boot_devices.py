@@ -11,6 +11,7 @@ from agent.evidence import ReportData
 from agent.evidence.snp_abi import CertificateKind
 from agent.sim.machine import SimulatedMachine
 from tests.certificates import table
+from tests.children import IS_ROOT
 from tests.fake_configfs import FakeConfigfs, Faults, fake_configfs
 from tests.world import Agent, World
 
@@ -46,6 +47,8 @@ class Guest:
 
 @pytest.fixture
 def guest(tmp_path: Path, silicon: Path) -> Iterator[Guest]:
+    if not IS_ROOT:
+        pytest.skip("the agent is to enter another mount namespace, which needs root")
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)
         world.tee = {"attester": "snp", "wait_s": 0}

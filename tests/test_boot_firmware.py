@@ -19,6 +19,7 @@ from agent.evidence import Evidence, ReportData, Tee
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.snp_abi import REPORT_BYTES, CertificateKind, parse_certificate_table, parse_report
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import pack_certificate_table
 from agent.verify.snp import verify_snp
 from tests.boot.firmware import (
     MAX_BLOB_BYTES,
@@ -27,7 +28,6 @@ from tests.boot.firmware import (
     FrameError,
     Request,
     pack_answer,
-    pack_certificate_table,
     pack_request,
     parse_answer,
     parse_request,

@@ -143,6 +143,8 @@ def test_an_event_line_leads_to_the_long_form(capsys: pytest.CaptureFixture[str]
 
 def test_what_says_of_no_failure_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert "nothing that this says" in explained(capsys, json.dumps(message_to_record(ServerReady(1, 1))))
+    affirmed = ear.signed(ear.payload(cpu0=ear.submod("snp", {})))
+    assert "the resource policy asks for something else" in " ".join(explained(capsys, affirmed).split())
 
 
 def test_a_name_of_an_error_is_never_taken_for_a_file(

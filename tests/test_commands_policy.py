@@ -77,6 +77,7 @@ def printed(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def digests(site: Site) -> tuple[str, str]:
     config = parse(site.file("keyturn.toml").read_bytes()).config
     assert config.server
+    assert config.server
     return config.artifact.manifest_digest, command_digest(config.server.command)
 
 
@@ -162,7 +163,9 @@ def test_for_trustee_the_calls_are_printed_for_a_shell_and_for_programs(site: Si
         ("POST", "/kbs/v0/resource-policy"),
     ]
     assert record["resource_policy"] in text
-    assert all(hint in text for hint in record["hints"])
+    remarks = " ".join(text.replace("\n#", " ").split())
+    assert all(hint in remarks for hint in record["hints"])
+    assert all(len(line) <= 128 for line in text.splitlines() if line.startswith("#"))
     assert record["reference_values"]["snp_launch_measurement"] == [SNP["measurement"]]
     host_data = fit(from_initdata_file(str(site.file("initdata"))).digest, 32)
     assert f'evidence.init_data == "{host_data.hex()}"' in record["resource_policy"]

@@ -17,7 +17,7 @@ from agent.commands.trustee_policy import calls, hints, reference_values, resour
 
 Members = dict[str, Any]
 SNP = SnpImage("11" * 48, SnpTcb("Genoa", 9, 1, 23, 71, None))
-TDX = TdxImage("41" * 48, "51" * 48, "52" * 48, "50" * 48, "53" * 48, "060103" + "00" * 13, "e702060000000000")
+TDX = TdxImage("41" * 48, "51" * 48, "52" * 48, "53" * 48, "060103" + "00" * 13, "e702060000000000")
 APPROVED = Approved(
     image=SNP,
     init_data=b"\x22" * 32 + b"\x33" * 16,
@@ -135,7 +135,7 @@ def test_what_is_missing_is_left_out_and_hinted_at() -> None:
     assert reference_values(bare) == {"snp_launch_measurement": ["11" * 48]}
     assert any("patch levels are missing" in hint for hint in hints(bare))
     assert any("GPUs' versions are missing" in hint for hint in hints(bare))
-    bare_td = replace(ON_TDX, image=TdxImage("4" * 96, "5" * 96, "6" * 96, None, None, None, None))
+    bare_td = replace(ON_TDX, image=TdxImage("4" * 96, "5" * 96, "6" * 96, None, None, None))
     assert set(reference_values(bare_td)) & {"mr_seam", "tcb_svn", "xfam"} == set()
     assert any("xfam is missing" in hint for hint in hints(bare_td))
     assert not any("missing" in hint for approved in (APPROVED, ON_TDX, SAMPLE) for hint in hints(approved))

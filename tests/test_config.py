@@ -73,6 +73,9 @@ NO_RESOURCES = [
 ]
 BAD = ConfigProblem.BAD_VALUE
 NEEDS = ConfigProblem.NEEDS_OTHER_KEY
+CERTIFICATE = "-----BEGIN CERTIFICATE-----"
+COCO = EXAMPLE.replace('attester = "snp"', 'attester = "coco"')
+CDH = re.sub(r"(?s)\[broker\].*?(?=\[artifact\])", '[broker]\ncdh = true\nkey_uri = "kbs:///models/my-model/1"\n', COCO)
 NOT_LOOPBACK = [
     *("http://127.0.0.1", "https://127.0.0.1:8006", "http://localhost:8006", "http://10.0.0.1:8006", "http://0.0.0.0:8006"),
     *("http://127.0.0.1:8006/", "http://127.0.0.1:0", "http://127.0.0.1:65536", "http://u@127.0.0.1:8006", "http://[::2]:8006"),
@@ -112,6 +115,15 @@ NOT_LOOPBACK = [
         (change("[tee]", "[tee]\nwait_s = -1"), BAD, "tee.wait_s"),
         (change("[tee]", "[tee]\nwait_s = 1.5"), ConfigProblem.WRONG_TYPE, "tee.wait_s"),
         *((change("[tee]", f'[tee]\ncoco_url = "{url}"'), BAD, "tee.coco_url") for url in NOT_LOOPBACK),
+        (change("cdh = true", "", CDH), ConfigProblem.MISSING_KEY, "broker.endpoints"),
+        (change("cdh = true", "cdh = false", CDH), ConfigProblem.MISSING_KEY, "broker.endpoints"),
+        (change("[broker]", "[broker]\ncdh = true", COCO), NEEDS, "broker.cdh"),
+        (change('attester = "coco"', 'attester = "snp"', CDH), NEEDS, "broker.cdh"),
+        (change("cdh = true", 'cdh = true\nserver_name = "kbs.example.com"', CDH), NEEDS, "broker.server_name"),
+        (change("cdh = true", f"cdh = true\nca_pem = '{CERTIFICATE}'", CDH), NEEDS, "broker.ca_pem"),
+        (change('server_name = "kbs.example.com"', ""), ConfigProblem.MISSING_KEY, "broker.server_name"),
+        (re.sub(r'(?s)ca_pem = """.*?"""', "", EXAMPLE), ConfigProblem.MISSING_KEY, "broker.ca_pem"),
+        (re.sub(r"(?s)token_keys = .*?\]\n", "", EXAMPLE), ConfigProblem.MISSING_KEY, "broker.token_keys"),
         (change('attester = "snp"', 'attester = "simulated-coco"'), NEEDS, "simulation.machine"),
         (change(ENDPOINTS, ENDPOINTS + '\nurl = "https://kbs"'), NEEDS, "broker.url"),
         (change(ENDPOINTS, ENDPOINTS + '\nresource_uri = "kbs:///a/b/c"'), NEEDS, "broker.resource_uri"),
@@ -204,6 +216,13 @@ def test_evidence_through_coco_is_chosen_by_name_and_asked_for_on_the_loopback()
     assert (tee.through_coco, tee.coco_url) == (True, "http://127.0.0.1:8006")
     assert parse(SIMULATED.replace("ed-snp", 'ed-coco"\ncoco_url = "http://[::1]:1').encode()).config.tee.through_coco
     assert not parse(EXAMPLE.encode()).config.tee.through_coco
+
+
+def test_a_guests_own_components_need_neither_address_nor_ca_and_a_pinned_key_is_welcome() -> None:
+    broker = parse(CDH.encode()).config.broker
+    assert (broker.cdh, broker.endpoints, broker.server_name, broker.ca_pem, broker.token_keys) == (True, *[None] * 4)
+    pinned = "cdh = true\ntoken_keys = ['-----BEGIN PUBLIC KEY-----']"
+    assert parse(change("cdh = true", pinned, CDH).encode()).config.broker.token_keys
 
 
 def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:

@@ -58,6 +58,48 @@ def test_a_container_in_a_coco_guest_boots_as_well(tee: str) -> None:
     assert (opened["tee"], opened["interface"]) == (tee, "api-server-rest")
 
 
+@pytest.mark.parametrize("tee", ["snp", "tdx", "sample"])
+def test_a_guest_boots_against_a_trustee_kbs(tee: str) -> None:
+    status, result, events = demo("--once", "--broker", "rcar", "--tee", tee)
+    check_good(status, result)
+    accepted = next(event for event in events if event["event"] == "verdict_accepted")
+    assert (accepted["policy_version"], accepted["simulated"], accepted["lease_s"]) == ("unversioned", True, None)
+    assert sum(event["event"] == "kbs_called" for event in events) == (3 if tee == "sample" else 2)
+
+
+def check_configfs(status: int, result: dict[str, Any], events: list[dict[str, Any]], tee: str) -> None:
+    if result["error"] and result["error"]["class"] == "SimulationRefusedError":
+        pytest.skip(result["error"]["text"])
+    check_good(status, result)
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == (tee, "configfs-tsm")
+    assert next(event for event in events if event["event"] == "verdict_accepted")["simulated"] is True
+
+
+@pytest.mark.parametrize("tee", ["snp", "tdx"])
+def test_a_boot_through_configfs_tsm_uses_the_agents_own_code_for_it_and_leaves_no_mount(tee: str) -> None:
+    before = Path("/proc/self/mountinfo").read_text()
+    check_configfs(*demo("--once", "--tee", tee, "--via", "configfs"), tee)
+    assert Path("/proc/self/mountinfo").read_text() == before
+
+
+def test_an_ordinary_user_has_a_configfs_tsm_too_where_he_may_make_user_namespaces() -> None:
+    user = site.choose_server_user()
+    if user is None or user.uid == 0:
+        pytest.skip("there is no other user who can execute the interpreter")
+    check_configfs(*demo("--once", "--via", "configfs", user=user.uid), "snp")
+
+
+def test_without_fuse_the_demo_says_what_it_takes_and_leaves_nothing() -> None:
+    if os.geteuid() != 0:
+        pytest.skip("hiding /dev/fuse needs root")
+    hidden = ("unshare", "--mount", "sh", "-c", 'mount --bind /dev/null /dev/fuse; exec "$@"', "sh")
+    ended = subprocess.run([*hidden, *DEMO, "--once", "--via", "configfs"], capture_output=True, timeout=TIMEOUT_S)
+    result = json.loads(ended.stdout)
+    assert (ended.returncode, result["error"]["class"]) == (11, "SimulationRefusedError")
+    assert "modprobe fuse" in result["error"]["text"]
+
+
 def test_one_flipped_byte_of_ciphertext_ends_with_the_artifact_status_and_no_server() -> None:
     status, result, events = demo("--once", "--flip-byte")
     assert (status, result["ok"], result["exit_status"]) == (19, False, 19)
@@ -77,9 +119,9 @@ def test_an_ordinary_user_gets_the_same_from_a_sealed_memfd() -> None:
     assert [event["kind"] for event in events if event["event"] == "destination_chosen"] == ["memfd"]
 
 
-def start_serving() -> tuple[subprocess.Popen[str], int]:
+def start_serving(*arguments: str) -> tuple[subprocess.Popen[str], int]:
     """A demo without --once, once it serves, and its server's process id."""
-    serving = subprocess.Popen(DEMO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    serving = subprocess.Popen([*DEMO, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert serving.stderr
     pid = 0
     for line in serving.stderr:
@@ -100,11 +142,15 @@ def test_it_serves_until_ctrl_c_and_then_ends_well() -> None:
 
 
 def test_a_killed_demo_takes_agent_server_and_broker_with_it() -> None:
-    serving, pid = start_serving()
+    via = ("--via", "configfs") if os.geteuid() == 0 and os.access("/dev/fuse", os.W_OK) else ()
+    serving, pid = start_serving(*via)
     with serving:
         children = Path(f"/proc/{serving.pid}/task/{serving.pid}/children").read_text().split()
         commands = [Path(f"/proc/{child}/cmdline").read_text().split("\0") for child in children]
-        assert sorted(command[command.index("agent") + 1] for command in commands) == ["broker", "run"]
+        started = sorted(
+            command[command.index("-m") + 1 :][: 1 if "agent.sim.configfs" in command else 2] for command in commands
+        )
+        assert started == [["agent", "broker"], ["agent", "run"], *([["agent.sim.configfs"]] if via else [])]
         folder = next(Path(command[command.index("--config") + 1]).parent for command in commands if "--config" in command)
         serving.kill()
     shutil.rmtree(folder)  # ciphertext and keys of simulated silicon: nobody was left to delete them

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from agent.closed import Ident
-from agent.commands.run import open_gpus, open_tee
+from agent.commands.run import open_gpus, open_runtime, open_tee
 from agent.config import EXAMPLE, MeasuredConfig
 from agent.config_source import FoundConfig
 from agent.doctor import CHECKS, Finding, Guest, Skip, examine, exit_status
@@ -51,7 +51,7 @@ def test_the_cpu_is_asked_for_one_report(machine: SimulatedMachine) -> None:
         return opened[-1]
 
     def asked() -> int:
-        findings = list(examine(Guest(lambda: configured(machine), open_counting, open_gpus, offline=True)))
+        findings = list(examine(Guest(lambda: configured(machine), open_counting, open_gpus, open_runtime, offline=True)))
         assert next(finding for finding in findings if finding.check == "host-data") == Finding("host-data")
         return sum(attester.asked for attester in opened)
 
@@ -63,7 +63,7 @@ def test_a_bug_in_one_check_is_told_by_its_place_and_hides_no_other_finding(tmp_
         raise ZeroDivisionError("secret")
 
     def findings() -> list[dict[str, object]]:
-        return [finding.to_record() for finding in examine(Guest(broken, open_tee, open_gpus, offline=True))]
+        return [finding.to_record() for finding in examine(Guest(broken, open_tee, open_gpus, open_runtime, offline=True))]
 
     found = in_child(findings)
     assert [finding["check"] for finding in found] == list(CHECKS)

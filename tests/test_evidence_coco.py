@@ -22,6 +22,7 @@ from agent.errors import (
 )
 from agent.evidence import Evidence, GpuNonce, ReportData, Tee
 from agent.evidence.coco import CocoAttester, CocoGpus
+from agent.evidence.snp_abi import parse_report
 from agent.evidence.trustee_json import parse_evidence
 from agent.guest.api_server import ApiServer
 from agent.sim.api_server_rest import Components, serve
@@ -61,6 +62,12 @@ def test_evidence_is_what_an_interface_of_our_own_would_have_given(machine: Simu
         assert found.report[:0x2A0] == own.report[:0x2A0], "all but the signature, which is never the same"
         root = x509.load_pem_x509_certificate((machine.roots_dir / "ark.pem").read_bytes())
         assert verify_snp(found, [root], [], datetime.now(UTC)).report.host_data == DIGEST
+
+
+def test_report_data_without_zeros_at_its_end_goes_whole(machine: SimulatedMachine) -> None:
+    whole = ReportData(bytes(range(64)))
+    with attester(Components(machine.attester())) as coco:
+        assert parse_report(coco.collect(whole).report).report_data == whole
 
 
 def test_sample_evidence_is_a_simulation() -> None:

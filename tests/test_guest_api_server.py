@@ -1,11 +1,16 @@
 import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from agent.errors import AgentError, GuestApiError, GuestApiProblem, KeyNotDeliveredError, Owner
+from agent.evidence import Tee
 from agent.guest.api_server import (
     MAX_HEAD_BYTES,
     MAX_INFO_BYTES,
@@ -21,7 +26,8 @@ from tests.raw_http import answers
 from tests.world import free_port
 
 KEY = bytes(range(50, 82))
-URI = "kbs:///models/tiny/1"
+NAME = "models/tiny/1"
+URI = f"kbs:///{NAME}"
 CANARY = b"canary-peer-text"
 
 
@@ -69,14 +75,60 @@ def test_a_key_is_fetched_by_the_path_of_its_uri_into_the_callers_memory() -> No
     assert components.asked == ["/cdh/resource/models/tiny/1"]
 
 
+FETCHING = """
+import sys
+from agent.guest.api_server import ApiServer
+from agent.keys import SecretBuffer
+secret = SecretBuffer(32)
+ApiServer(sys.argv[1]).resource(sys.argv[2], secret.view())
+print("fetched", flush=True)
+sys.stdin.readline()
+secret.wipe()
+print("wiped", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_a_key_lies_in_the_callers_memory_and_nowhere_else_in_the_process() -> None:
+    key = os.urandom(32)
+    with serve(Components(None, resources={NAME: key})) as url:
+        command = [sys.executable, "-c", FETCHING, url, URI]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin and process.stdout
+            assert process.stdout.readline() == "fetched\n"
+            assert copies(process.pid, key) == 1
+            process.stdin.write("\n")
+            process.stdin.flush()
+            assert process.stdout.readline() == "wiped\n"
+            assert copies(process.pid, key) == 0
+
+
+def copies(pid: int, secret: bytes) -> int:
+    """How often it lies in the writable memory of a process."""
+    found = 0
+    try:
+        with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+            for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+                place, mode, *_ = line.split()
+                start, end = (int(number, 16) for number in place.split("-"))
+                if "rw" in mode:
+                    memory.seek(start)
+                    found += memory.read(end - start).count(secret)
+    except PermissionError:
+        pytest.skip("this kernel lets nobody look into a process")
+    return found
+
+
 def test_the_token_is_taken_and_the_private_key_beside_it_is_not() -> None:
     with serve(Components(None, token=lambda: "a.b.c")) as url:
         assert ApiServer(url).token() == "a.b.c"
 
 
 @pytest.mark.parametrize("outcome", Measured)
-def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured) -> None:
-    components = Components(None, measured=outcome.value)
+def test_a_measurement_is_taken_not_supported_or_not_enabled(outcome: Measured, machine: SimulatedMachine) -> None:
+    components = Components(None, enables_log=outcome is not Measured.NOT_ENABLED)
+    if outcome is Measured.EXTENDED:
+        components.runtime = machine.runtime(Tee.TDX)
     with serve(components) as url:
         assert ApiServer(url).measure("keyturn", "LoadModel", '{"digest":"sha256:00"}') is outcome
     entries = [("keyturn", "LoadModel", '{"digest":"sha256:00"}')]
@@ -105,7 +157,6 @@ def refused_key(name: str, resources: dict[str, bytes], problem: GuestApiProblem
     return Refusal(name, Components(None, resources=resources), resource, problem, code, KeyNotDeliveredError)
 
 
-NAME = "models/tiny/1"
 REFUSALS = [
     Refusal(
         "no attestation",
@@ -153,7 +204,7 @@ BAD_ANSWERS: list[tuple[str, bytes, GuestApiProblem]] = [
     ("folded header", ok(INFO, b" folded: x"), _MALFORMED),
     ("space before the colon", ok(INFO, b"a : x"), _MALFORMED),
     ("no length", b"HTTP/1.1 200 OK\r\n\r\n" + INFO, _MALFORMED),
-    ("two lengths", ok(INFO, b"Content-Length: 1"), _MALFORMED),
+    ("length twice", ok(INFO, b"Content-Length: %d" % len(INFO)), _MALFORMED),
     ("negative length", b"HTTP/1.1 200 OK\r\ncontent-length: -1\r\n\r\n", _MALFORMED),
     ("huge length", b"HTTP/1.1 200 OK\r\ncontent-length: 99999999999\r\n\r\n", _MALFORMED),
     ("too large", ok(b" " * MAX_INFO_BYTES + b"{}"), GuestApiProblem.TOO_LARGE),
@@ -208,6 +259,12 @@ def test_a_peer_that_drips_ends_in_a_timeout() -> None:
         ApiServer(url, timeout_s=0.4).info()
     assert caught.value.problem is _TIMEOUT
     assert time.monotonic() - began < 5
+
+
+def test_no_time_is_no_request() -> None:
+    with answers(ok(INFO)) as url, pytest.raises(GuestApiError) as caught:
+        ApiServer(url, timeout_s=0).info()
+    assert caught.value.problem is _TIMEOUT
 
 
 def test_nobody_there_is_told_apart() -> None:

@@ -29,7 +29,7 @@ from agent.handshake.cdh import CdhBroker
 from agent.handshake.machine import Trust
 from agent.keys import EphemeralKey, unwrap
 from agent.sim.api_server_rest import Components, serve
-from tests.test_handshake_ear import SERVICE, STRANGER, TEE, payload, signed, submod
+from tests.test_handshake_ear import BAD, SERVICE, STRANGER, TEE, payload, signed, submod
 
 KEY = bytes(range(60, 92))
 URI = Ident("kbs:///models/tiny/1")
@@ -113,6 +113,20 @@ def test_a_key_that_does_not_come_leaves_nothing_of_it() -> None:
         ephemeral.exchange(STRANGER.public_key())
 
 
+def test_what_the_token_does_not_affirm_is_told_when_no_key_comes() -> None:
+    told: list[str] = []
+    bad = submod("snp", {}, BAD, "contraindicated", init_data=DIGEST[:32].hex())
+    with serve(Components(None, token=lambda: token({"cpu0": bad}))) as url:
+        broker = CdhBroker(ApiServer(url), PINNED, DIGEST, 0, told.append)
+        verdict, ephemeral = asyncio.run(broker.attest(URI, Tee.SNP, never))
+        assert told == []
+        with pytest.raises(KeyNotDeliveredError):
+            unwrap(asyncio.run(broker.release_key(verdict)), ephemeral, secure(verdict, None, None, ExpectedReady.UNSET))
+    assert [finding.split(":")[:2] for finding in told] == [
+        ["cpu0", name] for name in ("hardware", "configuration", "executables")
+    ]
+
+
 def refused(text: str, tee: Tee = Tee.SNP, trust: Trust = PINNED, gpus: int = 0) -> AgentError:
     with guest(text, trust, gpus) as this, pytest.raises(AgentError) as caught:
         this.attest(tee)
@@ -164,14 +178,14 @@ def test_a_token_about_fewer_gpus_is_refused() -> None:
         assert (error.expected, error.got) == (count, 2)
 
 
-def test_a_token_over_sample_evidence_counts_only_where_it_is_allowed() -> None:
+def test_a_simulation_counts_only_where_it_is_allowed() -> None:
     sample = token({"cpu0": cpu("sample", None)})
     assert isinstance(refused(sample, Tee.SAMPLE), SimulationRefusedError)
     with guest(sample, Trust(PINNED.token_keys, allow_simulation=True)) as this:
         assert this.attest(Tee.SAMPLE)[0].claims.simulated
 
 
-def test_simulated_silicon_is_a_simulation_whatever_its_token_says() -> None:
+def test_simulated_silicon_is_one_whatever_its_token_says() -> None:
     for allowed in (False, True):
         with serve(Components(None, token=token)) as url:
             trust = Trust(PINNED.token_keys, allow_simulation=allowed)

@@ -8,16 +8,20 @@ ROOT = Path(__file__).resolve().parents[1]
 ELSEWHERE = {
     "artifact.sources.directory": "test_artifact_sources",  # one contract, every source
     "artifact.sources.http": "test_artifact_sources",
+    "sim.fuse": "test_sim_configfs",  # its one file system
     **dict.fromkeys(("sim.trustee_as", "sim.trustee_knobs", "sim.trustee_sessions"), "test_sim_trustee"),
 }
 # Test files that are about more than one module.
 WHOLE = {
     "test_boot_devices",
+    "test_coco_with_trustee",
     "test_boot_firmware",
+    "test_devices",
     "test_fuzz",
     "test_heavy_servers",
     "test_initrd",
     "test_layout",
+    "test_rcar_with_trustee",
     "test_refusals",
     "test_scripts",
 }

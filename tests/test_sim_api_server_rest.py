@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from agent.evidence import Tee
+from agent.evidence.ccel import RuntimeEvent, parse_event_log, parse_runtime_event
 from agent.evidence.trustee_json import parse_evidence
 from agent.jose import pack_b64url
 from agent.sim.api_server_rest import VERSION, Components, serve
@@ -98,11 +99,22 @@ def test_sample_evidence_is_not_padded() -> None:
         assert ask(url, "/aa/evidence?runtime_data=xxxx")[2] == b'{"svn":"1","report_data":"eHh4eA=="}'
 
 
-def test_a_measurement_is_answered_in_text(components: Components, url: str) -> None:
+def test_a_measurement_is_answered_in_text(machine: SimulatedMachine, components: Components, url: str) -> None:
+    unsupported = b'{"success":"false","message": "The platform does not support runtime measurement"}'
+    assert ask(url, "/aa/aael", "POST", AAEL) == (200, "application/json", unsupported)
+    components.attester, components.runtime = machine.attester(Tee.TDX), machine.runtime(Tee.TDX)
     assert ask(url, "/aa/aael", "POST", AAEL) == (200, "application/json", b'{"success":"true"}')
-    components.measured = "not-supported"
-    assert json.loads(ask(url, "/aa/aael", "POST", AAEL)[2])["success"] == "false"
+    components.enables_log = False
+    not_enabled = b'{"success":"false","message": "Attestation Agent does not enable eventlog recording"}'
+    assert ask(url, "/aa/aael", "POST", AAEL) == (200, "application/json", not_enabled)
     assert components.entries == [("d", "o", "c")]
+
+
+def test_the_evidence_of_a_td_has_its_log(machine: SimulatedMachine, components: Components, url: str) -> None:
+    components.attester, components.runtime = machine.attester(Tee.TDX), machine.runtime(Tee.TDX)
+    ask(url, "/aa/aael", "POST", AAEL)
+    evidence = parse_evidence(Tee.TDX, ask(url, f"/aa/evidence?{over(b'short')}")[2])
+    assert parse_runtime_event(parse_event_log(evidence.event_log).events[-1]) == RuntimeEvent("d", "o", "c")
 
 
 def test_when_its_agent_is_dead_info_ends_without_an_answer(components: Components, url: str) -> None:

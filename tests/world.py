@@ -173,7 +173,7 @@ class World:
     def through_coco(self) -> Components:
         """Evidence and nothing else comes from an api-server-rest; gives what is behind it."""
         gpus = self.machine.gpu_system() if self.gpu["count"] else None
-        components = Components(self.machine.attester(self.row_tee), gpus)
+        components = Components(self.machine.attester(self.row_tee), gpus, self.machine.runtime(self.row_tee))
         url = self.undo.enter_context(serve(components))
         self.tee = {"attester": "simulated-coco", "coco_url": url}
         return components
@@ -288,7 +288,8 @@ class World:
         config = self.write_config()
         if initdata:
             config = self.write_initdata(config, initdata)
-        length = 48 if self.tee["attester"] == "simulated-tdx" else 32
+        is_td = self.tee["attester"] == "simulated-tdx" or (self.tee["attester"].endswith("coco") and self.row_tee is Tee.TDX)
+        length = 48 if is_td else 32
         self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), length))
         return config
 

@@ -26,6 +26,10 @@ MAX_INPUT_BYTES = 1 << 20
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _UNVERIFIED = "not verified: whoever sent it may have written it"
+_AFFIRMED = (
+    "nothing: every device is affirmed. Where the key is denied all the same, the resource policy asks for something else: "
+    "another init_data, another path or another number of devices"
+)
 _ADDED = {"at", "t_ms"}  # to a message by who writes it on a line (`telling.py`)
 
 
@@ -48,12 +52,14 @@ class Diagnosis:
         facts: names and values, for people.
         problems: empty when it says of no failure.
         record: all of it, as JSON scalars, lists and objects.
+        without_problems: what that means.
     """
 
     headline: str
     facts: tuple[tuple[str, str], ...]
     problems: tuple[Problem, ...]
     record: dict[str, object]
+    without_problems: str = "nothing that this says"
 
 
 def diagnose(text: str, now: int) -> Diagnosis:
@@ -127,7 +133,7 @@ def _of_ear(ear: Ear, now: int) -> Diagnosis:
             for finding, advice in found
         ],
     }
-    return Diagnosis(f"attestation token of Trustee (EAR), {_UNVERIFIED}", tuple(facts), problems, record)
+    return Diagnosis(f"attestation token of Trustee (EAR), {_UNVERIFIED}", tuple(facts), problems, record, _AFFIRMED)
 
 
 def _shown(submod: Submod) -> dict[str, object]:

@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from agent import unhandled
-from agent.commands.run import open_gpus, open_tee
+from agent.commands.run import open_gpus, open_runtime, open_tee
 from agent.config_source import find_in_guest, from_file, from_initdata_file
 from agent.doctor import CHECKS, Finding, Guest, examine, exit_status
 
@@ -42,11 +42,11 @@ def run(args: argparse.Namespace) -> int:
     unhandled.silence_libraries()
     warnings.simplefilter("ignore")
     if args.config is not None:
-        guest = Guest(lambda: from_file(args.config), open_tee, open_gpus, args.offline)
+        guest = Guest(lambda: from_file(args.config), open_tee, open_gpus, open_runtime, args.offline)
     elif args.initdata is not None:
-        guest = Guest(lambda: from_initdata_file(args.initdata), open_tee, open_gpus, args.offline)
+        guest = Guest(lambda: from_initdata_file(args.initdata), open_tee, open_gpus, open_runtime, args.offline)
     else:
-        guest = Guest(find_in_guest, open_tee, open_gpus, args.offline)
+        guest = Guest(find_in_guest, open_tee, open_gpus, open_runtime, args.offline)
 
     findings = []
     for finding in examine(guest):

@@ -116,7 +116,7 @@ def _told(diagnosis: "Diagnosis") -> str:
     lines += [f"  {name:<{width}}  {value}" for name, value in diagnosis.facts]
     lines += ["", "What failed"]
     if not diagnosis.problems:
-        lines.append(_wrapped("nothing that this says", "  "))
+        lines.append(_wrapped(diagnosis.without_problems, "  "))
     for number, problem in enumerate(diagnosis.problems, 1):
         first = f"  {number}. "
         for said in problem.said:

@@ -100,7 +100,9 @@ def broker_policy(approved: Approved, not_after: datetime | None) -> str:
         not_after: with a time zone; None leaves the decision to whoever reads the file.
     """
     end = (
-        f"not_after = {not_after.isoformat()}" if not_after else "# not_after = 2027-12-31T00:00:00Z  # decide: without it none"
+        f"not_after = {not_after.isoformat()}"
+        if not_after
+        else "# not_after = 2027-12-31T00:00:00Z  # decide: without it nothing is released"
     )
     return f"""\
 # Whatever a row leaves out matches nothing. Raise `version` with every change; see the example of `keyturn broker init`.

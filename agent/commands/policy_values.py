@@ -55,7 +55,6 @@ class TdxImage:
     mr_td: str
     rtmr_1: str
     rtmr_2: str
-    rtmr_0: str | None
     mr_seam: str | None
     tee_tcb_svn: str | None
     xfam: str | None
@@ -122,7 +121,6 @@ def parse_image(data: bytes) -> Image:
         mr_td=values.digest("mr_td"),
         rtmr_1=values.digest("rtmr_1"),
         rtmr_2=values.digest("rtmr_2"),
-        rtmr_0=values.digest("rtmr_0") if "rtmr_0" in values.members else None,
         mr_seam=values.digest("mr_seam") if "mr_seam" in values.members else None,
         tee_tcb_svn=svn,
         xfam=_xfam(values) if "xfam" in values.members else None,

@@ -12,6 +12,7 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
+    from agent.evidence.runtime import Runtime
     from agent.guest.api_server import ApiServer
     from agent.sim.machine import SimulatedMachine
 
@@ -103,9 +104,9 @@ def health_address(text: str) -> tuple[str, int] | None:
     return host.strip("[]"), int(port)
 
 
-def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
+def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None, Runtime]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
-    return open_tee(cfg), open_gpus(cfg)
+    return open_tee(cfg), open_gpus(cfg), open_runtime(cfg)
 
 
 def open_tee(cfg: "MeasuredConfig") -> "Attester":
@@ -118,10 +119,24 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
         sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
         return CocoAttester(_api_server(cfg), needs_resources=cfg.broker.cdh, sample_digest=sample_digest)
     if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).attester(Tee(cfg.tee.attester.removeprefix("simulated-")))
+        machine, tee = _simulated_machine(cfg.simulation.machine), Tee(cfg.tee.attester.removeprefix("simulated-"))
+        return machine.attester(tee) if cfg.simulation.report_root is None else machine.tsm(tee, cfg.simulation.report_root)
     from agent.evidence.detect import open_interface
 
     return open_interface(Tee(cfg.tee.attester))
+
+
+def open_runtime(cfg: "MeasuredConfig") -> "Runtime":
+    """The runtime register of the TEE, and the event log."""
+    from agent.evidence import Tee
+    from agent.evidence.runtime import ComponentsMeasurement, RuntimeMeasurement
+
+    if cfg.tee.through_coco:
+        return ComponentsMeasurement(_api_server(cfg))
+    tee = Tee(cfg.tee.attester.removeprefix("simulated-"))
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).runtime(tee)
+    return RuntimeMeasurement.of(tee)
 
 
 def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":

@@ -8,12 +8,14 @@ what is printed here is read by an operator, and run by one.
 
 import base64
 import json
+import textwrap
 from dataclasses import dataclass
 
 from agent.commands.policy_values import Approved, SnpImage, TdxImage
 from agent.evidence import Tee
 from agent.guest.initdata import fit
 
+_WIDTH = 120
 _FIELD_BYTES = {Tee.SNP: 32, Tee.TDX: 48}  # HOST_DATA, MRCONFIGID
 # What Trustee's own sample verifier says of every guest.
 _SAMPLE_VALUES: dict[str, object] = {
@@ -142,8 +144,11 @@ def hints(approved: Approved) -> tuple[str, ...]:
 
 def script(approved: Approved) -> str:
     """A POSIX shell script that makes the calls: it needs curl, base64 and KBS_URL, and reads no secret but by curl itself."""
-    remarks = "\n".join(f"# * {hint}" for hint in hints(approved))
-    values = json.dumps(reference_values(approved), indent=2)
+    remarks = "\n".join(
+        textwrap.fill(hint, _WIDTH, initial_indent="# * ", subsequent_indent="#   ", break_on_hyphens=False)
+        for hint in hints(approved)
+    )
+    values = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in reference_values(approved).items())
     return f"""\
 #!/bin/sh
 # Trustee, for {approved.key_uri}. KBS_URL: the service; KBS_CA: its CA certificate; KBS_ADMIN: a file with the line
@@ -161,7 +166,9 @@ post() {{ # PATH < BODY
 encode() {{ base64 | tr -d '\\n'; }}
 
 values=$(encode <<'JSON'
+{{
 {values}
+}}
 JSON
 )
 printf '{{"version":"0.1.0","type":"sample","payload":"%s"}}' "$values" | post reference-value

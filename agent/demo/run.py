@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from agent.demo import layout_server, site
+from agent.demo import kbs, layout_server, site
 from agent.errors import EXIT_STATUS, AgentError, Owner, Step, error_to_record
 from agent.events import Message, ServerReady, ServerStarted, StageEnded, message_from_record
 from agent.evidence import Tee
@@ -38,15 +38,22 @@ _NOT_OK = EXIT_STATUS[Owner.KEYTURN, Step.AGENT]
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """`once`: stop when the questions are answered. `flip_byte`: damage one byte of ciphertext before the boot.
+    """What is asked for.
 
-    `coco`: the agent reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
+    Attributes:
+        once: stop when the questions are answered.
+        flip_byte: damage one byte of ciphertext before the boot.
+        configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
+        coco: it reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
+        broker: `grpc`, our own; `rcar`, a test KBS; or the URL of a Trustee KBS with an open admin API.
     """
 
     once: bool
     flip_byte: bool
     tee: Tee = Tee.SNP
+    configfs: bool = False
     coco: bool = False
+    broker: str = "grpc"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +122,9 @@ class View(Protocol):
 
     def told(self, told: Told) -> None: ...
 
+    def called(self, method: str, path: str, status: int) -> None:
+        """A call to the admin API of a KBS was answered."""
+
     def serving(self, result: Result, port: int) -> None:
         """The questions are answered and the server stays until somebody stops it."""
 
@@ -123,12 +133,13 @@ def run(options: Options, view: View) -> Result:
     """One demo, from nothing to nothing.
 
     Raises:
-        SimulationRefusedError: this is a machine with a real TEE.
+        SimulationRefusedError: this is a machine with a real TEE, or without FUSE where that is asked for.
     """
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
         with view.preparing("simulated machine"):
-            machine = SimulatedMachine.create(folder / "machine", gpus=1)
+            # A foreign KBS knows NVIDIA's roots and not our simulator's.
+            machine = SimulatedMachine.create(folder / "machine", gpus=0 if "://" in options.broker else 1)
             user = site.choose_server_user()
         with view.preparing("sealed model") as progress:
             model = site.seal_minilm(folder, progress)
@@ -137,19 +148,43 @@ def run(options: Options, view: View) -> Result:
         with ExitStack() as running:
             with view.preparing("model store and key broker"):
                 store_url = running.enter_context(layout_server.serve(model.layout))
-                broker = running.enter_context(site.run_broker(folder, machine, model.key))
+                broker = running.enter_context(_broker(options, folder, machine, model, view))
                 api_server = None
                 if options.coco:
-                    components = Components(machine.attester(options.tee), machine.gpu_system())
+                    components = Components(machine.attester(options.tee), machine.gpu_system(), machine.runtime(options.tee))
                     api_server = running.enter_context(api_server_rest.serve(components))
+            report_root = None
+            if options.configfs:
+                with view.preparing("configfs-tsm"):
+                    report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
                 port = _free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, api_server)
-                (folder / "keyturn.toml").write_text(text)
-                machine.host_data = hashlib.sha256(text.encode()).digest()
+                reached = site.Reached(report_root, api_server)
+                text = site.configuration_text(
+                    machine, options.tee, model, broker.section, store_url, port, user, reached
+                ).encode()
+                (folder / "keyturn.toml").write_bytes(text)
+                machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
-                broker.load_policy(site.policy_text(machine, options.tee, model))
-            return _boot(folder, model, port, options, view)
+                broker.approve(machine, options.tee, model)
+            result = _boot(folder, model, port, options, view)
+            if report_root and os.listdir(report_root):
+                result.left_behind.append("configfs-tsm entry")
+        if report_root and report_root.exists():
+            result.left_behind.append("configfs-tsm")
+        return result
+
+
+def _broker(
+    options: Options, folder: Path, machine: SimulatedMachine, model: site.SealedModel, view: View
+) -> AbstractContextManager[site.Broker | kbs.Kbs]:
+    match options.broker:
+        case "grpc":
+            return site.run_broker(folder, machine, model.key)
+        case "rcar":
+            return kbs.run_test_kbs(folder, machine, view.called)
+        case url:
+            return kbs.use_kbs(url, view.called)
 
 
 def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, view: View) -> Result:

@@ -23,9 +23,11 @@ from agent.artifact.seal import seal_model
 from agent.artifact.stream import KEY_BYTES
 from agent.broker import bootstrap
 from agent.demo import minilm
+from agent.errors import SimulationRefusal, SimulationRefusedError
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest import hardening
 from agent.server.presets import command_digest
+from agent.sim import configfs
 from agent.sim.machine import SimulatedMachine
 
 MODEL_ID = "all-MiniLM-L6-v2"
@@ -34,6 +36,7 @@ MODEL_VERSION = 1
 KEY_URI = "kbs:///demo/all-minilm-l6-v2/1"
 SERVER_UID = 65532
 BROKER_START_S = 30
+CONFIGFS_START_S = 30
 SERVER_COMMAND = (
     *(sys.executable, "-I", "-m", "agent.demo.llama_server"),
     *("--model", "{model}", "--port", "{port}", "--alias", "{model_id}", "--embedding"),
@@ -57,6 +60,14 @@ class ServerUser:
 
     uid: int
     gid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Through what the agent reaches the devices: a configfs-tsm here, an api-server-rest there, or, both None, nothing."""
+
+    report_root: Path | None = None
+    api_server: str | None = None
 
 
 def seal_minilm(folder: Path, progress: Callable[[int, int], None]) -> SealedModel:
@@ -110,6 +121,19 @@ class Broker:
         self.files = files
         self.port = port
         self._process = process
+
+    @property
+    def section(self) -> str:
+        """The guest's `[broker]` section, but for what every broker's has."""
+        files = self.files
+        return (
+            f'endpoints = ["127.0.0.1:{self.port}"]\nserver_name = "{files.server_name}"\n'
+            f"ca_pem = {json.dumps(files.ca_pem)}\ntoken_keys = [{json.dumps(files.token_key_pem)}]\n"
+        )
+
+    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel) -> None:
+        """Let this machine, as it is launched, have the key."""
+        self.load_policy(policy_text(machine, tee, model))
 
     def load_policy(self, text: str) -> None:
         """Replace the policy; when this returns, the broker decides by it."""
@@ -167,14 +191,41 @@ def killed_after(seconds: float, process: subprocess.Popen[str]) -> Iterator[thr
 
 
 @contextmanager
-def start_keyturn(*arguments: str, stdout: int, stderr: int) -> Iterator[subprocess.Popen[str]]:
-    """Run a keyturn command as a process of its own; at the end of the block it is asked to stop, and waited for.
+def mount_configfs(folder: Path, machine: SimulatedMachine, tee: Tee) -> Iterator[Path]:
+    """A configfs-tsm of a process of its own, before the machine's TEE: its root, as a path of every process of ours.
 
-    In a process group of its own: Ctrl-C in a terminal is ours to hand on, in the right order. It dies with us.
+    It is mounted where no other process sees it, and gone with its process.
+
+    Raises:
+        SimulationRefusedError: this machine has no FUSE.
     """
+    mountpoint = folder / "report"
+    mountpoint.mkdir()
+    command = ("agent.sim.configfs", str(machine.directory), tee.value, str(mountpoint))
+    with _start(*command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=None) as process:
+        assert process.stdout
+        with killed_after(CONFIGFS_START_S, process):
+            said = process.stdout.readline()
+        if said == configfs.REFUSED:
+            raise SimulationRefusedError(SimulationRefusal.NO_FUSE)
+        if said != configfs.MOUNTED:
+            raise RuntimeError("the configfs-tsm ended before it was mounted")
+        yield Path(f"/proc/{process.pid}/root{mountpoint}")
+
+
+@contextmanager
+def start_keyturn(*arguments: str, stdout: int, stderr: int) -> Iterator[subprocess.Popen[str]]:
+    """Run a keyturn command as a process of its own; at the end of the block it is asked to stop, and waited for."""
+    with _start("agent", *arguments, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr) as process:
+        yield process
+
+
+@contextmanager
+def _start(module: str, *arguments: str, stdin: int, stdout: int, stderr: int | None) -> Iterator[subprocess.Popen[str]]:
+    """In a process group of its own: Ctrl-C in a terminal is ours to hand on, in the right order. It dies with us."""
     process = subprocess.Popen(
-        [sys.executable, "-I", "-m", "agent", *arguments],
-        stdin=subprocess.DEVNULL,
+        [sys.executable, "-I", "-m", module, *arguments],
+        stdin=stdin,
         stdout=stdout,
         stderr=stderr,
         text=True,
@@ -247,16 +298,17 @@ def configuration_text(
     machine: SimulatedMachine,
     tee: Tee,
     model: SealedModel,
-    broker: Broker,
+    broker_section: str,
     store_url: str,
     server_port: int,
     user: ServerUser | None,
-    api_server: str | None = None,
+    reached: Reached = Reached(),
 ) -> str:
-    """The guest's configuration: all the agent gets. `api_server` is the URL of its api-server-rest, if evidence is from it."""
-    attester = f'attester = "simulated-{tee.value}"'
-    if api_server is not None:
-        attester = f'attester = "simulated-coco"\ncoco_url = "{api_server}"'
+    """The guest's configuration: all the agent gets."""
+    via = "" if reached.report_root is None else f"report_root = {json.dumps(str(reached.report_root))}\n"
+    attester = 'attester = "sample"' if tee is Tee.SAMPLE else f'attester = "simulated-{tee.value}"'
+    if reached.api_server is not None:
+        attester = f'attester = "simulated-coco"\ncoco_url = "{reached.api_server}"'
     if user is None:
         server_user = ""
     elif user.uid == 0:
@@ -271,17 +323,13 @@ schema = "keyturn/v1"
 
 [simulation]
 machine = {json.dumps(str(machine.directory))}
-
+{via}
 [gpu]
 count = {machine.gpu.count}
 ready_state = "own"
 
 [broker]
-endpoints = ["127.0.0.1:{broker.port}"]
-server_name = "{broker.files.server_name}"
-ca_pem = {json.dumps(broker.files.ca_pem)}
-token_keys = [{json.dumps(broker.files.token_key_pem)}]
-key_uri = "{KEY_URI}"
+{broker_section}key_uri = "{KEY_URI}"
 allow_simulated = true
 
 [artifact]

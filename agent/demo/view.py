@@ -25,6 +25,7 @@ from agent.events import (
     GatePassed,
     Message,
     Progress,
+    ReleaseMeasured,
     ServerStarted,
     StageEnded,
     StageFailed,
@@ -42,6 +43,7 @@ _MEANING = {
     "prepare": "authenticate the manifest, reserve guest memory",
     "attest": "broker's nonce → GPU evidence → CPU evidence → verdict",
     "release-key": "get the model key, still sealed to this guest",
+    "measure": "note the release in the TEE's runtime register, where it has one",
     "secure": "set the GPU ready, once",
     "unwrap": "open the key, in locked memory",
     "load": "fetch and open every segment",
@@ -62,6 +64,9 @@ class JsonView:
     def told(self, told: Told) -> None:
         sys.stderr.write(told.line)
         sys.stderr.flush()
+
+    def called(self, method: str, path: str, status: int) -> None:
+        _say({"event": "kbs_called", "method": method, "path": path, "status": status})
 
     def serving(self, result: Result, port: int) -> None:
         _say({"event": "serving", "port": port})
@@ -131,6 +136,9 @@ class HumanView:
                 self._boot[stage.value].ended_ms, self._boot[stage.value].failed = told.t_ms, True
             case message:
                 self._notes += _notes(message)
+
+    def called(self, method: str, path: str, status: int) -> None:
+        self._notes.append(f"KBS: {method} {path} → {status}")
 
     def serving(self, result: Result, port: int) -> None:
         self._show_answers(result)
@@ -216,6 +224,8 @@ def _notes(message: Message) -> list[str]:
         case VerdictAccepted(request_id, _, policy_version, simulated):
             evidence = "simulated evidence" if simulated else "evidence"
             return [f"{evidence} accepted under policy {policy_version}, request {request_id}"]
+        case ReleaseMeasured(rtmr_3=str()):
+            return ["that the key was released stands in RTMR 3 from here on"]
         case GatePassed(gpus):
             return [f"{gpus} GPU ready"]
         case ServerStarted(own_uid=False) if os.geteuid() == 0:

@@ -168,6 +168,7 @@ class ApiServer:
                 return Measured.NOT_SUPPORTED
             case "false", str(message) if "not enable" in message:
                 return Measured.NOT_ENABLED
+        # refusal: test_an_outcome_of_a_measurement_that_is_none_of_three_is_an_error
         raise call.error(GuestApiProblem.MALFORMED)
 
     # --- HTTP ---------------------------------------------------------------------------------------------------------
@@ -261,12 +262,14 @@ class _Connection:
         """At least one byte."""
         self._socket.settimeout(self._left())
         got = self._socket.recv_into(into)
+        # refusal: test_a_bad_answer_is_one_typed_error
         if not got:
             raise ConnectionResetError("ended early")
         return got
 
     def _left(self) -> float:
         left = self._deadline - time.monotonic()
+        # refusal: test_no_time_is_no_request
         if left <= 0:
             raise TimeoutError
         return left
@@ -277,12 +280,15 @@ def _parse_head(head: bytes, call: _Call) -> int:
     status_line, *lines = head[:-4].split(b"\r\n")
     status = _STATUS.fullmatch(status_line)
     fields = [line.partition(b":") for line in lines]
+    # refusal: test_a_bad_answer_is_one_typed_error
     if status is None or not all(colon and name == name.strip() for name, colon, _ in fields):
         raise _BadHeadError
     number = int(status[1])
+    # refusal: test_a_bad_answer_is_one_typed_error
     if number != 200:
         problem = _PROBLEMS.get(number, GuestApiProblem.STATUS)
         # What the server itself refuses says nothing of what is behind it.
+        # refusal: test_a_bad_answer_is_one_typed_error
         raise (call.failure if problem is GuestApiProblem.FAILED else GuestApiError)(call.name, problem, number)
     values = {name.lower(): value.strip() for name, _, value in fields}
     length = values.get(b"content-length", b"")

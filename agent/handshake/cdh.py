@@ -14,12 +14,13 @@ Follows Trustee's token, `ear.py`.
 
 import secrets
 import time
+from collections.abc import Callable
 from functools import partial
 from types import TracebackType
 from typing import Self
 
 from agent.closed import Ident
-from agent.errors import GpuCountError, SimulationRefusal, SimulationRefusedError, TokenCheck, TokenError
+from agent.errors import GpuCountError, KeyNotDeliveredError, SimulationRefusal, SimulationRefusedError, TokenCheck, TokenError
 from agent.evidence import Nonce, Tee
 from agent.guest.api_server import ApiServer
 from agent.guest.initdata import fit
@@ -27,6 +28,7 @@ from agent.handshake import KeptKey, TokenClaims, Verdict
 from agent.handshake.broker import Collect, OnAttempt
 from agent.handshake.ear import Ear, decode_unverified_ear, verify_ear
 from agent.handshake.machine import Trust
+from agent.handshake.rcar import not_affirmed
 from agent.keys import EphemeralKey
 from agent.threads import in_thread
 
@@ -38,7 +40,16 @@ _FIELD_BYTES = {Tee.SNP: 32, Tee.TDX: 48}
 class CdhBroker:
     """The `Broker` of a guest whose own components ask for its keys."""
 
-    def __init__(self, api: ApiServer, trust: Trust, config_digest: bytes, gpu_count: int, *, simulated: bool = False) -> None:
+    def __init__(
+        self,
+        api: ApiServer,
+        trust: Trust,
+        config_digest: bytes,
+        gpu_count: int,
+        on_unaffirmed: Callable[[Ident], None] = lambda _: None,
+        *,
+        simulated: bool = False,
+    ) -> None:
         """Nothing is asked yet.
 
         Args:
@@ -46,12 +57,15 @@ class CdhBroker:
             trust: where it has no token keys, the token is not verified: then only the guest's own components vouch for it.
             config_digest: what the guest was launched with, as `check_measured` has it; the token must say the same.
             gpu_count: configured number of GPUs; the token must be about as many.
+            on_unaffirmed: told, when no key comes, what the token does not affirm: the likeliest reason, and the only one that
+                can be known here.
             simulated: the silicon is, which a token does not tell of any but sample evidence.
         """
         self._api = api
         self._trust = trust
         self._config_digest = config_digest
         self._gpu_count = gpu_count
+        self._on_unaffirmed = on_unaffirmed
         self._simulated = simulated
 
     async def __aenter__(self) -> Self:
@@ -84,8 +98,15 @@ class CdhBroker:
 
     async def release_key(self, verdict: Verdict) -> KeptKey:
         """Where the key is. Nothing is asked for: in clear it may come only after the gate."""
-        uri = verdict.claims.key_uri
-        return KeptKey(partial(self._api.resource, uri), uri, 0)
+        return KeptKey(partial(self._fetch, verdict), verdict.claims.key_uri, 0)
+
+    def _fetch(self, verdict: Verdict, into: memoryview) -> None:
+        try:
+            self._api.resource(verdict.claims.key_uri, into)
+        except KeyNotDeliveredError:
+            for finding in not_affirmed(verdict.token):
+                self._on_unaffirmed(finding)
+            raise
 
     def _read(self, token: str) -> Ear:
         if self._trust.token_keys:
@@ -105,7 +126,7 @@ class CdhBroker:
         # refusal: test_a_token_about_fewer_gpus_is_refused
         if gpus != self._gpu_count:
             raise GpuCountError(self._gpu_count, gpus)
-        # refusal: test_a_token_over_sample_evidence_counts_only_where_it_is_allowed
+        # refusal: test_a_simulation_counts_only_where_it_is_allowed test_simulated_silicon_is_one_whatever_its_token_says
         if (ear.simulated or self._simulated) and not self._trust.allow_simulation:
             raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)
 

@@ -13,6 +13,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import Self, TypeVar, assert_never
 
@@ -21,8 +22,8 @@ import grpc.aio
 
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerUnreachableError, KeyReleaseDeniedError, TrusteeRefusedError, Unreachable
-from agent.evidence import CompositeEvidence, RuntimeData, Tee
-from agent.handshake import MAX_MESSAGE_BYTES, KeyRequest, SealedKey, TokenKind, Verdict, grpc_wire
+from agent.evidence import RuntimeData, Tee
+from agent.handshake import MAX_MESSAGE_BYTES, Attestation, KeyRequest, SealedKey, TokenKind, Verdict, grpc_wire
 from agent.handshake.broker import Collect, OnAttempt, OnRetry, OnUnaffirmed, collected, retried
 from agent.handshake.machine import (
     Action,
@@ -167,8 +168,7 @@ class GrpcBroker:
                         event = await collected(collect, action)
                     case SendAttestation():
                         assert asked is not None, "evidence was asked for"
-                        self._check(asked, action.attestation.evidence)
-                        data = grpc_wire.pack_attest_request(action.attestation)
+                        data = grpc_wire.pack_attest_request(self._checked(asked, action.attestation))
                         event = await _exchange(stream, data, machine, VERDICT_TIMEOUT_S, self._tokens)
                     case SendKeyRequest():
                         self._key_request = action.request
@@ -188,12 +188,16 @@ class GrpcBroker:
 
         return EarVerifier(tee, self._simulated)
 
-    def _check(self, asked: RuntimeData, evidence: CompositeEvidence) -> None:
+    def _checked(self, asked: RuntimeData, attestation: Attestation) -> Attestation:
         """What Trustee would refuse without a word is found here. No initdata goes over this wire, so none is compared."""
-        if self._tokens is TokenKind.TRUSTEE:
-            from agent.evidence import binding, precheck
+        if self._tokens is TokenKind.KEYTURN:
+            return attestation
+        from agent.evidence import binding, precheck
 
-            precheck.check_before_sending(evidence.primary, binding.report_data(asked, evidence.additional_evidence), None)
+        evidence = attestation.evidence
+        wanted = binding.report_data(asked, evidence.additional_evidence)
+        primary = precheck.check_before_sending(evidence.primary, wanted, None)
+        return replace(attestation, evidence=replace(evidence, primary=primary))
 
     async def _release_once(self, machine: Handshake, request: KeyRequest) -> SealedKey:
         method = self._connect().unary_unary(grpc_wire.RELEASE_KEY_METHOD, bytes, bytes)

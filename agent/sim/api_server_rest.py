@@ -13,12 +13,14 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http import HTTPStatus
 from urllib.parse import parse_qsl, urlsplit
 
 from agent.errors import AgentError
 from agent.evidence import REPORT_DATA_BYTES, Attester, Evidence, GpuNonce, GpuSystem, ReportData, Tee
+from agent.evidence.ccel import RuntimeEvent
+from agent.evidence.runtime import Runtime
 from agent.evidence.trustee_json import pack_evidence
 from agent.jose import pack_b64, parse_b64url
 
@@ -41,26 +43,28 @@ class Components:
     Attributes:
         attester: the CPU TEE; None gives sample evidence.
         gpus: None without any.
-        token: makes the key broker service's; None: there is none to be had.
-        resources: by `repository/type/tag`.
+        runtime: the runtime register of a TDX guest, and its log; None without.
+        token: makes the key broker service's; None, or an AgentError of it: there is none to be had.
+        resources: by `repository/type/tag`; a KeyError says as little as CDH.
         feature: `resource`, `attestation` or `all`.
         knows_base64: false: of the time before `encoding=base64`.
         names_gpus: false: as NVAT, which gives no UUID.
         dead: the attestation-agent does not answer: `/info` then ends without one.
-        measured: `extended`, `not-supported` or `not-enabled`.
+        enables_log: false: as the attestation-agent is configured by default.
         asked: the path of every request so far.
         entries: of the runtime event log: domain, operation, content.
     """
 
     attester: Attester | None
     gpus: GpuSystem | None = None
+    runtime: Runtime | None = None
     token: Callable[[], str] | None = None
     resources: Mapping[str, bytes] = field(default_factory=dict, repr=False)
     feature: str = "all"
     knows_base64: bool = True
     names_gpus: bool = True
     dead: bool = False
-    measured: str = "extended"
+    enables_log: bool = True
     asked: list[str] = field(default_factory=list)
     entries: list[tuple[str, str, str]] = field(default_factory=list)
 
@@ -133,9 +137,10 @@ class _Handler(http.server.BaseHTTPRequestHandler):
                 raise _Refused(HTTPStatus.NOT_FOUND, "Resource Feature Not Enabled")
             api, _, resource = rest.partition("/")
             if api == "resource":
-                if resource not in self.behind.resources:
-                    raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _CDH_FAILED)
-                return "application/octet-stream", self.behind.resources[resource]
+                try:
+                    return "application/octet-stream", self.behind.resources[resource]
+                except KeyError:
+                    raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _CDH_FAILED) from None
         raise _Refused(HTTPStatus.NOT_FOUND, "URL NOT FOUND")
 
     def _attestation(self, method: str, path: str, query: dict[str, str]) -> tuple[str, bytes]:
@@ -180,7 +185,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if len(data) > REPORT_DATA_BYTES:
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting evidence"))
         try:
-            return pack_evidence(attester.collect(ReportData(data.ljust(REPORT_DATA_BYTES, b"\0")))).encode()
+            evidence = attester.collect(ReportData(data.ljust(REPORT_DATA_BYTES, b"\0")))
+            log = self.behind.runtime.event_log() if self.behind.runtime else b""
+            return pack_evidence(replace(evidence, event_log=log)).encode()
         except AgentError:
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting evidence")) from None
 
@@ -204,9 +211,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         return json.dumps({"nvidia": {"device_evidence_list": entries}}, separators=(",", ":")).encode()
 
     def _token(self) -> bytes:
-        if self.behind.token is None:
+        try:
+            token = self.behind.token() if self.behind.token else None
+        except AgentError:
+            token = None
+        if token is None:
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, _AA_FAILED.format("getting token"))
-        return json.dumps({"token": self.behind.token(), "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
+        return json.dumps({"token": token, "tee_keypair": "-----BEGIN PRIVATE KEY-----\nSIMULATED\n"}).encode()
 
     def _extend(self) -> bytes:
         length = int(self.headers.get("Content-Length", "0"))
@@ -215,9 +226,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             event = (str(entry["domain"]), str(entry["operation"]), str(entry["content"]))
         except (ValueError, KeyError, TypeError):
             raise _Refused(HTTPStatus.INTERNAL_SERVER_ERROR, "Illegal AAEL eventry format") from None
-        if self.behind.measured == "extended":
-            self.behind.entries.append(event)
-        return _MEASURED[self.behind.measured].encode()
+        if not self.behind.enables_log:
+            return _MEASURED["not-enabled"].encode()
+        runtime = self.behind.runtime
+        if runtime is None or runtime.measure(RuntimeEvent(*event)).unsupported:
+            return _MEASURED["not-supported"].encode()
+        self.behind.entries.append(event)
+        return _MEASURED["extended"].encode()
 
     def _send(self, status: int, kind: str | None, body: bytes) -> None:
         self.send_response_only(status)

@@ -6,6 +6,7 @@ runs on them unchanged. The names say SIMULATED. The ARK's key is thrown away on
 
 import datetime
 import hashlib
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
 from agent.evidence.snp_abi import (
     SIGNATURE_ALGORITHM_ECDSA_P384_SHA384,
     SIGNED_BYTES,
+    CertificateKind,
     FirmwareVersion,
     GuestPolicy,
     Product,
@@ -45,6 +47,8 @@ _CPUID = (0x19, 0x11, 1)
 _FIRMWARE = FirmwareVersion(1, 55, 40)
 _PSS = padding.PSS(padding.MGF1(SHA384()), salt_length=48)
 _RSA_BITS = 4096
+_TABLE_ENTRY = struct.Struct("<16sII")  # GUID in text order, offset from the start of the table, length
+_TABLE_ORDER = (CertificateKind.VCEK, CertificateKind.ASK, CertificateKind.ARK)
 
 
 class SimulatedSnp:
@@ -127,6 +131,20 @@ def sign_report(report: SnpReport, key: ec.EllipticCurvePrivateKey) -> bytes:
     """The 1184 bytes of `report` with the signature of `key`."""
     r, s = decode_dss_signature(key.sign(pack_report(report)[:SIGNED_BYTES], ec.ECDSA(SHA384())))
     return pack_report(replace(report, signature_r=r, signature_s=s))
+
+
+def pack_certificate_table(evidence: Evidence) -> bytes:
+    """The host's certificates as the kernel hands them out in `auxblob`: AMD 56421 (GHCB), "SNP Extended Guest Request".
+
+    Args:
+        evidence: a simulated machine's, whose chain is VCEK, ASK, ARK.
+    """
+    offset = _TABLE_ENTRY.size * (len(_TABLE_ORDER) + 1)
+    entries = b""
+    for kind, der in zip(_TABLE_ORDER, evidence.cert_chain, strict=True):
+        entries += _TABLE_ENTRY.pack(kind.value.bytes, offset, len(der))
+        offset += len(der)
+    return entries + bytes(_TABLE_ENTRY.size) + b"".join(evidence.cert_chain)
 
 
 def create_snp_silicon(directory: Path) -> None:

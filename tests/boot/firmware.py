@@ -20,11 +20,11 @@ from types import TracebackType
 from typing import Self
 
 from agent.errors import DeviceError
-from agent.evidence import REPORT_DATA_BYTES, Evidence, ReportData
-from agent.evidence.snp_abi import CertificateKind
+from agent.evidence import REPORT_DATA_BYTES, ReportData
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import pack_certificate_table
 
-MAX_BLOB_BYTES = 32 << 10
+MAX_BLOB_BYTES = 64 << 10
 SEND_DEADLINE_S = 10.0
 STOP_DEADLINE_S = 10.0
 
@@ -32,8 +32,6 @@ _REQUEST = struct.Struct(f"<III{REPORT_DATA_BYTES}s")  # bytes that follow, sequ
 _LENGTH = struct.Struct("<I")
 _BODY_BYTES = _REQUEST.size - _LENGTH.size
 _ANSWER = struct.Struct("<IIII")  # sequence, errno, bytes of the report, bytes of the auxblob
-_ENTRY = struct.Struct("<16sII")  # GUID in text order, offset from the start of the table, length
-_CHAIN = (CertificateKind.VCEK, CertificateKind.ASK, CertificateKind.ARK)
 
 
 class FrameError(Exception):
@@ -113,20 +111,6 @@ def parse_answer(frame: bytes) -> Answer:
     return Answer(sequence, errno, frame[_ANSWER.size : split], frame[split:])
 
 
-def pack_certificate_table(evidence: Evidence) -> bytes:
-    """The host's certificates as the kernel hands them out in `auxblob`: AMD 56421 (GHCB), "SNP Extended Guest Request".
-
-    Args:
-        evidence: a simulated machine's, whose chain is VCEK, ASK, ARK.
-    """
-    offset = _ENTRY.size * (len(_CHAIN) + 1)
-    entries = b""
-    for kind, der in zip(_CHAIN, evidence.cert_chain, strict=True):
-        entries += _ENTRY.pack(kind.value.bytes, offset, len(der))
-        offset += len(der)
-    return entries + bytes(_ENTRY.size) + b"".join(evidence.cert_chain)
-
-
 class Firmware:
     """Answers one guest after the other, in a thread of its own, until `stop` or the end of its `with`.
 
@@ -135,6 +119,7 @@ class Firmware:
         broken: why connections ended otherwise than between two requests.
         delay_s: how long each answer takes from now on.
         errno: what each request fails with from now on, 0 for nothing. The machine's own faults count as well.
+        chip: what answers a request, unless `errno` does; the machine at first.
         on_request: called in the thread before each answer; what it raises ends the thread, and `stop` raises it again.
     """
 
@@ -149,6 +134,7 @@ class Firmware:
         self.broken: list[str] = []
         self.delay_s = 0.0
         self.errno = 0
+        self.chip: Callable[[Request], Answer] = self._machine_answer
         self.on_request: Callable[[Request], None] | None = None
         self._machine = machine
         self._path = path
@@ -182,9 +168,11 @@ class Firmware:
         self.stop()
 
     def answer(self, request: Request) -> Answer:
-        """What the chip says to `request`. A report's VMPL is the one that was asked for."""
-        if self.errno:
-            return Answer(request.sequence, self.errno)
+        """What is said to `request`."""
+        return Answer(request.sequence, self.errno) if self.errno else self.chip(request)
+
+    def _machine_answer(self, request: Request) -> Answer:
+        """A report's VMPL is the one that was asked for."""
         try:
             evidence = dataclasses.replace(self._machine, vmpl=request.privlevel).attester().collect(request.report_data)
         except DeviceError as error:

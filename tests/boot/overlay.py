@@ -38,6 +38,7 @@ def make(target: Path, kernel_version: str) -> None:
         _install_driver(top, kernel_version)
         shutil.copytree(ROOT / "tests/boot/hand", top / "opt/hand")
         shutil.copy(debs / "bin/busybox", top / "opt/hand/busybox")
+        shutil.copy(ROOT / "tests/boot/tsm_steps.py", top / "opt/hand/tsm_steps.py")
         build.settle(top)
         build.pack_cpio(top, target, 1)
 

@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -47,6 +47,7 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
+    GuestApiError,
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
@@ -57,9 +58,11 @@ from agent.evidence import (
     GpuNonce,
     Nonce,
     ReportData,
+    RuntimeData,
     Tee,
     binding,
     ccel,
+    coco,
     cpu,
     gpu_abi,
     qgs_abi,
@@ -70,6 +73,7 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
+from agent.guest.api_server import ApiServer
 from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -83,6 +87,7 @@ from agent.handshake import (
     TeePublicKey,
     grpc_status,
     grpc_wire,
+    rcar,
 )
 from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
@@ -240,6 +245,20 @@ def event_log(data: bytes) -> None:
             if (entry := ccel.parse_runtime_event(event)) is not None:
                 assert ccel.pack_runtime_event(entry, 3).data == event.data
     ccel.replay(log)
+
+
+def event_log_joined(data: bytes) -> None:
+    """The firmware's log with an event of ours after it: what a TD sends."""
+    event = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+    log = ccel.join_event_log(data, ccel.pack_event(event))
+    assert ccel.parse_event_log(log).events == (*ccel.parse_event_log(data).events, event)
+    assert data.startswith(log.removesuffix(ccel.pack_event(event)))
+
+
+def event_log_seeds() -> list[bytes]:
+    separator = ccel.Event(1, 4, ((ccel.SHA384, bytes(48)),), bytes(4))
+    log = ccel.pack_event_log(ccel.EventLog(ccel.SpecId(1, 0, (0, 2, 0), 2, ((ccel.SHA384, 48),), b""), (separator,)))
+    return [log, log + b"\xff" * 64]
 
 
 def pck_chain(data: bytes) -> None:
@@ -436,7 +455,7 @@ def attest_request(data: bytes) -> None:
 
 def attest_request_seeds() -> list[bytes]:
     evidence = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
-    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA)), "")
+    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA), event_log=b"l" * 69), "")
     attestations = [grpc_wire.pack_attest_request(Attestation(ID, POINT, each)) for each in (evidence, quoted)]
     return [grpc_wire.pack_attest_request(Hello(ID, KEY_URI, Tee.SNP)), *attestations]
 
@@ -496,6 +515,71 @@ def _sign(payload: bytes) -> str:
     text = f"{header}.{jose.pack_b64url(payload)}"
     r, s = decode_dss_signature(AUTHORITY.sign(text.encode(), ec.ECDSA(hashes.SHA256())))
     return f"{text}.{jose.pack_b64url(r.to_bytes(32) + s.to_bytes(32))}"
+
+
+RCAR_STATE = Ident("AWAIT_VERDICT")
+PUBLIC = TeePublicKey(b"x" * 32, b"y" * 32)
+
+
+def rcar_challenge(data: bytes) -> None:
+    offer = rcar.parse_challenge(data, RCAR_STATE)
+    body = rcar.pack_attestation(offer.nonce, PUBLIC, CompositeEvidence(Evidence(Tee.SAMPLE, bytes(48)), ""), None)
+    assert json.loads(body)["runtime-data"]["nonce"] == offer.nonce.decode()
+    binding.report_data(RuntimeData(offer.nonce, PUBLIC.x, PUBLIC.y, offer.hash), "")
+
+
+def rcar_challenge_seeds() -> list[bytes]:
+    return [
+        b'{"nonce":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","extra-params":""}',
+        b'{"nonce":"{\\"x\\":1}","extra-params":{"selected-hash-algorithm":"SHA512"},"x":1.5}',
+    ]
+
+
+def rcar_token(data: bytes) -> None:
+    assert rcar.parse_token(data, RCAR_STATE).count(".") == 2
+
+
+def rcar_token_seeds() -> list[bytes]:
+    return [b'{"token":"aa.bb.c-_"}', b'{"token":"a.b.c","expires":3.5}']
+
+
+def rcar_failure(data: bytes) -> None:
+    """A status, and what came with it."""
+    status, _, body = data.partition(b" ")
+    answer = rcar.Answer(int(status), body, retry_after=body[:20].decode("latin-1"))
+    for exchange in rcar.Exchange:
+        error, wait_s = rcar.failure_of(exchange, answer, RCAR_STATE, body.decode("latin-1"))
+        assert isinstance(error, AgentError)
+        assert 0 <= wait_s <= 3600
+
+
+def rcar_failure_seeds() -> list[bytes]:
+    types = b"https://github.com/confidential-containers/kbs/errors/"
+    mismatch = b"KBS Client Protocol Version Mismatch: expect =0.1.1 while the request is 0.4.0"
+    bodies = [
+        b'{"type":"' + types + b'AttestationError","detail":"' + mismatch + b'"}',
+        b'{"type":"' + types + b'PolicyDeny","detail":"Access denied by policy"}',
+        b'{"type":"' + types + b'PluginNotFound","detail":"Plugin x not found"}',
+    ]
+    return [b"401 " + bodies[0], b"401 " + bodies[1], b"404 " + bodies[2], b"503 120", b"413 payload reached size limit"]
+
+
+def rcar_headers(data: bytes) -> None:
+    """Cookies, a line each, and a date."""
+    lines = tuple(data.decode("latin-1").split("\n"))
+    cookies = rcar.merge_cookies({"kept": "1"}, lines)
+    assert "kept" in cookies
+    assert len(cookies) <= 16
+    for name, value in cookies.items():
+        assert not set(name + value) & set(" ;,\r\n\t")
+    rcar.clock_ahead_s(rcar.Answer(200, b"", date=lines[0]), NOW)
+
+
+def rcar_headers_seeds() -> list[bytes]:
+    return [
+        b"kbs-session-id=0123456789abcdef; Expires=Thu, 01 Jan 1970 00:05:00 GMT\nlb=a+b/c=; Path=/",
+        b"Tue, 15 Nov 1994 08:12:31 GMT\nkept=2",
+    ]
 
 
 def token(data: bytes) -> None:
@@ -724,6 +808,57 @@ def store_answer_seeds() -> list[bytes]:
         b"HTTP/1.1 416 Range Not Satisfiable\r\nContent-Range: bytes */20\r\nContent-Length: 0\r\n\r\n",
         b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n",
     ]
+
+
+# --- CoCo's api-server-rest -------------------------------------------------------------------------------------------
+
+
+def guest_api_answer(data: bytes) -> None:
+    """What answers in the guest's own API, to every request there is, from a real socket."""
+    server = _answering()
+    server.answer = data
+    api = ApiServer(f"http://127.0.0.1:{server.port}", timeout_s=5.0)
+    key = memoryview(bytearray(32))
+    asks: tuple[Callable[[], object], ...] = (
+        api.info,
+        api.token,
+        lambda: api.evidence(bytes(48)),
+        lambda: api.additional_evidence(bytes(32)),
+        lambda: api.resource(KEY_URI, key),
+        lambda: api.measure("keyturn", "op", "content"),
+    )
+    for ask in asks:
+        with suppress(GuestApiError):
+            ask()
+
+
+def guest_api_answer_seeds() -> list[bytes]:
+    bodies = (
+        b'{"version":"v0","tee":"snp","additional_tees":["nvidia"],"feature":"all"}',
+        b'{"token":"a.b.c","tee_keypair":"-----BEGIN PRIVATE KEY-----"}',
+        b'{"success":"false","message": "The platform does not support runtime measurement"}',
+        bytes(range(32)),
+    )
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\ndate: x\r\n\r\n"
+    return [head % len(body) + body for body in bodies] + [b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1\r\n\r\nx"]
+
+
+def coco_devices(data: bytes) -> None:
+    for evidence in coco._parse_devices(jose.parse_object(data, 1 << 20)):
+        assert len(evidence.report) + len(evidence.certificate_chain) < len(data)
+
+
+def coco_devices_seeds() -> list[bytes]:
+    evidence, _, _ = _gpu()
+    entry = {
+        "arch": "HOPPER",
+        "uuid": "unknown",
+        "evidence": jose.pack_b64(evidence.report),
+        "certificate": jose.pack_b64(evidence.certificate_chain),
+    }
+    small = entry | {"evidence": "AA==", "certificate": "AA=="}
+    lists: list[list[dict[str, str]]] = [[entry], [small, small | {"arch": "Blackwell"}], []]
+    return [json.dumps({"nvidia": {"device_evidence_list": each}}).encode() for each in lists] + [b'{"sampledevice":{}}']
 
 
 # --- guest, configuration, worker and server --------------------------------------------------------------------------
@@ -963,6 +1098,7 @@ TARGETS = {
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
         Target("ccel", event_log, _none),
+        Target("ccel_joined", event_log_joined, event_log_seeds),
         Target("pck_chain", pck_chain, _none),
         Target("pck_extension", pck_extension, pck_extension_seeds),
         Target("sev_guest_answers", sev_guest_answers, sev_guest_answers_seeds),
@@ -981,6 +1117,10 @@ TARGETS = {
         Target("key_request", key_request, key_request_seeds),
         Target("key_response", key_response, key_response_seeds),
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
+        Target("rcar_challenge", rcar_challenge, rcar_challenge_seeds),
+        Target("rcar_token", rcar_token, rcar_token_seeds),
+        Target("rcar_failure", rcar_failure, rcar_failure_seeds, (ValueError,)),  # no number
+        Target("rcar_headers", rcar_headers, rcar_headers_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
@@ -996,6 +1136,8 @@ TARGETS = {
         Target("stream_header", stream_header, stream_header_seeds),
         Target("redirect", redirect, redirect_seeds),
         Target("store_answer", store_answer, store_answer_seeds),
+        Target("guest_api_answer", guest_api_answer, guest_api_answer_seeds),
+        Target("coco_devices", coco_devices, coco_devices_seeds, (ValueError,)),
         Target("config", config, config_seeds),
         Target("initdata", initdata, initdata_seeds),
         Target("initdata_disk", initdata_disk, initdata_disk_seeds),
@@ -1026,7 +1168,8 @@ def renew() -> None:
         evidence = machine.attester().collect(REPORT_DATA)
         quote = SimulatedTdx(machine).collect(REPORT_DATA).report
         tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
-        log = ccel.pack_event_log(make_event_log(machine))
+        measured = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+        log = ccel.join_event_log(ccel.pack_event_log(make_event_log(machine)), ccel.pack_event(measured))
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
         for root in machine.roots_dir.iterdir():

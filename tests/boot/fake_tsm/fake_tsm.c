@@ -31,6 +31,7 @@
 #include <linux/uaccess.h>
 
 #define POLL_MS 5
+#define MAX_BLOB (64 << 10) /* more than TSM_OUTBLOB_MAX: what is too much the core says */
 
 static char *port = "/dev/vport0p1";
 module_param(port, charp, 0444);
@@ -39,6 +40,10 @@ MODULE_PARM_DESC(port, "virtio-serial port to the firmware");
 static unsigned int deadline_s = 62;
 module_param(deadline_s, uint, 0444);
 MODULE_PARM_DESC(deadline_s, "seconds until a report without an answer fails with ETIMEDOUT; 62 is what sev-guest takes");
+
+static bool svsm;
+module_param(svsm, bool, 0444);
+MODULE_PARM_DESC(svsm, "show what a guest under an SVSM has too");
 
 struct request {
 	__le32 bytes;
@@ -135,7 +140,7 @@ static int receive_answer(struct line *line, struct tsm_report *report, u32 *ans
 	*error = le32_to_cpu(answer.error);
 	report_bytes = le32_to_cpu(answer.report_bytes);
 	auxblob_bytes = le32_to_cpu(answer.auxblob_bytes);
-	if (*error > MAX_ERRNO || report_bytes > TSM_OUTBLOB_MAX || auxblob_bytes > TSM_OUTBLOB_MAX)
+	if (*error > MAX_ERRNO || report_bytes > MAX_BLOB || auxblob_bytes > MAX_BLOB)
 		return -EBADMSG;
 	rc = receive_blob(line, &report->outblob, &report->outblob_len, report_bytes);
 	return rc ?: receive_blob(line, &report->auxblob, &report->auxblob_len, auxblob_bytes);
@@ -195,15 +200,15 @@ static int report_new(struct tsm_report *report, void *data)
 	return rc;
 }
 
-/* What the real sev_guest shows in a guest without an SVSM. */
+/* What the real sev_guest shows, of which a guest without an SVSM has not all. */
 static bool attr_visible(int n)
 {
-	return n <= TSM_REPORT_PRIVLEVEL_FLOOR;
+	return svsm || n <= TSM_REPORT_PRIVLEVEL_FLOOR;
 }
 
 static bool bin_attr_visible(int n)
 {
-	return n <= TSM_REPORT_AUXBLOB;
+	return svsm || n <= TSM_REPORT_AUXBLOB;
 }
 
 static const struct tsm_ops ops = {
