@@ -35,10 +35,10 @@ LEAF = certificate(UPSTREAM_NAME, signer=CA)
 
 
 @contextmanager
-def upstream(machine: SimulatedMachine) -> Iterator[Trustee]:
+def upstream(machine: SimulatedMachine, uri: str = URI, key: bytes = KEY) -> Iterator[Trustee]:
     """A KBS over TLS that has the key, with Trustee's default policies."""
     with serve(tls=(pem(LEAF), key_pem(LEAF)), roots=machine.roots_dir) as kbs:
-        kbs.register_resource(URI.removeprefix("kbs:///"), KEY)
+        kbs.register_resource(uri.removeprefix("kbs:///"), key)
         yield kbs
 
 

@@ -30,7 +30,9 @@ from agent.server.presets import command_digest
 from agent.sim.api_server_rest import Components, serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
+from agent.sim.trustee import Trustee
 from tests.test_handshake_ear import SERVICE, payload, signed, submod
+from tests.tls import pem
 
 KEY_URI = "kbs:///models/tiny/1"
 KEY = bytes(range(100, 132))
@@ -162,6 +164,7 @@ class World:
                 "modes": ["cc"],
                 "ready": False,
             }
+        self.upstream_flags: list[str] = []
         self.broker_flags = ["--unsafe-simulation-roots", str(silicon)]
         self.cwd: Path | None = None
         """Where the agent is started; None: where we are."""
@@ -194,6 +197,19 @@ class World:
         gpus = {f"gpu{number}": submod("nvidia", {}) for number in range(self.machine.gpu.count)}
         submods = {"cpu0": submod(self.row_tee.value, {}, init_data=self.machine.host_data.hex())} | gpus
         return signed(payload(**submods) | {"iat": now, "exp": now + 300})
+
+    # --- Trustee ------------------------------------------------------------------------------------------------------
+
+    def behind_a_relay(self) -> Trustee:
+        """Our broker is a relay before a test KBS that has the key; gives that KBS."""
+        from tests.relay_site import CA, UPSTREAM_NAME, upstream
+
+        kbs = self.undo.enter_context(upstream(self.machine, KEY_URI, self.key_file.read_bytes()))
+        (self.folder / "upstream.pem").write_bytes(pem(CA))
+        self.upstream_flags = ["--upstream", kbs.url, "--upstream-ca", str(self.folder / "upstream.pem")]
+        self.upstream_flags += ["--upstream-server-name", UPSTREAM_NAME]
+        self.broker_config |= {"tokens": "trustee", "token_keys": [kbs.token_key_pem]}
+        return kbs
 
     # --- files --------------------------------------------------------------------------------------------------------
 
@@ -231,9 +247,13 @@ class World:
     def start_broker(self) -> None:
         made = self.folder / "broker"
         command = [sys.executable, "-m", "agent", "broker", "--listen", f"127.0.0.1:{self.broker_port}"]
-        command += ["--policy", str(self.write_policy()), "--keys", str(made / "keys"), "--token-key", str(made / "token.key")]
         command += ["--tls-cert", str(made / "tls.pem"), "--tls-key", str(made / "tls.key")]
-        command += ["--audit", str(self.folder / "audit.jsonl"), *self.broker_flags]
+        command += ["--audit", str(self.folder / "audit.jsonl")]
+        if self.upstream_flags:
+            command += self.upstream_flags
+        else:
+            command += ["--policy", str(self.write_policy()), "--keys", str(made / "keys")]
+            command += ["--token-key", str(made / "token.key"), *self.broker_flags]
         self.broker_process = process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         assert process.stdout and process.stderr
         self.undo.callback(process.stderr.close)
@@ -241,7 +261,7 @@ class World:
         self.undo.callback(process.wait, DEADLINE_S)
         self.undo.callback(process.terminate)
         assert json.loads(process.stdout.readline())["event"] == "listening"
-        assert json.loads(process.stderr.readline())["event"] == "policy_loaded"
+        assert json.loads(process.stderr.readline())["event"] == ("upstream" if self.upstream_flags else "policy_loaded")
 
     def reload_policy(self) -> None:
         """What the row says now is what the running broker goes by."""

@@ -15,6 +15,7 @@ from tests.faults import (
     configuration,
     devices,
     evil_relay,
+    evil_trustee_relay,
     memory,
     rcar,
     server,
@@ -24,11 +25,22 @@ from tests.faults import (
 )
 from tests.faults.table import Fault, run
 
-TABLE = [
-    (module.__name__.rpartition(".")[2], row)
-    for module in (configuration, devices, tdx, coco, transport, broker, rcar, evil_relay, artifact, memory, server, signals)
-    for row in module.ROWS
-]
+MODULES = (
+    configuration,
+    devices,
+    tdx,
+    coco,
+    transport,
+    broker,
+    rcar,
+    evil_relay,
+    evil_trustee_relay,
+    artifact,
+    memory,
+    server,
+    signals,
+)
+TABLE = [(module.__name__.rpartition(".")[2], row) for module in MODULES for row in module.ROWS]
 
 
 @pytest.mark.parametrize(("group", "row"), TABLE, ids=lambda part: part.name if isinstance(part, Fault) else None)
