@@ -4,6 +4,8 @@
     decrypt_vs_copy      load from the page cache into a fresh destination : a copy of the plaintext, same threads, same
                          source code, same destination, pages made in both. Aim >= 0.75
     decrypt_vs_tink      the same load : Tink for Python on the same file, into memory of the same kind. Aim >= 5
+    handshake_grpc_ms    processor time of the guest for one handshake, devices taken out. Aim < 10; the broker's beside it
+    handshake_rcar_ms    the same over Trustee's wire. Aim < 15
     rss_over_model_mib   anonymous and file pages of the worker in a whole boot over HTTP, at their peak. Aim <= 96
     supervisor_rss_mib   resident memory of the supervisor while it serves. Aim <= 20
     cold_start_ms        process start to first byte at the broker. Aim <= 400
@@ -28,6 +30,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bench_handshake import handshake_grpc_ms, handshake_rcar_ms
 
 from agent.artifact.load import OPEN_THREADS, load, prepare
 from agent.artifact.manifest import parse_config, parse_manifest
@@ -294,6 +298,8 @@ def cold_start_ms(_: Model, repeat: int) -> dict[str, float]:
 FIGURES: dict[str, Callable[[Model, int], dict[str, float]]] = {
     "decrypt_vs_copy": decrypt_vs_copy,
     "decrypt_vs_tink": decrypt_vs_tink,
+    "handshake_grpc_ms": handshake_grpc_ms,
+    "handshake_rcar_ms": handshake_rcar_ms,
     "rss_over_model_mib": rss_over_model_mib,
     "supervisor_rss_mib": supervisor_rss_mib,
     "cold_start_ms": cold_start_ms,
