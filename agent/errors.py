@@ -546,6 +546,7 @@ class ProtocolProblem(enum.Enum):
     REQUEST_ID = "answer carries another request id"
     CLOSED = "stream ended before the answer"
     VERSION = "protocol version is not supported"
+    TOO_MANY_CHALLENGES = "more challenges than this guest answers in one boot"
 
 
 @dataclasses.dataclass(eq=False)

@@ -537,6 +537,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Stream ended before the answer: the broker was stopped or killed in the middle; see its stderr for an "
                 "error line."
             ),
+            (
+                "More challenges than are answered: the broker took the evidence ten times and gave no verdict, or its "
+                "challenges ran out before the devices had answered; see its log, and how long they take."
+            ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
     ),
