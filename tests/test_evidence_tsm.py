@@ -25,7 +25,7 @@ from agent.errors import (
     Owner,
 )
 from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
-from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Patience
+from agent.evidence.cpu import REQUEST_DISTANCE_S, SNP_PATIENCE, TDX_PATIENCE, Distance, Patience
 from agent.evidence.snp_abi import REPORT_BYTES, CertificateKind, parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport
 from agent.evidence.tsm import MAX_SNP_BLOB_BYTES, REPORT_ROOT, TsmSnp, TsmTdx
@@ -80,7 +80,7 @@ def impatient(patience: Patience) -> Patience:
 
 def opened(fake: FakeConfigfs, faults: Faults) -> TsmSnp:
     """A device that fails from its first request on, and not before."""
-    device = TsmSnp(fake.root, impatient(SNP_PATIENCE))
+    device = TsmSnp(fake.root, impatient(SNP_PATIENCE), Distance(pause=lambda _: True))
     fake.set(faults)
     fake.calls()
     return device
@@ -339,6 +339,62 @@ def test_a_report_after_somebody_elses_write_is_not_taken(fake: FakeConfigfs, ma
 def test_somebody_else_who_always_writes_is_told_as_a_stale_generation(fake: FakeConfigfs) -> None:
     error = refused(DeviceUnavailableError, opened(fake, Faults(intruders=(OTHER,) * ALWAYS)))
     check_device_error(error, "generation", errno.EWOULDBLOCK)
+
+
+# --- distance ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass only in pauses."""
+
+    def __init__(self) -> None:
+        self.time = 50.0
+        self.pauses: list[float] = []
+        self.wanted = True
+
+    def now(self) -> float:
+        return self.time
+
+    def pause(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        self.time += seconds
+        return self.wanted
+
+
+def test_requests_keep_their_distance_whatever_came_of_the_one_before(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    patience = replace(SNP_PATIENCE, now=clock.now, pause=clock.pause)
+    device = TsmSnp(fake.root, patience, Distance(clock.now, clock.pause))
+    fake.calls()
+    device.launch_digest()  # as a boot does first of all
+    clock.time += 0.5
+    device.collect(DATA)
+    assert clock.pauses == [REQUEST_DISTANCE_S - 0.5]
+    fake.set(Faults(errors=(("outblob", errno.EINVAL),)))
+    refused(DeviceError, device)
+    device.collect(DATA)
+    assert clock.pauses[1:] == [REQUEST_DISTANCE_S] * 2
+    clock.time += REQUEST_DISTANCE_S
+    device.collect(DATA)
+    assert len(clock.pauses) == 3
+
+
+def test_a_request_that_is_made_again_keeps_it_too(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    device = TsmSnp(fake.root, replace(SNP_PATIENCE, now=clock.now, pause=clock.pause), Distance(clock.now, clock.pause))
+    fake.set(Faults(errors=(("outblob", errno.EBUSY),)))
+    device.collect(DATA)
+    assert clock.pauses == [REQUEST_DISTANCE_S]
+
+
+def test_nothing_more_is_asked_when_nobody_wants_the_answer(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    device = TsmSnp(fake.root, SNP_PATIENCE, Distance(clock.now, clock.pause))
+    device.collect(DATA)
+    clock.wanted = False
+    fake.calls()
+    check_device_error(refused(DeviceError, device), "outblob", errno.ECANCELED)
+    assert fake.calls() == []
 
 
 # --- TDX --------------------------------------------------------------------------------------------------------------
