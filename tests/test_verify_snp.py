@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
 from agent.evidence.snp_abi import (
+    REPORT_BYTES,
     SIGNED_BYTES,
     Product,
     SigningKey,
@@ -79,6 +81,23 @@ def test_a_recorded_report_with_one_flipped_bit_does_not_verify(name: str) -> No
         changed = bytearray(evidence.report)
         changed[position] ^= 1
         refuse(dataclasses.replace(evidence, report=bytes(changed)), EvidenceCheck.REPORT_SIGNATURE, now=day)
+
+
+def flipped_bytes_are_refused(evidence: Evidence, day: datetime.datetime, roots: Sequence[x509.Certificate] = ()) -> None:
+    """250 places of the signed part and its ends, and every byte behind it, of which no other parser may make anything."""
+    verify_snp(evidence, roots, [], day)
+    sampled = random.Random(1).sample(range(SIGNED_BYTES), 250)
+    for place in {0, SIGNED_BYTES - 1, *sampled, *range(SIGNED_BYTES, REPORT_BYTES)}:
+        report = bytearray(evidence.report)
+        report[place] ^= 1 << place % 8
+        with pytest.raises((EvidenceVerificationError, MalformedEvidenceError)):
+            verify_snp(dataclasses.replace(evidence, report=bytes(report)), roots, [], day)
+
+
+@pytest.mark.parametrize("name", ["milan-v3-vcek", "milan-v3-vlek-aws", "genoa-v3-vcek-configfs", "genoa-v5-vcek"])
+def test_no_byte_of_a_recorded_report_can_be_another(name: str) -> None:
+    evidence, day, _ = recorded(name)
+    flipped_bytes_are_refused(evidence, day)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +183,16 @@ def test_a_simulated_report_does_not_verify_under_the_pinned_roots(machine: Simu
 def test_a_debuggable_guest_verifies_and_its_policy_can_be_read(machine: SimulatedMachine) -> None:
     machine.policy |= 1 << 19
     assert verify_snp(machine.attester().collect(REPORT_DATA), roots_of(machine), [], NOW).report.policy.debug
+
+
+MITIGATIONS = {5: {"launch_mitigations": 1, "current_mitigations": 1}}
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_no_byte_of_a_simulated_report_can_be_another(vendor: "Vendor", version: int) -> None:
+    vendor.report = dataclasses.replace(vendor.report, version=version, **MITIGATIONS.get(version, {}))
+    evidence = vendor.evidence()
+    flipped_bytes_are_refused(evidence, NOW, [load_certificate(evidence.cert_chain[2])])
 
 
 def test_a_flipped_signature_bit_is_refused(machine: SimulatedMachine) -> None:
