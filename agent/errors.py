@@ -366,6 +366,8 @@ class EvidenceCheck(enum.Enum):
     REPORT_DATA = "report-data"
     REVOCATION = "revocation"
     REVOCATION_LIST = "revocation-list"
+    REVOCATION_LIST_SIGNATURE = "revocation-list-signature"
+    REVOCATION_LIST_VALIDITY = "revocation-list-validity"
     QE_VENDOR = "qe-vendor"
     QE_IDENTITY = "qe-identity"
     QE_REPORT_SIGNATURE = "qe-report-signature"

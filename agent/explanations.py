@@ -331,6 +331,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`keyturn verify`: certificate-chain also means that a certificate is missing, and certificate-validity "
                 "that evidence is older or newer than its certificates; it can be told another time than now."
             ),
+            (
+                "revocation: AMD or Intel took the chain back, so move the guest to another machine. The other words with "
+                "revocation are about a list: fetch it anew from its issuer, a broker's into the folder of `--amd-crls`."
+            ),
             "Reset the GPU on the host and start a new guest.",
             "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
             "Boot the same image on another machine: if it passes there, take this one out of service.",

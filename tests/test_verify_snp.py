@@ -32,7 +32,8 @@ from agent.evidence.snp_abi import (
     parse_certificate_table,
 )
 from agent.sim.machine import SimulatedMachine
-from agent.sim.snp import issue_leaf, make_report, sign_report
+from agent.sim.snp import issue_leaf, make_crl, make_report, sign_report
+from agent.verify.crl import RevocationList, parse_crl
 from agent.verify.snp import AMD_EXTENSIONS, SnpClaims, load_certificate, verify_snp
 from tests.shared import shared_data
 
@@ -185,12 +186,12 @@ def test_a_debuggable_guest_verifies_and_its_policy_can_be_read(machine: Simulat
     assert verify_snp(machine.attester().collect(REPORT_DATA), roots_of(machine), [], NOW).report.policy.debug
 
 
-MITIGATIONS = {5: {"launch_mitigations": 1, "current_mitigations": 1}}
-
-
 @pytest.mark.parametrize("version", [3, 4, 5])
 def test_no_byte_of_a_simulated_report_can_be_another(vendor: "Vendor", version: int) -> None:
-    vendor.report = dataclasses.replace(vendor.report, version=version, **MITIGATIONS.get(version, {}))
+    mitigations = 1 if version == 5 else None
+    vendor.report = dataclasses.replace(
+        vendor.report, version=version, launch_mitigations=mitigations, current_mitigations=mitigations
+    )
     evidence = vendor.evidence()
     flipped_bytes_are_refused(evidence, NOW, [load_certificate(evidence.cert_chain[2])])
 
@@ -467,6 +468,44 @@ def test_a_turin_chip_needs_a_certificate_for_its_fmc_level(vendor: Vendor, fmc:
     with pytest.raises(EvidenceVerificationError) as refused:
         vendor.verify()
     assert refused.value.check is EvidenceCheck.CERTIFICATE_TCB
+
+
+# --- revocation -------------------------------------------------------------------------------------------------------
+
+ASK_SERIAL = 1
+
+
+def listed(vendor: Vendor, revoked: Sequence[int], **changes: object) -> RevocationList:
+    """The list of the vendor's ARK."""
+    issuer = load_certificate(vendor.chain()[2]).subject
+    return parse_crl(make_crl(issuer, vendor.ark_key, revoked, **changes))  # type: ignore[arg-type]
+
+
+def test_a_chain_is_held_against_lists_where_there_are_any(vendor: Vendor) -> None:
+    evidence = vendor.evidence()
+    roots = [load_certificate(evidence.cert_chain[2])]
+    assert not verify_snp(evidence, roots, [], NOW).revocation_checked
+    assert verify_snp(evidence, roots, [], NOW, [listed(vendor, [2, 3])]).revocation_checked
+    for lists, check in (
+        ([listed(vendor, [ASK_SERIAL])], EvidenceCheck.REVOCATION),
+        ([], EvidenceCheck.REVOCATION_LIST),
+        ([listed(vendor, [], days=(-9, -8))], EvidenceCheck.REVOCATION_LIST_VALIDITY),
+        (
+            [dataclasses.replace(listed(vendor, []), signature=bytes(256))],
+            EvidenceCheck.REVOCATION_LIST_SIGNATURE,
+        ),
+    ):
+        with pytest.raises(EvidenceVerificationError) as refused:
+            verify_snp(evidence, roots, [], NOW, lists)
+        assert (refused.value.check, refused.value.format) == (check, EvidenceFormat.SNP_CHAIN)
+
+
+def test_no_chain_of_silicon_passes_a_list_in_its_roots_name_that_is_not_amds(vendor: Vendor) -> None:
+    evidence, day, _ = recorded("milan-v3-vcek")
+    forged = parse_crl(make_crl(load_certificate(evidence.cert_chain[2]).subject, vendor.ark_key, []))
+    with pytest.raises(EvidenceVerificationError) as refused:
+        verify_snp(evidence, [], [], day, [forged])
+    assert refused.value.check is EvidenceCheck.REVOCATION_LIST_SIGNATURE
 
 
 # --- signing keys -----------------------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
+    EvidenceVerificationError,
     MalformedEvidenceError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
@@ -90,8 +91,9 @@ from agent.publish import HandedModel
 from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import CRL_FILE
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
-from agent.verify import nvidia, pck, ppcie, snp, tdx
+from agent.verify import crl, nvidia, pck, ppcie, snp, tdx
 from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
 from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWITCH_SAYS, SimulatedSet
@@ -176,6 +178,14 @@ def snp_evidence(data: bytes) -> None:
 def snp_certificate(data: bytes) -> None:
     evidence, root, now = _snp()
     snp.verify_snp(replace(evidence, cert_chain=(data, *evidence.cert_chain)), [root], [], now)
+
+
+def amd_crl(data: bytes) -> None:
+    read = crl.parse_crl(data)
+    evidence, root, now = _snp()
+    with suppress(EvidenceVerificationError):
+        snp.verify_snp(evidence, [root], [], now, [read])
+        assert data == _silicon(CRL_FILE), "another list than the root's counts"
 
 
 def certificate_table(data: bytes) -> None:
@@ -939,6 +949,7 @@ TARGETS = {
         Target("snp_report", snp_report, snp_report_seeds),
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
+        Target("amd_crl", amd_crl, _none),
         Target("certificate_table", certificate_table, _none),
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
         Target("tdx_evidence", tdx_evidence, _none),
@@ -1008,10 +1019,12 @@ def renew() -> None:
         quote = SimulatedTdx(machine).collect(REPORT_DATA).report
         tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
         log = ccel.pack_event_log(make_event_log(machine))
+        amd_list = (machine.silicon / CRL_FILE).read_bytes()
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
         for root in machine.roots_dir.iterdir():
             (SILICON / root.name).write_bytes(root.read_bytes())
+    (SILICON / CRL_FILE).write_bytes(amd_list)
     (SILICON / "snp-report.bin").write_bytes(evidence.report)
     for number, der in enumerate(evidence.cert_chain):
         (SILICON / f"snp-{number}.der").write_bytes(der)
@@ -1027,6 +1040,7 @@ def renew() -> None:
         "snp_report": [evidence.report],
         "snp_evidence": [evidence.report],
         "snp_certificate": list(evidence.cert_chain),
+        "amd_crl": [amd_list],
         "certificate_table": [_table(evidence.cert_chain)],
         "tdx_quote": [quote],
         "tdx_evidence": [quote],
