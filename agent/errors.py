@@ -3,7 +3,7 @@
 AgentError
 ├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
 ├── InitdataError                                                         operator × config
-├── GuestInitError                                                        operator × guest
+├── GuestInitError · GuestUnfitError                                      operator × guest
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── DeviceUnavailableError · AttestationKeyLostError
@@ -226,6 +226,33 @@ class GuestInitError(AgentError):
 
     def what(self) -> str:
         return f"guest init: {self.part.value} {self.name} failed" + (f" (errno {self.code})" if self.code else "")
+
+
+class Unfit(enum.Enum):
+    KERNEL = "kernel is older than its interfaces to this TEE"
+    GPU_DRIVER_ABSENT = "NVIDIA driver is not loaded"
+    GPU_DRIVER_UNKNOWN = "NVIDIA driver tells no version that is one"
+    GPU_DRIVER_CLOSED = "NVIDIA driver is not of the open kernel modules, which alone know confidential computing"
+    GPU_DRIVER_OLD = "NVIDIA driver is older than what confidential computing needs"
+    CLOCK = "clock is before this program was made"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestUnfitError(AgentError):
+    """`keyturn doctor` found the guest's kernel, driver or clock to be none that a boot can use. `got` and `expected` are
+    versions or days, None where there are none.
+    """
+
+    owner = Owner.OPERATOR
+    step = Step.GUEST
+    next_step = "use an image with a newer kernel or driver; for the clock, see that host and guest agree about the time"
+    problem: Unfit
+    got: Ident | None = None
+    expected: Ident | None = None
+
+    def what(self) -> str:
+        got = f": got {self.got}" if self.got else ""
+        return f"guest: {self.problem.value}{got}" + (f", expected {self.expected}" if self.expected else "")
 
 
 # --- devices and evidence ---------------------------------------------------------------------------------------------

@@ -16,14 +16,15 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS, Skip
+from agent.doctor import CHECKS
+from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
 from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock"}  # as the kernel is
+MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters"}  # as the kernel is, and what silicon alone has
 
 
 @dataclass(frozen=True)
