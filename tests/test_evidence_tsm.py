@@ -439,6 +439,33 @@ def test_an_empty_quote_is_a_failure_of_the_host(fake_tdx: FakeConfigfs) -> None
     assert fake_tdx.requests() == TDX_REQUESTS
 
 
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("mkdir", errno.EEXIST),
+        ("provider", errno.ENOENT),
+        ("generation", errno.ENOENT),
+        ("outblob", errno.ENOENT),
+        ("outblob", errno.EWOULDBLOCK),
+        ("outblob", errno.ENOMEM),
+    ],
+)
+def test_a_quote_that_was_interfered_with_starts_over_and_that_ends(fake_tdx: FakeConfigfs, call: str, code: int) -> None:
+    device = opened_tdx(fake_tdx, replace(TDX, errors=((call, code),) * (TDX_REQUESTS - 1)))
+    assert device.collect(DATA).report == quote(DATA)
+    assert fake_tdx.calls().count("mkdir") == TDX_REQUESTS
+    fake_tdx.set(replace(TDX, errors=((call, code),) * ALWAYS))
+    check_device_error(refused(DeviceUnavailableError, device), call, code)
+    assert fake_tdx.calls().count("mkdir") == TDX_REQUESTS
+
+
+@pytest.mark.parametrize("call", ["mkdir", "provider", "generation", "outblob"])
+def test_every_call_of_a_tdx_guest_that_fails_is_named_and_final(fake_tdx: FakeConfigfs, call: str) -> None:
+    device = opened_tdx(fake_tdx, replace(TDX, errors=((call, errno.EPERM),)))
+    check_device_error(refused(DeviceError, device), call, errno.EPERM)
+    assert fake_tdx.calls().count("mkdir") == 1
+
+
 def test_an_interrupted_read_is_repeated_by_the_interpreter(fake_tdx: FakeConfigfs) -> None:
     device = opened_tdx(fake_tdx, replace(TDX, errors=(("firmware", errno.EINTR),)))
     assert device.collect(DATA).report == quote(DATA)
