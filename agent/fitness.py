@@ -79,6 +79,11 @@ def check_gpu_driver(at: Places) -> Seen:
             text = file.read(MAX_VERSION_BYTES)
     except OSError as error:
         raise GuestUnfitError(Unfit.GPU_DRIVER_ABSENT) from error
+    return {"driver": parse_gpu_driver(text)}
+
+
+def parse_gpu_driver(text: bytes) -> Ident:
+    """The version in `/proc/driver/nvidia/version`, of a driver that will do. Raises GuestUnfitError."""
     match = _DRIVER.search(text)
     if match is None:
         raise GuestUnfitError(Unfit.GPU_DRIVER_UNKNOWN)
@@ -87,7 +92,7 @@ def check_gpu_driver(at: Places) -> Seen:
         raise GuestUnfitError(Unfit.GPU_DRIVER_CLOSED, Ident(version))
     if int(version.partition(".")[0]) < OLDEST_GPU_DRIVER:
         raise GuestUnfitError(Unfit.GPU_DRIVER_OLD, Ident(version), Ident(str(OLDEST_GPU_DRIVER)))
-    return {"driver": Ident(version)}
+    return Ident(version)
 
 
 def check_clock(now: datetime) -> Seen:

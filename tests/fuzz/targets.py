@@ -70,6 +70,7 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
+from agent.fitness import parse_gpu_driver
 from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -319,6 +320,15 @@ def tdx_attest_conf(data: bytes) -> None:
 
 def tdx_attest_conf_seeds() -> list[bytes]:
     return [b"# vsock\nport = 4050 # host\n"]
+
+
+def gpu_driver(data: bytes) -> None:
+    assert parse_gpu_driver(data).encode() in data
+
+
+def gpu_driver_seeds() -> list[bytes]:
+    line = b"NVRM version: NVIDIA UNIX %s  590.12  Release Build  (builder)  Tue\n"
+    return [line % b"Open Kernel Module for x86_64", line % b"x86_64 Kernel Module"]
 
 
 def gpu_report(data: bytes) -> None:
@@ -961,6 +971,7 @@ TARGETS = {
         Target("tdx_blob", tdx_blob, tdx_blob_seeds),
         Target("qgs_answer", qgs_answer, qgs_answer_seeds),
         Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
+        Target("gpu_driver", gpu_driver, gpu_driver_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_opaque", gpu_opaque, gpu_opaque_seeds),
         Target("gpu_topology", gpu_topology, gpu_topology_seeds),
