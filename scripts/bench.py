@@ -9,7 +9,7 @@
     cold_start_ms        process start to first byte at the broker. Aim <= 400
     collect_snp_gpu_ms   evidence of one SNP report and one GPU through the emulated kernel and driver, emulation included;
                          without the 2 s between two reports. Aim < 30
-    verify_snp_ms        one report and its chain, as the broker verifies it. Aim < 10; likewise
+    verify_snp_ms        processor time of one report and its chain, as the broker verifies it. Aim < 10; likewise
     verify_tdx_ms, verify_gpu_ms
 
 A shared machine is noisy: whatever is compared alternates within one run, and a ratio is the median of pairs.
@@ -348,9 +348,9 @@ def verify_ms(_: Model, __: int) -> dict[str, float]:
         snp, tdx = (machine.attester(tee).collect(ReportData(bytes(64))) for tee in (Tee.SNP, Tee.TDX))
         (gpu,) = machine.gpu_system().collect(nonce)
         return {
-            "verify_snp_ms": median_ms(lambda: verify_snp(snp, roots, [], now)),
-            "verify_tdx_ms": median_ms(lambda: verify_tdx(tdx, roots, now)),
-            "verify_gpu_ms": median_ms(lambda: verify_gpu(gpu, nonce, roots, now)),
+            "verify_snp_ms": median_ms(lambda: verify_snp(snp, roots, [], now), time.thread_time),
+            "verify_tdx_ms": median_ms(lambda: verify_tdx(tdx, roots, now), time.thread_time),
+            "verify_gpu_ms": median_ms(lambda: verify_gpu(gpu, nonce, roots, now), time.thread_time),
         }
 
 
@@ -363,12 +363,12 @@ def silicon_machine() -> Iterator["SimulatedMachine"]:
         yield SimulatedMachine.create(Path(folder, "machine"), gpus=1)
 
 
-def median_ms(work: Callable[[], object]) -> float:
+def median_ms(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     times = []
     for _ in range(EVIDENCE_RUNS):
-        began = time.perf_counter()
+        began = clock()
         work()
-        times.append((time.perf_counter() - began) * 1000)
+        times.append((clock() - began) * 1000)
     return statistics.median(times)
 
 
