@@ -153,6 +153,7 @@ class Site:
         devices = open_devices(
             check_measured(machine.attester(self.tee), machine.host_data),
             machine.gpu_system() if machine.gpu.count else None,
+            machine.runtime(self.tee),
             gpu_count=machine.gpu.count,
             expected_ready=ExpectedReady.UNSET,
             manifest_digest=MANIFEST,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.closed import Ident
 from agent.errors import ConfigNotMeasuredError, GpuCountError, GpuFaultError, MalformedEvidenceError, VmRestartRequiredError
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData, Tee
 from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
@@ -12,10 +13,15 @@ from agent.evidence.collect import Devices, check_distinct, check_measured, open
 from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
+from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
 from tests.gpus import NONCE, gpu_machine, recorded
 
+CLAIMS = TokenClaims(
+    Nonce(bytes(32)), TeePublicKey(bytes(32), bytes(32)), Ident("kbs:///a/b/c"), Ident("1"), 1, None, True, 0, 1
+)
+VERDICT = Verdict(Ident("request-1"), "token", CLAIMS, ())
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
@@ -29,6 +35,7 @@ def devices_of(
     return open_devices(
         check_measured(machine.attester(), digest),
         gpus or machine.gpu_system(),
+        machine.runtime(),
         gpu_count=machine.gpu.count,
         expected_ready=expected_ready,
         manifest_digest="sha256:" + "0" * 64,
@@ -44,6 +51,12 @@ def test_one_cpu_report_covers_nonce_key_and_every_gpu(machine: SimulatedMachine
     assert claims is not None
     assert claims.manifest_digest == "sha256:" + "0" * 64
     assert (claims.ready, claims.renewal) == (False, False)
+
+
+def test_the_gate_comes_after_the_measurement(machine: SimulatedMachine) -> None:
+    with pytest.raises(RuntimeError):
+        devices_of(machine).secure(VERDICT, None)  # type: ignore[arg-type]
+    assert "nvmlSystemSetConfComputeGpusReadyState" not in nvml_calls(machine)
 
 
 def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine: SimulatedMachine) -> None:

@@ -42,6 +42,7 @@ _MEANING = {
     "prepare": "authenticate the manifest, reserve guest memory",
     "attest": "broker's nonce → GPU evidence → CPU evidence → verdict",
     "release-key": "get the model key, still sealed to this guest",
+    "measure": "note the release in the TEE's runtime register, where it has one",
     "secure": "set the GPU ready, once",
     "unwrap": "open the key, in locked memory",
     "load": "fetch and open every segment",

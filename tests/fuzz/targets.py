@@ -438,7 +438,7 @@ def attest_request(data: bytes) -> None:
 
 def attest_request_seeds() -> list[bytes]:
     evidence = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
-    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA)), "")
+    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA), event_log=b"l" * 69), "")
     attestations = [grpc_wire.pack_attest_request(Attestation(ID, POINT, each)) for each in (evidence, quoted)]
     return [grpc_wire.pack_attest_request(Hello(ID, KEY_URI, Tee.SNP)), *attestations]
 
