@@ -100,7 +100,7 @@ def one_event_less(log: EventLog) -> bytes:
 
 
 def cut_in_an_event(log: EventLog) -> bytes:
-    return pack_event_log(log)[:-7].ljust(64 << 10, b"\xff")
+    return pack_event_log(log)[:-7]
 
 
 def longer_than_may_be_sent(log: EventLog) -> bytes:
@@ -164,7 +164,7 @@ ROWS = [
         "event log that ends inside an event",
         MalformedEvidenceError,
         _ccel(cut_in_an_event),
-        {"format": EvidenceFormat.EVENT_LOG, "field": "mr_index"},
+        {"format": EvidenceFormat.EVENT_LOG, "field": "event_data"},
         attempts=ONCE,
     ),
     Fault(
