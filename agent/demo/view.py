@@ -25,6 +25,7 @@ from agent.events import (
     GatePassed,
     Message,
     Progress,
+    ReleaseMeasured,
     ServerStarted,
     StageEnded,
     StageFailed,
@@ -217,6 +218,8 @@ def _notes(message: Message) -> list[str]:
         case VerdictAccepted(request_id, _, policy_version, simulated):
             evidence = "simulated evidence" if simulated else "evidence"
             return [f"{evidence} accepted under policy {policy_version}, request {request_id}"]
+        case ReleaseMeasured(rtmr_3=str()):
+            return ["that the key was released stands in RTMR 3 from here on"]
         case GatePassed(gpus):
             return [f"{gpus} GPU ready"]
         case ServerStarted(own_uid=False) if os.geteuid() == 0:

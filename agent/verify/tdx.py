@@ -150,6 +150,7 @@ def verify_tdx(
 
     # 10. The event log, if one came, made the quote's RTMRs. Nothing else covers it.
     if evidence.event_log:
+        # refusal: test_a_log_that_comes_with_a_quote_must_have_made_its_registers
         check_event_log(parse_event_log(evidence.event_log), td)
 
     return TdxClaims(
