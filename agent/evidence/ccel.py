@@ -128,6 +128,20 @@ def pack_event(event: Event) -> bytes:
     return head + digests + _SIZE.pack(len(event.data)) + event.data
 
 
+def join_event_log(firmware: bytes, entries: bytes) -> bytes:
+    """A log without its padding, and `entries` after it, in the algorithms of its head.
+
+    Args:
+        firmware: as `parse_event_log` takes it.
+        entries: of the running system, one after another, without a head; may be empty.
+
+    Raises:
+        MalformedEvidenceError: as `parse_event_log`, of either.
+    """
+    # Trimmed first: what follows padding is nothing.
+    return pack_event_log(parse_event_log(pack_event_log(parse_event_log(firmware)) + entries))
+
+
 def replay(log: EventLog) -> tuple[bytes, ...]:
     """RTMR 0 to 3 as the events make them, 48 bytes each.
 

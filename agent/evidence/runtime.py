@@ -27,10 +27,9 @@ from agent.evidence.ccel import (
     MAX_LOG_BYTES,
     SHA384,
     RuntimeEvent,
+    join_event_log,
     pack_event,
-    pack_event_log,
     pack_runtime_event,
-    parse_event_log,
 )
 from agent.evidence.rtmr import DIGEST_BYTES, INTERFACE, Rtmr
 from agent.handshake import MAX_EVENT_LOG_BYTES, SealedKey, Verdict
@@ -172,8 +171,7 @@ class RuntimeMeasurement:
         if not firmware:
             return b""
         entries = self._read(self._foreign_log, MAX_EVENT_LOG_BYTES) or self._entries(self._state())
-        # Trimmed first, because what follows padding is nothing; then read as one, in the algorithms of its head.
-        log = pack_event_log(parse_event_log(pack_event_log(parse_event_log(firmware)) + entries))
+        log = join_event_log(firmware, entries)
         # refusal: test_a_log_that_is_too_long_or_none_is_malformed
         if len(log) > MAX_EVENT_LOG_BYTES:
             raise MalformedEvidenceError(EvidenceFormat.EVENT_LOG, Ident("length"), len(log), MAX_EVENT_LOG_BYTES)
