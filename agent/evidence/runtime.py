@@ -124,6 +124,11 @@ class RuntimeMeasurement:
         """This guest's."""
         return cls(Rtmr() if tee is Tee.TDX else NoRegister())
 
+    def unsupported(self) -> Unsupported | None:
+        """Why a release cannot be measured here; None: it can. Raises DeviceError."""
+        state = self._state()
+        return state if isinstance(state, Unsupported) else None
+
     def require(self) -> None:
         """Can a release be measured here?
 
@@ -132,7 +137,7 @@ class RuntimeMeasurement:
             DeviceError: the kernel refused.
         """
         # refusal: test_a_guest_that_must_measure_and_cannot_is_told_before_anything_is_asked_for
-        if isinstance(self._state(), Unsupported):
+        if self.unsupported():
             raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
 
     def measure(self, event: RuntimeEvent) -> MeasuredRelease:

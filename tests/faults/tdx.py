@@ -176,7 +176,8 @@ ROWS = [
     ),
     _unmeasured("register that refuses the release with EIO", "extend", errno.EIO, register_errno=errno.EIO),
     _unmeasured("register that refuses the release with EINVAL", "extend", errno.EINVAL, register_errno=errno.EINVAL),
-    _unmeasured("register that was interrupted by another call", "extend", errno.EINTR, register_errno=errno.EINTR),
+    _unmeasured("register that the TDX module does not know", "extend", errno.ENXIO, register_errno=errno.ENXIO),
+    _unmeasured("register that another call keeps busy", "extend", errno.EBUSY, register_errno=errno.EBUSY),
     _unmeasured("register that loses the release", "read-back", errno.EIO, lose_extension=True),
     Fault(
         "kernel without a register for a guest that must measure",
