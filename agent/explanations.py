@@ -636,9 +636,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
-                "`device`: a report does not verify; that is the host's; event-log.rtmr: the TD's log lacks what its registers "
-                "have, so restart the guest. `policy`: no row, revoked, or past `not_after`; with token.policy_version the "
-                "policy was replaced after the verdict, so boot again."
+                "`device`: a report does not verify; that is the host's; event-log.rtmr: the TD's log is not that of its "
+                "registers; restart the guest, and look for what else extends them. `policy`: no row, revoked, or past "
+                "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),
         "Neither the measured nor the expected value is told. Whoever is denied must not learn from the guest what "
