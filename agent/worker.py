@@ -217,7 +217,7 @@ async def _open(
 
     def look_at_them() -> "Devices":
         guest = check_measured(attester, measured.digest)
-        if cfg.tee.runtime_measurement == "required":
+        if cfg.tee.runtime_measurement == "required" and expected_ready is not ExpectedReady.OURS:  # a renewal measures nothing
             runtime.require()
         if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
             with translated():  # now, because a boot after a dead agent's ends at the gate

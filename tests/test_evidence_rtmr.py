@@ -51,6 +51,12 @@ def test_a_sysfs_that_cannot_be_written_is_no_error(register: Path) -> None:
     assert (done.stdout, done.stderr) == ("read-only\n", "")
 
 
+def test_a_file_that_this_user_may_not_write_is_no_error(register: Path) -> None:
+    register.unlink()
+    register.symlink_to("/sys/kernel/notes")  # nobody may, and of sysfs root too is told so
+    assert Rtmr(register.parent).read() is Unsupported.READ_ONLY
+
+
 def test_a_kernel_that_refuses_is_a_device_error(register: Path) -> None:
     register.unlink()
     register.mkdir()

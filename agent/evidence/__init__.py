@@ -84,7 +84,7 @@ class Unsupported(enum.Enum):
 
     NO_REGISTER = "no-register"  # SEV-SNP: what a guest does after its launch is covered by report data alone
     NO_DRIVER = "no-driver"  # the kernel has no file for it: Linux 6.16 brought it
-    READ_ONLY = "read-only"  # this process sees the file and cannot write it: a container's sysfs
+    READ_ONLY = "read-only"  # this process may not write it: a container's sysfs, or not root
     FOREIGN_LOG = "foreign-log"  # CoCo's attestation agent keeps the log: an event that is not in it would spoil its replay
 
 

@@ -27,7 +27,7 @@ class Rtmr:
         self._path = measurements / REGISTER
 
     def read(self) -> bytes | Unsupported:
-        """See `RuntimeRegister.read`. Opened for writing too, which a container's sysfs may not allow."""
+        """See `RuntimeRegister.read`. Opened for writing too, which a container's sysfs, or not being root, may not allow."""
         call = "open"
         try:
             descriptor = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
@@ -39,7 +39,7 @@ class Rtmr:
         except FileNotFoundError:
             return Unsupported.NO_DRIVER
         except OSError as exc:
-            if call == "open" and exc.errno == errno.EROFS:
+            if call == "open" and exc.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
                 return Unsupported.READ_ONLY
             raise DeviceError(INTERFACE, Ident(call), exc.errno or 0) from exc
         if len(value) != DIGEST_BYTES:
