@@ -7,29 +7,26 @@ EINVAL; a read gives the register as it is now.
 import contextlib
 import errno
 import hashlib
-import os
 import pickle
-import select
 import socket
 import stat
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.fuse import (
+from agent.sim.fuse import (
     FOPEN_DIRECT_IO,
     IN_HEADER,
-    MAX_WRITE_BYTES,
     NO_REPLY,
-    PAGE_BYTES,
     ROOT_NODE,
     Op,
     pack_attributes,
     pack_init,
     reply,
-    served,
+    serve,
 )
+from tests.fuse import served
 
 _BYTES = 48
 _TRANSFER_BYTES = 40  # fuse_read_in and fuse_write_in; both begin with handle, offset, size
@@ -64,43 +61,57 @@ def set_faults(control: socket.socket, faults: RtmrFaults) -> None:
 
 
 def _serve(device: int, control: socket.socket) -> None:
-    value, faults = bytes(_BYTES), RtmrFaults()
-    poll = select.poll()
-    poll.register(device, select.POLLIN)
-    poll.register(control, select.POLLIN)
-    while True:
-        if control.fileno() in [descriptor for descriptor, _ in poll.poll()]:
-            message = control.recv(1 << 16)
-            if not message:
-                return
-            faults = pickle.loads(message)
-            continue
-        request = os.read(device, MAX_WRITE_BYTES + PAGE_BYTES)
+    server = _Server(device, control)
+    serve(device, server.answer, control.fileno(), server.on_control)
+
+
+@dataclass
+class _Server:
+    device: int
+    control: socket.socket
+    value: bytes = bytes(_BYTES)
+    faults: RtmrFaults = field(default_factory=RtmrFaults)
+
+    def on_control(self) -> bool:
+        message = self.control.recv(1 << 16)
+        if message:
+            self.faults = pickle.loads(message)
+        return bool(message)
+
+    def answer(self, request: bytes) -> None:
         _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
-        body = request[IN_HEADER.size :]
         if opcode in NO_REPLY:
-            continue
-        if opcode in (Op.READ, Op.WRITE):
-            _, offset, size = struct.unpack_from("<QQI", body)
+            return
+        try:
+            reply(self.device, unique, self._do(opcode, request[IN_HEADER.size :]))
+        except OSError as exc:
+            reply(self.device, unique, b"", exc.errno or errno.EIO)
+
+    def _do(self, opcode: int, body: bytes) -> bytes:
         match opcode:
             case Op.INIT:
-                reply(device, unique, pack_init())
+                return pack_init()
             case Op.GETATTR | Op.SETATTR:
-                reply(device, unique, bytes(16) + pack_attributes(ROOT_NODE, _BYTES, stat.S_IFREG | 0o644))
+                return bytes(16) + pack_attributes(ROOT_NODE, _BYTES, stat.S_IFREG | 0o644)
             case Op.OPEN:
-                reply(device, unique, struct.pack("<QII", 0, FOPEN_DIRECT_IO, 0))
+                return struct.pack("<QII", 0, FOPEN_DIRECT_IO, 0)
             case Op.READ:
-                reply(device, unique, value[offset : offset + size])
-            case Op.WRITE if faults.code or offset or size != _BYTES:
-                reply(device, unique, b"", faults.code or errno.EINVAL)
-            case Op.WRITE if faults.interrupted:
-                faults = replace(faults, interrupted=faults.interrupted - 1)
-                reply(device, unique, b"", errno.EINTR)
+                _, offset, size = struct.unpack_from("<QQI", body)
+                return self.value[offset : offset + size]
             case Op.WRITE:
-                for digest in (*(() if faults.lost else (body[_TRANSFER_BYTES:],)), *faults.intruders):
-                    value = hashlib.sha384(value + digest).digest()
-                reply(device, unique, struct.pack("<II", size, 0))
+                _, offset, size = struct.unpack_from("<QQI", body)
+                self._extend(offset, body[_TRANSFER_BYTES:])
+                return struct.pack("<II", size, 0)
             case Op.FLUSH | Op.RELEASE:
-                reply(device, unique, b"")
-            case _:
-                reply(device, unique, b"", errno.ENOSYS)
+                return b""
+        raise OSError(errno.ENOSYS, "")
+
+    def _extend(self, offset: int, digest: bytes) -> None:
+        faults = self.faults
+        if faults.code or offset or len(digest) != _BYTES:
+            raise OSError(faults.code or errno.EINVAL, "")
+        if faults.interrupted:
+            self.faults = replace(faults, interrupted=faults.interrupted - 1)
+            raise OSError(errno.EINTR, "")
+        for each in (*(() if faults.lost else (digest,)), *faults.intruders):
+            self.value = hashlib.sha384(self.value + each).digest()
