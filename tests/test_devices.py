@@ -22,8 +22,8 @@ from cryptography import x509
 from agent.broker.anchors import load_simulation_roots
 from agent.errors import NoAttesterError
 from agent.evidence import Attester, GpuNonce, GpuSystem, ReportData, Tee
-from agent.evidence.cpu import Distance
 from agent.evidence.ccel import RuntimeEvent, pack_runtime_event, parse_event_log, parse_runtime_event, replay
+from agent.evidence.cpu import Distance
 from agent.evidence.gpu import NvmlGpuSystem, is_held
 from agent.evidence.rtmr import REGISTER, Rtmr
 from agent.evidence.runtime import RuntimeMeasurement
