@@ -16,16 +16,15 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS, Skip
-from agent.evidence import Tee
+from agent.doctor import CHECKS
+from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
-from agent.sim.tdx import CCEL_FILE
 from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock"}  # as the kernel is
+MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters"}  # as the kernel is, and what silicon alone has
 
 
 @dataclass(frozen=True)
@@ -146,19 +145,6 @@ def test_a_guest_without_gpus_has_none_to_look_at(tmp_path: Path, silicon: Path)
     assert found.reason("gpu-faults") == Skip.NO_GPU.value
 
 
-def test_a_td_that_cannot_measure_is_told_so_and_one_whose_log_is_none_fails(tmp_path: Path, silicon: Path) -> None:
-    with ExitStack() as undo:
-        world = World(tmp_path, silicon, undo, gpus=0, tee=Tee.TDX)
-        config = ["--offline", "--config", str(world.prepare())]
-        assert diagnosed(*config).outcome("runtime-measurement") == "ok"
-        world.machine.register_errno = errno.ENOENT
-        world.machine.save()
-        assert diagnosed(*config).reason("runtime-measurement") == Skip.NOT_MEASURED.value
-        (world.machine.directory / CCEL_FILE).write_bytes(b"log")
-        found = diagnosed(*config)
-        assert (found.failures(), found.status) == ({"runtime-measurement": "MalformedEvidenceError"}, 12)
-
-
 # --- what it finds ----------------------------------------------------------------------------------------------------
 
 
@@ -188,10 +174,6 @@ def launched_with_other_configuration(world: World) -> None:
 
 def device_that_fails(world: World) -> None:
     world.machine.errno = errno.ETIMEDOUT
-
-
-def must_measure(world: World) -> None:
-    world.tee["runtime_measurement"] = "required"
 
 
 def driver_that_fails(world: World) -> None:
@@ -285,7 +267,6 @@ ROWS = (
     Row("simulation not allowed", simulation_not_allowed, {"simulation": "SimulationRefusedError"}, 11),
     Row("launched with another configuration", launched_with_other_configuration, {"host-data": "ConfigNotMeasuredError"}, 10),
     Row("CPU that fails", device_that_fails, {"host-data": "DeviceError"}, 12),
-    Row("SNP guest that must measure", must_measure, {"runtime-measurement": "NoAttesterError"}, 11),
     Row("driver that fails", driver_that_fails, {"gpu": "DeviceError"}, 12, ("gpu-inventory", "gpu-faults")),
     Row("missing GPU", missing_gpu, {"gpu-inventory": "GpuCountError"}, 13),
     Row("devtools mode", devtools, {"gpu-inventory": "GpuModeError"}, 13),

@@ -196,7 +196,8 @@ class RcarBroker:
         on_attempt(request_id, self._attempts)
         self._cookies, self._token = {}, None
         verify = EarVerifier(tee, self._site.simulated)
-        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, verify)
+        challenges = self._machine.challenges if self._machine else 0
+        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, challenges, verify)
         asked: RuntimeData | None = None
         action: Action = machine.start()
         while True:
