@@ -60,6 +60,7 @@ class Skip(enum.Enum):
     OFFLINE = "it needs the network, and --offline was given"
     NO_TEE = "the CPU TEE did not open"
     NO_GPU = "the configuration asks for no GPU"
+    NO_SWITCH = "the configuration asks for no NVSwitch"
     GPU_NOT_OPEN = "the GPUs were not opened"
     GPU_NOT_HELD = (
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
@@ -210,12 +211,25 @@ def _gpu(guest: Guest) -> None:
 
 
 def _gpu_inventory(guest: Guest) -> None:
-    from agent.evidence.gate import ExpectedReady, check_inventory
+    from agent.evidence.gate import ExpectedReady, check_gpus, check_ready
 
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with signals_wait():
-        check_inventory(gpus.inspect(), config.count, expected, config.architecture and config.architecture.upper())
+        inventory = gpus.inspect()
+    check_gpus(inventory, config.count, config.architecture and config.architecture.upper())
+    check_ready(inventory, expected)
+
+
+def _gpu_switches(guest: Guest) -> None:
+    """Also that GPUs in protected-PCIe mode are not used without them."""
+    from agent.evidence.gate import check_switches
+
+    gpus, switches = _opened_gpus(guest), guest.config.gpu.switches
+    with signals_wait():
+        check_switches(gpus.inspect(), switches)
+    if not switches:
+        raise _SkippedError(Skip.NO_SWITCH)
 
 
 def _gpu_faults(guest: Guest) -> None:
@@ -347,6 +361,7 @@ CHECKS: Mapping[str, Callable[[Guest], None]] = {
     "host-data": _host_data,
     "gpu": _gpu,
     "gpu-inventory": _gpu_inventory,
+    "gpu-switches": _gpu_switches,
     "gpu-faults": _gpu_faults,
     "clock": _clock,
     "route": _route,

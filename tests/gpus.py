@@ -13,8 +13,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from agent.errors import EvidenceCheck
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import GpuReport
-from agent.sim.machine import GpuKnobs, SimulatedMachine
-from agent.sim.nvml import (
+from agent.sim.gpu_silicon import (
     BLACKWELL,
     FWID,
     HOPPER,
@@ -26,6 +25,7 @@ from agent.sim.nvml import (
     issue_device,
     sign_report,
 )
+from agent.sim.machine import GpuKnobs, SimulatedMachine
 from tests.shared import shared_data
 
 NONCE = GpuNonce(bytes(range(32)))

@@ -9,8 +9,9 @@ import pytest
 from cryptography import x509
 
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, parse_report
+from agent.sim.gpu_silicon import create_gpu_silicon
 from agent.sim.machine import SimulatedMachine
-from agent.sim.nvml import SimulatedNvml, create_gpu_silicon, nvml_calls
+from agent.sim.nvml import SimulatedNvml, nvml_calls
 from tests.gpus import NONCE, gpu_machine
 
 READY = "nvmlSystemGetConfComputeGpusReadyState"

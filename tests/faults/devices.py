@@ -35,7 +35,8 @@ from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_guest import TdxGuest
 from agent.gpu_watch import MAX_REPLACED
-from agent.sim.nvml import KERNEL_LOG, create_gpu_silicon
+from agent.sim.gpu_silicon import create_gpu_silicon
+from agent.sim.nvml import KERNEL_LOG
 from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
 from tests.fake_nodes import Fault as DriverFault
 from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
