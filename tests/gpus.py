@@ -31,12 +31,15 @@ from tests.shared import shared_data
 NONCE = GpuNonce(bytes(range(32)))
 
 
-def gpu_machine(directory: Path, count: int = 2) -> SimulatedMachine:
-    """A machine with GPUs and no CPU TEE, whose silicon takes milliseconds to make."""
+def gpu_machine(directory: Path, count: int = 2, switches: int = 0) -> SimulatedMachine:
+    """A machine with GPUs and no CPU TEE, whose silicon takes milliseconds to make; protected PCIe with NVSwitches."""
     silicon = directory / "silicon"
     silicon.mkdir(parents=True)
-    create_gpu_silicon(silicon, count)
-    machine = SimulatedMachine(directory=directory, silicon=silicon, chip_id=bytes(64), gpu=GpuKnobs(count=count))
+    create_gpu_silicon(silicon, count, switches)
+    knobs = GpuKnobs(count=count)
+    if switches:
+        knobs = GpuKnobs(count=count, switches=switches, multi_gpu_mode=1, cc_feature=0)
+    machine = SimulatedMachine(directory=directory, silicon=silicon, chip_id=bytes(64), gpu=knobs)
     machine.save()
     return machine
 

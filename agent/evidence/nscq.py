@@ -103,13 +103,15 @@ def _target(pointer: Any) -> bytes:
     return bytes(pointer.contents) if pointer else b""
 
 
-# A size beyond its buffer is cut to the buffer, and what is left does not parse.
+def _cut(buffer: Any, size: int) -> bytes:
+    """What it says it holds; nothing, which does not parse, where that is more than it can hold."""
+    return bytes(buffer)[:size] if size <= len(buffer) else b""
+
+
 _UUID: _Kind[bytes] = _Kind(_calls_back_with(_UUID_POINTER), _target)
 _NUMBER: _Kind[int] = _Kind(_calls_back_with(ctypes.c_int8), int)
-_CERTIFICATE: _Kind[bytes] = _Kind(
-    _calls_back_with(Certificate), lambda value: bytes(value.cert_chain)[: value.cert_chain_size]
-)
-_REPORT: _Kind[bytes] = _Kind(_calls_back_with(Report), lambda value: bytes(value.report)[: value.report_size])
+_CERTIFICATE: _Kind[bytes] = _Kind(_calls_back_with(Certificate), lambda value: _cut(value.cert_chain, value.cert_chain_size))
+_REPORT: _Kind[bytes] = _Kind(_calls_back_with(Report), lambda value: _cut(value.report, value.report_size))
 
 
 def open_nscq(candidates: tuple[Path, ...] = NSCQ_LIBRARIES) -> ctypes.CDLL:

@@ -66,15 +66,15 @@ class SimulatedNscq:
         self._input = b""
 
     def nscq_session_create(self, flags: int) -> SessionResult:
-        return SessionResult(self._failure("nscq_session_create"), SESSION if flags == MOUNT_DEVICES else None)
+        return SessionResult(self.enter("nscq_session_create"), SESSION if flags == MOUNT_DEVICES else None)
 
     def nscq_session_set_input(self, _session: int, _flags: int, data: Any, size: int) -> int:
         self._input = bytes(data)[:size]
-        return self._failure("nscq_session_set_input")
+        return self.enter("nscq_session_set_input")
 
     def nscq_uuid_to_label(self, device: Any, label: Any, _flags: int) -> int:
         label.contents.data = label_of(bytes(device.contents)).encode()
-        return self._failure("nscq_uuid_to_label")
+        return self.enter("nscq_uuid_to_label")
 
     def nscq_session_path_observe(self, _session: int, path: bytes, callback: Any, user: object, _flags: int) -> int:
         code, answers = self.observe(path.decode(), self._input)
@@ -95,7 +95,7 @@ class SimulatedNscq:
     def observe(self, path: str, given: bytes) -> tuple[int, list[Answer]]:
         """What a session with this input says to a path: its return code, and every callback."""
         part = "uuid" if path.startswith("/drv/") else path.partition("/")[2].partition("/")[2]
-        if code := self._failure(part):
+        if code := self.enter(part):
             return code, []
         gpu = self._machine.gpu
         uuids = [self._uuid(index) for index in range(gpu.switches)]
@@ -129,7 +129,8 @@ class SimulatedNscq:
                 return UNEXPECTED_VALUE, []
         return 0, [Answer(uuids[index], 0, value)]
 
-    def _failure(self, call: str) -> int:
+    def enter(self, call: str) -> int:
+        """Log a call; the return code that it is told to fail with, 0 for none."""
         self._machine.reread()
         with (self._machine.directory / CALL_LOG).open("a") as log:
             log.write(f"{call}\n")
