@@ -11,8 +11,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.errors import EvidenceCheck
-from agent.evidence import GpuEvidence, GpuNonce
+from agent.evidence import GpuEvidence, GpuNonce, GpuSystem
 from agent.evidence.gpu_abi import GpuReport
+from agent.evidence.nscq import GpusAndSwitches
 from agent.sim.gpu_silicon import (
     BLACKWELL,
     FWID,
@@ -42,6 +43,12 @@ def gpu_machine(directory: Path, count: int = 2, switches: int = 0) -> Simulated
     machine = SimulatedMachine(directory=directory, silicon=silicon, chip_id=bytes(64), gpu=knobs)
     machine.save()
     return machine
+
+
+def gpu_system_of(machine: SimulatedMachine) -> GpuSystem:
+    """Its GPUs, with its NVSwitches if it has any."""
+    gpus = machine.gpu_system()
+    return GpusAndSwitches(gpus, machine.switch_system()) if machine.gpu.switches else gpus
 
 
 def simulated_root(machine: SimulatedMachine) -> x509.Certificate:

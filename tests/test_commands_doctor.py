@@ -23,7 +23,7 @@ from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock"}  # as the kernel is
+MAY_BE_SKIPPED = {"landlock", "gpu-switches"}  # as the kernel is; most worlds have no NVSwitch
 
 
 @dataclass(frozen=True)
@@ -284,6 +284,34 @@ ROWS = (
     Row("server not on the path", server_not_on_path, {"server-program": "ServerStartError"}, 30),
     Row("port taken", port_taken, {"server-address": "ConfigError"}, 10),
 )
+
+
+def test_the_switches_are_a_line_of_their_own(world: World) -> None:
+    assert diagnosed("--offline", *guest(world)).reason("gpu-switches") == Skip.NO_SWITCH.value
+    world.machine.gpu.multi_gpu_mode, world.machine.gpu.cc_feature = 1, 0
+    found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == ({"gpu-switches": "GpuModeError"}, 13)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "failures", "status"),
+    [
+        ("switches", 4, {}, 0),
+        ("switches", 3, {"gpu-switches": "GpuCountError"}, 13),
+        ("switch_mode", 1, {"gpu-switches": "GpuModeError"}, 13),
+        ("multi_gpu_mode", 2, {"gpu-switches": "GpuModeError"}, 13),
+        ("fail_calls", {"nscq_session_create": 1}, {"gpu": "DeviceError"}, 12),
+    ],
+)
+def test_a_machine_with_switches(
+    tmp_path: Path, silicon: Path, knob: str, value: object, failures: dict[str, str], status: int
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        setattr(world.machine.gpu, knob, value)
+        found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == (failures, status)
+    assert found.outcome("gpu-switches") == ("skipped" if "gpu" in failures else "failed" if failures else "ok")
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

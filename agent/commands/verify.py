@@ -379,7 +379,7 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     return _Finding(
         f"verified: report of {_silicon(claims.simulated)} {device}{'' if args.nonce else ', of unknown age'}",
         record,
-        ("hwmodel", "ueid", "vbios_version", *(name for name in said if name != "arch"), "nonce"),
+        ("hwmodel", "ueid", "vbios_version", *(name for name in said if name not in ("arch", "gpu_pdis")), "nonce"),
     )
 
 
