@@ -340,17 +340,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     # --- GPU ----------------------------------------------------------------------------------------------------------
     errors.GpuCountError: Explanation(
-        "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
-        "twice, of another architecture than `gpu.architecture`, or two of them sign their evidence with the same key. A GPU "
-        "that is not in the evidence could read what is sent to it, so more than expected is as wrong as fewer.",
+        "The guest does not have exactly as many distinct GPUs as `gpu.count` says, or NVSwitches as `gpu.switches` says: one "
+        "is missing, extra, listed twice, of another architecture than `gpu.architecture`, or two of them sign their evidence "
+        "with the same key. A device that is not in the evidence could read what is sent to it, so more than expected is as "
+        "wrong as fewer.",
         (
             (
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
             (
-                "Do the measured `gpu.count` and `gpu.architecture` fit this kind of machine? A change to them is a new "
-                "HOST_DATA or MRCONFIGID."
+                "Do the measured `gpu.count`, `gpu.switches` and `gpu.architecture` fit this kind of machine? A change to "
+                "them is a new HOST_DATA or MRCONFIGID."
             ),
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
@@ -386,7 +387,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
-                "host together."
+                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. There "
+                "each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its setup can "
+                "still change."
             ),
         ),
         "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",

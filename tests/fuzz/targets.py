@@ -398,7 +398,11 @@ def additional_evidence(data: bytes) -> None:
 
 
 def additional_evidence_seeds() -> list[bytes]:
-    gpus = (GpuEvidence("HOPPER", "GPU-a", b"r", b"c"), GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"))
+    gpus = (
+        GpuEvidence("HOPPER", "GPU-a", b"r", b"c"),
+        GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"),
+        GpuEvidence("LS10", "SWX-c", b"r", b"c"),
+    )
     text = binding.additional_evidence(gpus, CLAIMS)
     members = json.loads(text)
     del members["nvidia"]["keyturn"]
