@@ -387,9 +387,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
-                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. There "
-                "each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its setup can "
-                "still change."
+                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. "
+                "There each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its "
+                "setup can still change."
             ),
         ),
         "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",
