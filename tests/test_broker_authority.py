@@ -19,7 +19,7 @@ from agent.broker.token import TokenKey
 from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason
 from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, Nonce, RuntimeData, Tee
-from agent.evidence.binding import additional_evidence, parse_additional_evidence, report_data
+from agent.evidence.binding import additional_evidence, device_nonce, parse_additional_evidence, report_data
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import quote_length
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
@@ -341,6 +341,22 @@ def test_eight_gpus_in_another_mode_are_not_what_a_row_for_protected_pcie_wants(
     verdict = authority(ppcie_site).attest(HELLO, attestation(ppcie_site), NONCE)
     assert isinstance(verdict, Denied)
     assert (verdict.reason, verdict.claim) == (DenialReason.CLAIM, "gpu.modes")
+
+
+def test_switches_beside_gpus_in_another_mode_are_not_passed_over(ppcie_site: Site) -> None:
+    machine = ppcie_site.machine
+    ppcie_site.policy = policy_for(machine, gpu__modes='["cc"]')
+    machine.gpu.switches, machine.gpu.multi_gpu_mode, machine.gpu.cc_feature = 0, 0, 1
+    assert isinstance(protected(ppcie_site), Accepted)
+
+    def with_switches(devices: Devices) -> Devices:
+        machine.gpu.switches = 4
+        machine.save()
+        return (*devices, *machine.switch_system().collect(device_nonce(RuntimeData(NONCE, PUBLIC.x, PUBLIC.y))))
+
+    verdict = protected(ppcie_site, with_switches)
+    assert isinstance(verdict, Denied)
+    assert (verdict.reason, verdict.claim) == (DenialReason.DEVICE, "ppcie.protected-pcie")
 
 
 def test_a_simulated_switch_counts_for_nothing_without_simulation_roots(ppcie_site: Site, tmp_path: Path) -> None:

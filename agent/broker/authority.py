@@ -235,7 +235,7 @@ class Authority:
         """Each GPU by itself, or the whole set where there is an NVSwitch or should be one."""
         roots = self._anchors.simulation_roots
         gpus, switches = split(sent)
-        # refusal: test_protected_pcie_without_switches_is_denied
+        # refusal: test_protected_pcie_without_switches_is_denied test_switches_beside_gpus_in_another_mode_are_not_passed_over
         if switches or (keyturn is not None and keyturn.multi_gpu_mode == PROTECTED_PCIE):
             claims = verify_ppcie(gpus, switches, nonce, roots, now)
             return claims.gpus, claims.switches
