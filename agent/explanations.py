@@ -219,8 +219,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     errors.DeviceError: Explanation(
         "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
         "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
-        "0x12001 on the quote service's, and an NVML return code for nvml. It is final, because a second try can latch a "
-        "GPU in a fatal state or cost an SNP guest its attestation key.",
+        "0x12001 on the quote service's, and of nvml and nscq their own return codes. It is final, because a second try "
+        "can latch a GPU in a fatal state or cost an SNP guest its attestation key.",
         (
             "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
             (
@@ -235,7 +235,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "nvml: look the number up in `nvmlReturn_t` of `nvml.h`; 9 means that the driver is not loaded, 15 that the "
                 "GPU fell off the bus. At nvmlInit NVRM lines in the guest's kernel log say why: `confidential compute "
                 "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
-                "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
+                "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU). nscq with code 1: "
+                "libnvidia-nscq is not of the driver's version."
             ),
             "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
         ),

@@ -7,6 +7,8 @@ real devices is here.
 """
 
 import base64
+import ctypes
+import io
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any, ClassVar
 
 import urllib3
 from cryptography import x509
@@ -62,6 +65,7 @@ from agent.evidence import (
     ccel,
     cpu,
     gpu_abi,
+    nscq,
     qgs_abi,
     snp_abi,
     tdx_abi,
@@ -386,6 +390,67 @@ def gpu_certificate(data: bytes) -> None:
         changed = b"".join((*certificates[:place], _pem(data), *certificates[place + 1 :]))
         with suppress(AgentError):
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
+
+
+class _AnyNscq:
+    """An NSCQ that answers from fuzzed bytes: a byte each says whether an answer is the good one, then what it is instead."""
+
+    UUID = bytes(range(16))
+    GOOD: ClassVar = {"uuid": UUID, "arch": 2, "pcie_mode": 3}
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def nscq_session_create(self, _flags: int) -> nscq.SessionResult:
+        return nscq.SessionResult(self._code(), 1)
+
+    def nscq_session_set_input(self, *_: object) -> int:
+        return self._code()
+
+    def nscq_uuid_to_label(self, _uuid: Any, label: Any, _flags: int) -> int:
+        label.contents.data = self._stream.read(64) if self._spoils() else b"SWX-00010203-0405-0607-0809-0A0B0C0D0E0F"
+        return self._code()
+
+    def nscq_session_path_observe(self, _session: int, path: bytes, callback: Any, user: object, _flags: int) -> int:
+        for _ in range(self._byte() % 4 if self._spoils() else 1):
+            device = self._stream.read(16).ljust(16, b"\0") if self._spoils() else self.UUID
+            pointer = ctypes.pointer(nscq.Uuid.from_buffer_copy(device)) if device.strip(b"\xff") else None
+            callback(pointer, self._code(), self._value(path.decode().rpartition("/")[2]), user)
+        return self._code()
+
+    def _value(self, part: str) -> Any:
+        other = self._stream.read(self._byte() * 32 if self._spoils() else 0)
+        if part == "uuid":
+            return ctypes.pointer(nscq.Uuid.from_buffer_copy((other or self.UUID).ljust(16, b"\0")))
+        if part == "certificate":
+            chain = other or _silicon("gpu-chain.pem")
+            length = int.from_bytes(other[:4], "little") if other else len(chain)
+            return nscq.Certificate((ctypes.c_uint8 * 0x1400)(*chain[:0x1400]), length)
+        if part == "attestation_report":
+            report = other or _silicon("gpu-report.bin")
+            length = int.from_bytes(other[:4], "little") if other else len(report)
+            return nscq.Report(length, (ctypes.c_uint8 * 0x2000)(*report[:0x2000]))
+        return int.from_bytes(other[:1], "little", signed=True) if other else self.GOOD[part]
+
+    def _code(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little", signed=True) if self._spoils() else 0
+
+    def _byte(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little")
+
+    def _spoils(self) -> bool:
+        return self._byte() > 0xF0
+
+
+def nscq_answers(data: bytes) -> None:
+    switches = nscq.NscqSwitches(_AnyNscq(data))
+    assert all(switch.uuid.startswith("SWX-") and switch.arch == "LS10" for switch in switches.inspect())
+    for evidence in switches.collect(GPU_NONCE):
+        assert gpu_abi.parse_report(evidence.report).requester_nonce == GPU_NONCE
+
+
+def nscq_answers_seeds() -> list[bytes]:
+    return [b"", bytes(64), bytes(3) + b"\xff\x02" + bytes(200), bytes(9) + b"\xff\x05" + bytes(255)]
 
 
 CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
@@ -960,6 +1025,7 @@ TARGETS = {
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
         Target("gpu_certificate", gpu_certificate, _none),
+        Target("nscq_answers", nscq_answers, nscq_answers_seeds),
         Target("additional_evidence", additional_evidence, additional_evidence_seeds, (UnicodeDecodeError,)),
         Target("attest_request", attest_request, attest_request_seeds),
         Target("attest_response", attest_response, attest_response_seeds),
