@@ -36,7 +36,7 @@ from agent.errors import (
     SimulationRefusedError,
     error_to_record,
 )
-from agent.evidence import Attester, GpuSystem
+from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.guest import hardening, landlock
 from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
@@ -62,6 +62,7 @@ class Skip(enum.Enum):
     NO_GPU = "the configuration asks for no GPU"
     NO_SWITCH = "the configuration asks for no NVSwitch"
     GPU_NOT_OPEN = "the GPUs were not opened"
+    NO_INVENTORY = "the GPUs did not say what there is"
     GPU_NOT_HELD = (
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
@@ -103,6 +104,7 @@ class Guest:
         open_gpus: likewise the GPUs.
         offline: nothing is sent to anybody.
         measured: the configuration, once it parses.
+        inventory: what the GPUs and NVSwitches say of themselves.
         model: the model, once its manifest is authenticated.
     """
 
@@ -114,6 +116,7 @@ class Guest:
     plan: ServerPlan | None = None
     tee: Attester | None = None
     gpus: GpuSystem | None = None
+    inventory: GpuInventory | None = None
     model: "ModelConfig | None" = None
 
     @property
@@ -216,18 +219,18 @@ def _gpu_inventory(guest: Guest) -> None:
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with signals_wait():
-        inventory = gpus.inspect()
-    check_gpus(inventory, config.count, config.architecture and config.architecture.upper())
-    check_ready(inventory, expected)
+        guest.inventory = gpus.inspect()
+    check_gpus(guest.inventory, config.count, config.architecture and config.architecture.upper())
+    check_ready(guest.inventory, expected)
 
 
 def _gpu_switches(guest: Guest) -> None:
     """Also that GPUs in protected-PCIe mode are not used without them."""
     from agent.evidence.gate import check_switches
 
-    gpus, switches = _opened_gpus(guest), guest.config.gpu.switches
-    with signals_wait():
-        check_switches(gpus.inspect(), switches)
+    _opened_gpus(guest)
+    switches = guest.config.gpu.switches
+    check_switches(_needed(guest.inventory, Skip.NO_INVENTORY), switches)
     if not switches:
         raise _SkippedError(Skip.NO_SWITCH)
 
