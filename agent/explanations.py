@@ -235,10 +235,12 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "nvml: look the number up in `nvmlReturn_t` of `nvml.h`; 9 means that the driver is not loaded, 15 that the "
                 "GPU fell off the bus. At nvmlInit NVRM lines in the guest's kernel log say why: `confidential compute "
                 "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
-                "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU). nscq with code 1: "
-                "libnvidia-nscq is not of the driver's version."
+                "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
             ),
-            "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
+            (
+                "nscq with code 1: the image's libnvidia-nscq is not of the driver's version. After any other failure restart "
+                "the guest; if it fails again, take the machine out of service."
+            ),
         ),
         "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
     ),
