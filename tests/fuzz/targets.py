@@ -42,7 +42,7 @@ from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
 from agent.commands.policy import broker_policy
-from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.policy_values import Approved, SwitchVersions, parse_gpu, parse_image
 from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
@@ -640,23 +640,31 @@ def given_to_explain_seeds() -> list[bytes]:
 def policy_values(data: bytes) -> None:
     """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
     image = parse_image(policy_values_seeds()[0])
-    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    known = Approved(image, bytes(48), 1, False, (), (), 0, KEY_URI, "tiny", 1, DIGEST, DIGEST)
     try:
         approved = replace(known, image=parse_image(data))
     except AgentError:
-        approved = replace(known, gpus=(parse_gpu(data),))
+        device = parse_gpu(data)
+        known = replace(known, switch_count=4 * isinstance(device, SwitchVersions))
+        approved = replace(known, **{"switches" if known.switch_count else "gpus": (device,)})  # type: ignore[arg-type]
     assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
     assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
 
 
 def policy_values_seeds() -> list[bytes]:
-    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    """SEV-SNP, Turin, TDX by hand, a GPU, and an NVSwitch."""
     levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
     snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
     turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
     tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
     gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
-    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+    switch = {"arch": "LS10", "vbios_version": "96.10.55.00.01"}
+    return [
+        json.dumps(snp).encode(),
+        json.dumps(turin).encode(),
+        tdx.encode(),
+        *(json.dumps(x).encode() for x in (gpu, switch)),
+    ]
 
 
 def json_object(data: bytes) -> None:
