@@ -3,7 +3,7 @@
 AgentError
 ├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
 ├── InitdataError                                                         operator × config
-├── GuestInitError                                                        operator × guest
+├── GuestInitError · GuestUnfitError                                      operator × guest
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── DeviceUnavailableError · AttestationKeyLostError
@@ -228,6 +228,33 @@ class GuestInitError(AgentError):
         return f"guest init: {self.part.value} {self.name} failed" + (f" (errno {self.code})" if self.code else "")
 
 
+class Unfit(enum.Enum):
+    KERNEL = "kernel is older than its interfaces to this TEE"
+    GPU_DRIVER_ABSENT = "NVIDIA driver is not loaded"
+    GPU_DRIVER_UNKNOWN = "NVIDIA driver tells no version that is one"
+    GPU_DRIVER_CLOSED = "NVIDIA driver is not of the open kernel modules, which alone know confidential computing"
+    GPU_DRIVER_OLD = "NVIDIA driver is older than what confidential computing needs"
+    CLOCK = "clock is before this program was made"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestUnfitError(AgentError):
+    """`keyturn doctor` found the guest's kernel, driver or clock to be none that a boot can use. `got` and `expected` are
+    versions or days, None where there are none.
+    """
+
+    owner = Owner.OPERATOR
+    step = Step.GUEST
+    next_step = "use an image with a newer kernel or driver; for the clock, see that host and guest agree about the time"
+    problem: Unfit
+    got: Ident | None = None
+    expected: Ident | None = None
+
+    def what(self) -> str:
+        got = f": got {self.got}" if self.got else ""
+        return f"guest: {self.problem.value}{got}" + (f", expected {self.expected}" if self.expected else "")
+
+
 # --- devices and evidence ---------------------------------------------------------------------------------------------
 
 
@@ -368,6 +395,8 @@ class EvidenceCheck(enum.Enum):
     REPORT_DATA = "report-data"
     REVOCATION = "revocation"
     REVOCATION_LIST = "revocation-list"
+    REVOCATION_LIST_SIGNATURE = "revocation-list-signature"
+    REVOCATION_LIST_VALIDITY = "revocation-list-validity"
     QE_VENDOR = "qe-vendor"
     QE_IDENTITY = "qe-identity"
     QE_REPORT_SIGNATURE = "qe-report-signature"
@@ -556,6 +585,7 @@ class ProtocolProblem(enum.Enum):
     REQUEST_ID = "answer carries another request id"
     CLOSED = "stream ended before the answer"
     VERSION = "protocol version is not supported"
+    TOO_MANY_CHALLENGES = "more challenges than this guest answers in one boot"
 
 
 @dataclasses.dataclass(eq=False)

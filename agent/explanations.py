@@ -161,6 +161,26 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The value of `ip=` is not repeated: it is the host's word, which could be anything. What kernel modules print "
         "stays in the kernel log.",
     ),
+    errors.GuestUnfitError: Explanation(
+        "`keyturn doctor` found that kernel, GPU driver or clock of this guest are none with which a boot could succeed. A "
+        "boot itself does not look at versions: it would end where a device does not open or a certificate does not hold, with "
+        "less to go by.",
+        (
+            (
+                "Kernel: 5.19 or newer for SEV-SNP and 6.2 for TDX; 6.7 has configfs-tsm, which both should have. "
+                "`uname -r` in the guest, not on the host."
+            ),
+            (
+                "NVIDIA driver: the open kernel modules of 550 or newer, loaded before the agent starts "
+                "(`/proc/driver/nvidia/version`); without them look for NVRM lines in the kernel log."
+            ),
+            (
+                "Clock: a confidential guest takes the time from its host when it starts. Compare the host with a time "
+                "server, or run one in the guest's image before the agent."
+            ),
+        ),
+        "Versions and days are told as the guest's own kernel has them; nothing is held back.",
+    ),
     # --- devices and evidence -----------------------------------------------------------------------------------------
     errors.NoAttesterError: Explanation(
         "The device that must give evidence is not there: no interface of the configured CPU TEE, no NVML library for "
@@ -333,6 +353,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`keyturn verify`: certificate-chain also means that a certificate is missing, and certificate-validity "
                 "that evidence is older or newer than its certificates; it can be told another time than now."
+            ),
+            (
+                "revocation: AMD or Intel took the chain back, so move the guest to another machine. The other words with "
+                "revocation are about a list: fetch it anew from its issuer, a broker's into the folder of `--amd-crls`."
             ),
             "Reset the GPU on the host and start a new guest.",
             "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
@@ -542,6 +566,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "Stream ended before the answer: the broker was stopped or killed in the middle; see its stderr for an "
                 "error line."
+            ),
+            (
+                "More challenges than are answered: the broker took the evidence ten times and gave no verdict, or its "
+                "challenges ran out before the devices had answered; see its log, and how long they take."
             ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",

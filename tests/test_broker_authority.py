@@ -9,8 +9,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 
-from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements
+from agent.broker.anchors import AmdCrls, TdxCollateral, TrustAnchors, load_endorsements
 from agent.broker.audit import AuditLog
 from agent.broker.authority import Authority
 from agent.broker.keystore import DirectoryKeyStore
@@ -25,6 +27,7 @@ from agent.evidence.tdx_abi import quote_length
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
 from agent.sim.gpu_silicon import create_gpu_silicon
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import CRL_FILE, make_crl
 from agent.verify.snp import verify_snp
 from tests.broker_site import URI, Site, policy_for
 from tests.shared import shared_data
@@ -206,6 +209,32 @@ def test_a_row_does_not_count_for_the_other_tee(tdx_site: Site, site: Site) -> N
         verdict = authority(here).attest(hello, attestation(here), NONCE)
         assert isinstance(verdict, Denied)
         assert (verdict.reason, verdict.claim) == (DenialReason.CLAIM, "policy.tee")
+
+
+def test_with_amds_lists_a_chain_must_be_on_a_current_one_of_its_root_and_not_taken_back(site: Site, tmp_path: Path) -> None:
+    def decided() -> tuple[DenialReason, str] | None:
+        anchors = replace(site.anchors, amd_crls=AmdCrls(tmp_path))
+        verdict = authority(site, anchors).attest(HELLO, attestation(site), NONCE)
+        return (verdict.reason, verdict.claim) if isinstance(verdict, Denied) else None
+
+    assert decided() == (DenialReason.COLLATERAL, "snp.revocation-list")
+    own = site.machine.silicon / CRL_FILE
+    shutil.copy(own, tmp_path)
+    (tmp_path / "README").write_text("not a list, and not looked at")
+    assert decided() is None
+    issuer, forger = x509.load_der_x509_crl(own.read_bytes()).issuer, rsa.generate_private_key(65537, 2048)
+    (tmp_path / CRL_FILE).write_bytes(make_crl(issuer, forger, []))
+    assert decided() == (DenialReason.COLLATERAL, "snp.revocation-list-signature")
+    (tmp_path / CRL_FILE).write_bytes(b"no list")
+    assert decided() == (DenialReason.COLLATERAL, "snp.malformed.revocation_list")
+
+
+def test_lists_that_cannot_be_read_are_the_brokers_failure(site: Site, tmp_path: Path) -> None:
+    anchors = replace(site.anchors, amd_crls=AmdCrls(tmp_path / "gone"))
+    with pytest.raises(BrokerFailureError) as caught:
+        authority(site, anchors).attest(HELLO, attestation(site), NONCE)
+    assert (caught.value.reason, caught.value.retryable) == ("COLLATERAL_IO", True)
+    assert site.audit() == []
 
 
 def quoted(tmp_path: Path, name: str, collateral_of: str | None) -> tuple[Attestation, TrustAnchors, datetime]:

@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS, Skip
+from agent.doctor import CHECKS
+from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
 from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock", "gpu-switches"}  # as the kernel is; most worlds have no NVSwitch
+# As the kernel is, what silicon alone has, and what most worlds have not.
+MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters", "gpu-switches"}
 
 
 @dataclass(frozen=True)
@@ -313,6 +315,9 @@ def test_a_machine_with_switches(
         found = diagnosed("--offline", *guest(world))
     assert (found.failures(), found.status) == (failures, status)
     assert found.outcome("gpu-switches") == ("skipped" if status == 12 else "failed" if failures else "ok")
+    if not failures:
+        seen = next(entry["seen"] for entry in found.checks if entry["check"] == "gpu-switches")
+        assert seen == {"count": "4", "architecture": "LS10", "mode": "locked"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -22,6 +22,7 @@ from cryptography import x509
 from agent.broker.anchors import load_simulation_roots
 from agent.errors import NoAttesterError
 from agent.evidence import Attester, GpuNonce, GpuSystem, ReportData, SwitchSystem, Tee
+from agent.evidence.cpu import Distance
 from agent.evidence.gpu import NvmlGpuSystem, is_held
 from agent.evidence.nscq import NscqSwitches
 from agent.evidence.rtmr import DIGEST_BYTES, MEASUREMENTS, REGISTER, Extended, extend
@@ -75,7 +76,7 @@ def snp(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
             assert holds_none_of_ours(REPORT_ROOT)
         case "configfs-tsm", False:
             with machine_configfs(tmp_path, request.getfixturevalue("machine"), Tee.SNP) as root:
-                yield TsmSnp(root)
+                yield TsmSnp(root, distance=Distance(pause=lambda _: True))  # a simulated host throttles nobody
                 assert holds_none_of_ours(root)
         case _, True:
             yield opened(SevGuest)
@@ -84,7 +85,7 @@ def snp(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
             driver = FakeSevGuest(lambda data, vmpl: firmware(data, vmpl)[0], certificates=firmware(DATA, 0)[1])
             (tmp_path / "node").touch()
             with fuse_node(tmp_path / "node", driver) as node:
-                yield SevGuest(node, tmp_path / "vmpl", wait=lambda _: True)  # a simulated host throttles nobody
+                yield SevGuest(node, tmp_path / "vmpl", wait=lambda _: True)
 
 
 @pytest.fixture(params=["configfs-tsm", "tdx-guest"])

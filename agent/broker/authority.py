@@ -42,6 +42,8 @@ _CERTIFICATE_CHECKS = (
     EvidenceCheck.CERTIFICATE_CHIP_ID,
     EvidenceCheck.REVOCATION,
     EvidenceCheck.REVOCATION_LIST,
+    EvidenceCheck.REVOCATION_LIST_SIGNATURE,
+    EvidenceCheck.REVOCATION_LIST_VALIDITY,
     EvidenceCheck.TCB_COLLATERAL,
 )
 _CHAINS = (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN, EvidenceFormat.SWITCH_CHAIN, EvidenceFormat.TDX_CHAIN)
@@ -223,7 +225,8 @@ class Authority:
         anchors = self._anchors
         match evidence.tee:
             case Tee.SNP:
-                return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now)
+                lists = anchors.amd_crls.read() if anchors.amd_crls else None
+                return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now, lists)
             case Tee.TDX:
                 claims = verify_tdx(evidence, anchors.simulation_roots, now)
                 collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None

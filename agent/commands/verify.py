@@ -45,6 +45,7 @@ from agent.evidence.snp_abi import (
 )
 from agent.evidence.snp_abi import parse_report as parse_snp_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, TDREPORT_BYTES, TEE_TYPE_TDX, TdAttributes, TdBody, parse_tdreport
+from agent.verify.crl import MAX_CRL_BYTES, parse_crl
 from agent.verify.nvidia import GpuClaims, SwitchClaims, verify_gpu, verify_switch
 from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
 from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
@@ -88,7 +89,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         "snp",
         help="an SEV-SNP attestation report",
         description="Verify an SEV-SNP attestation report, version 3 to 5: a genuine AMD chip signed it, at the TCB it "
-        "reports. Revocation is not checked.",
+        "reports. Revocation is checked with --crl.",
         epilog="The chain is VCEK (or VLEK), ASK (or ASVK) and ARK. Where the host has none for you AMD has: on a terminal, "
         "and without --endorsement, you are told where. Example: keyturn verify snp report.bin --endorsement vcek.der "
         "--endorsement cert_chain.pem",
@@ -101,6 +102,12 @@ def add_parser(verbs: Any, summary: str) -> None:
         action="append",
         default=[],
         help="certificates: DER, PEM, or a host's table of them (configfs auxblob); may be given several times",
+    )
+    snp.add_argument(
+        "--crl",
+        metavar="FILE",
+        action="append",
+        help="AMD's revocation list, DER or PEM: its own, current, and without this chain; may be given several times",
     )
     snp.set_defaults(examine=_snp)
 
@@ -194,12 +201,14 @@ def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     endorsements = [certificate for file in args.endorsement for certificate in _endorsements(file)]
     if not endorsements and sys.stderr.isatty() and (urls := kds_urls(parse_snp_report(report_bytes))):
         print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
-    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now)
+    lists = None if args.crl is None else [parse_crl(_read(file, MAX_CRL_BYTES, "crl")) for file in args.crl]
+    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now, lists)
     report = claims.report
     record: dict[str, object] = {
         "tee": "snp",
         "product": claims.product.value,
         "simulated": claims.simulated,
+        "revocation_checked": claims.revocation_checked,
         "version": report.version,
         "guest_svn": report.guest_svn,
         "policy": _policy(report.policy),

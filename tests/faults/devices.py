@@ -10,6 +10,9 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+
 from agent.errors import (
     AgentError,
     AttestationKeyLostError,
@@ -25,19 +28,23 @@ from agent.errors import (
     GpuFaultError,
     GpuMode,
     GpuModeError,
+    GuestUnfitError,
     KeyReleaseDeniedError,
     MalformedEvidenceError,
+    Unfit,
     VmRestartRequiredError,
     WorkerLostError,
 )
-from agent.evidence import ReportData
+from agent.evidence import ReportData, Tee
 from agent.evidence.cpu import TDX_PATIENCE
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_guest import TdxGuest
+from agent.fitness import Places, check_gpu_driver, check_kernel
 from agent.gpu_watch import MAX_REPLACED
 from agent.sim.gpu_silicon import create_gpu_silicon
 from agent.sim.nvml import KERNEL_LOG
+from agent.sim.snp import CRL_FILE, make_crl
 from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
 from tests.fake_nodes import Fault as DriverFault
 from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
@@ -82,6 +89,24 @@ def _denied(name: str, arrange: Callable[[FaultWorld], object], claim: str) -> F
 
 def no_row(world: FaultWorld) -> None:
     world.row = {}
+
+
+def amd_lists(*lists: bytes) -> Callable[[FaultWorld], None]:
+    """The broker has these revocation lists of AMD's."""
+
+    def arrange(world: FaultWorld) -> None:
+        folder = world.folder / "amd"
+        folder.mkdir()
+        for number, data in enumerate(lists):
+            (folder / f"{number}.crl").write_bytes(data)
+        world.broker_flags += ["--amd-crls", str(folder)]
+
+    return arrange
+
+
+def forged_amd_list(world: FaultWorld) -> None:
+    genuine = x509.load_der_x509_crl((world.machine.silicon / CRL_FILE).read_bytes())
+    amd_lists(make_crl(genuine.issuer, rsa.generate_private_key(65537, 2048), []))(world)
 
 
 def one_gpu_twice(world: FaultWorld) -> None:
@@ -221,6 +246,12 @@ def sev_guest_without_its_key(world: FaultWorld) -> object:
     return device.collect(ReportData(bytes(64)))
 
 
+def closed_gpu_driver(world: FaultWorld) -> object:
+    version = world.folder / "nvidia-version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  590.12  Thu Jun  1 21:37:53 UTC 2023\n")
+    return check_gpu_driver(Places(gpu_driver=version))
+
+
 def tdx_module_that_stays_busy(world: FaultWorld) -> object:
     fake = FakeTdxGuest()
     fake.errors = [errno.EBUSY] * 99
@@ -257,6 +288,9 @@ ROWS = [
         ),
         "snp.tcb.bootloader",
     ),
+    _denied("broker without the revocation list of this processor's root", amd_lists(), "snp.revocation-list"),
+    _denied("revocation list that the root did not sign", forged_amd_list, "snp.revocation-list-signature"),
+    _denied("revocation list that is none", amd_lists(b"junk"), "snp.malformed.revocation_list"),
     _denied("key URI without a row", no_row, "policy.row"),
     _denied("revoked row", _row("row", revoked=True), "policy.revoked"),
     Fault("SNP key that is wiped", AttestationKeyLostError, fields={"code": errno.EIO}, drive=sev_guest_without_its_key),
@@ -268,6 +302,19 @@ ROWS = [
         may_stay=frozenset({"tdx-attest.conf"}),
     ),
     Fault("CPU report one byte short", MalformedEvidenceError, fields={"got": 1183, "expected": 1184}, drive=short_report),
+    Fault(
+        "kernel without any interface to the TEE, found by doctor",
+        GuestUnfitError,
+        fields={"problem": Unfit.KERNEL, "got": "5.15.0", "expected": "5.19"},
+        drive=lambda _: check_kernel(Tee.SNP, Places(release=lambda: "5.15.0")),
+    ),
+    Fault(
+        "NVIDIA driver of the closed modules, found by doctor",
+        GuestUnfitError,
+        fields={"problem": Unfit.GPU_DRIVER_CLOSED, "got": "590.12"},
+        drive=closed_gpu_driver,
+        may_stay=frozenset({"nvidia-version"}),
+    ),
     # --- the GPUs -----------------------------------------------------------------------------------------------------
     Fault(
         "foreign nonce in the GPU report",

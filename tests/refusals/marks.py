@@ -42,6 +42,7 @@ COMPLETE = (
     "agent/handshake/machine.py",
     "agent/handshake/token.py",
     "agent/keys.py",
+    "agent/verify/crl.py",
     "agent/verify/nvidia.py",
     "agent/verify/ppcie.py",
     "agent/verify/snp.py",
