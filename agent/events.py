@@ -181,6 +181,7 @@ class GatePassed(Event):
 
     gpus: int
     preset: bool
+    switches: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

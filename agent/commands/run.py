@@ -120,14 +120,21 @@ def open_runtime(cfg: "MeasuredConfig") -> "RuntimeMeasurement":
 
 
 def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
-    """The GPUs; None when there shall be none."""
+    """The GPUs, and with them the NVSwitches if there shall be any; None when there shall be no GPU."""
     if not cfg.gpu.count:
         return None
-    if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).gpu_system()
-    from agent.evidence.gpu import NvmlGpuSystem
+    machine = _simulated_machine(cfg.simulation.machine) if cfg.simulation else None
+    if machine:
+        gpus = machine.gpu_system()
+    else:
+        from agent.evidence.gpu import NvmlGpuSystem
 
-    return NvmlGpuSystem()
+        gpus = NvmlGpuSystem()
+    if not cfg.gpu.switches:
+        return gpus
+    from agent.evidence.nscq import GpusAndSwitches, NscqSwitches
+
+    return GpusAndSwitches(gpus, machine.switch_system() if machine else NscqSwitches())
 
 
 def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:
