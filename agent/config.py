@@ -42,6 +42,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TeeConfig(_Section, frozen=True, kw_only=True):
     attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
+    runtime_measurement: Literal["required", "if-supported"] = "if-supported"
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -252,6 +253,8 @@ EXPLAIN = {
     "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
     "in its place",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
+    "tee.runtime_measurement": "if-supported (default): the release of the key goes into RTMR 3 where this guest can extend it "
+    "(TDX, Linux 6.16), and the event release_measured says so. required: a guest that cannot ends before it asks for anything",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "simulation.report_root": "where a configfs-tsm that answers for the simulated machine is mounted, as `keyturn demo --via "
     "configfs` does; default: the machine is asked inside the agent's process",

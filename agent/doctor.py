@@ -20,6 +20,7 @@ from agent import fitness
 from agent.closed import Ident
 from agent.config import parse
 from agent.errors import (
+    Absence,
     BrokerIdentityError,
     BrokerUnreachableError,
     ConfigError,
@@ -100,12 +101,17 @@ def _host_data(guest: Guest) -> None:
 
 
 def _tdx(guest: Guest) -> Seen:
-    """What a TDX guest has beside its quotes. None of it is needed: what is not there is told, what is broken is a failure."""
+    """What a TDX guest has beside its quotes. What is not there is told, and fails only where it is required; so does what is
+    broken.
+    """
     from agent.evidence.ccel import MAX_LOG_BYTES, parse_event_log
-    from agent.evidence.rtmr import REGISTER
+    from agent.evidence.rtmr import INTERFACE, REGISTER
     from agent.evidence.tdx_guest import read_port
 
+    required = guest.measured is not None and guest.config.tee.runtime_measurement == "required"
     if needed(guest.tee, Skip.NO_TEE).tee is not Tee.TDX:
+        if required:
+            raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
         raise SkippedError(Skip.NO_TDX)
     at = guest.places
     try:
@@ -118,6 +124,8 @@ def _tdx(guest: Guest) -> Seen:
     except OSError as error:
         events = f"errno-{error.errno}"
     register = "present" if (at.measurements / REGISTER).exists() else "absent"
+    if required and register == "absent" and guest.config.simulation is None:
+        raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
     return {"quote-service": Ident(quote_service), "event-log": Ident(events), "rtmr3": Ident(register)}
 
 

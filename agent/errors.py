@@ -269,6 +269,7 @@ class Absence(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    NO_RUNTIME_REGISTER = "runtime measurement is required, and this guest has no register that the agent may extend"
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
 
 

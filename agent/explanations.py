@@ -206,7 +206,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
                 "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
-            "A driver that loads late: raise `tee.wait_s`.",
+            (
+                "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "
+                "takes a TDX guest with Linux 6.16 or newer, its sysfs writable, and no event log of CoCo's attestation agent "
+                "(`/run/attestation-agent/eventlog`). Else set it to if-supported."
+            ),
         ),
         "Nothing is held back here. Which paths were tried stands in `agent/evidence/detect.py` and `agent/evidence/gpu.py`.",
     ),
@@ -238,11 +242,15 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.DeviceError: Explanation(
         "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
-        "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
-        "0x12001 on the quote service's, and of nvml and nscq their own return codes. It is final, because a second try "
-        "can latch a GPU in a fatal state or cost an SNP guest its attestation key.",
+        "tdx-guest, rtmr, event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of "
+        "qgs from 0x12001 on the quote service's, and of nvml and nscq their own return codes. It is final, because a second "
+        "try can latch a GPU or cost an SNP guest its attestation key.",
         (
-            "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
+            (
+                "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only. "
+                "rtmr: the release of the key did not get into RTMR 3; at read-back something else in this guest extends it "
+                "too. event-log at write: `/run/keyturn` must be writable memory."
+            ),
             (
                 "configfs-tsm with code 22 at outblob, or sev-firmware: look for `sev-guest` lines in the guest's kernel "
                 "log, then update firmware and kernel of the host. Status 22 is a privilege level below the guest's own."
@@ -322,6 +330,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "nvidia-report and nvidia-certificate-chain: update VBIOS and driver to versions that NVIDIA lists for "
                 "confidential computing."
+            ),
+            (
+                "cc-event-log: the ACPI table CCEL that the host's TDX firmware left is no event log, or one of more than "
+                "256 KiB without its padding; `keyturn verify event-log` looks at it alone. Update the TD's firmware."
             ),
             "Report the format, the field and both numbers of the text to us together with the firmware and driver versions.",
         ),
@@ -620,7 +632,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`claim` with snp.measurement or snp.host_data, tdx.mr_td, tdx.rtmr or tdx.mr_config_id: a new image or a "
                 "new configuration. `keyturn config check` prints HOST_DATA or MRCONFIGID; after the change send SIGHUP to "
-                "the broker. With policy.tee: the row is for guests of the other TEE."
+                "the broker. With policy.tee: the row is for guests of the other TEE. tdx.rtmr_3 when a lease is renewed: the "
+                "release was measured, so take the register out of the row."
             ),
             (
                 "`claim` with snp.tcb or tdx.tee_tcb_svn: the host's firmware or TDX module is below the row's minimum; have "
@@ -629,7 +642,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
-                "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
+                "`device`: a report does not verify; that is the host's; event-log.rtmr: the TD's log is not that of its "
+                "registers; restart the guest, and look for what else extends them. `policy`: no row, revoked, or past "
                 "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),

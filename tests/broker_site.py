@@ -155,6 +155,7 @@ class Site:
         devices = open_devices(
             check_measured(machine.attester(self.tee), machine.host_data),
             gpu_system_of(machine) if machine.gpu.count else None,
+            machine.runtime(self.tee),
             gpu_count=machine.gpu.count,
             switch_count=machine.gpu.switches,
             expected_ready=ExpectedReady.UNSET,

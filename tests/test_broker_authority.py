@@ -22,6 +22,7 @@ from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason
 from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, Nonce, RuntimeData, Tee
 from agent.evidence.binding import additional_evidence, device_nonce, parse_additional_evidence, report_data
+from agent.evidence.ccel import RuntimeEvent, pack_event_log, parse_event_log, parse_runtime_event
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import quote_length
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
@@ -29,7 +30,7 @@ from agent.sim.gpu_silicon import create_gpu_silicon
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import CRL_FILE, make_crl
 from agent.verify.snp import verify_snp
-from tests.broker_site import URI, Site, policy_for
+from tests.broker_site import URI, Site, policy_for, tdx_policy_for
 from tests.shared import shared_data
 
 HELLO = Hello(Ident("boot-1"), URI, Tee.SNP)
@@ -199,6 +200,37 @@ def test_a_td_that_is_not_what_the_row_wants_is_denied_by_the_name_of_it(tdx_sit
     machine.flip_signature_bit = fault == "signature"
     machine.measurement = bytes(48) if fault == "mr_td" else machine.measurement
     verdict = authority(tdx_site).attest(TDX_HELLO, attestation(tdx_site), NONCE)
+    assert isinstance(verdict, Denied)
+    assert verdict.claim == claim
+
+
+def test_a_td_is_attested_with_the_log_of_its_boot_before_and_after_it_measured_a_release(tdx_site: Site) -> None:
+    tdx_site.policy = tdx_policy_for(tdx_site.machine, tdx__event_log='"required"')
+    for measured in range(3):
+        sent = attestation(tdx_site)
+        events = parse_event_log(sent.evidence.primary.event_log).events
+        assert [parse_runtime_event(event) is not None for event in events[-measured - 1 :]] == [False] + [True] * measured
+        assert isinstance(authority(tdx_site).attest(TDX_HELLO, sent, NONCE), Accepted)
+        tdx_site.machine.runtime(Tee.TDX).measure(RuntimeEvent("keyturn", "release-key", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "claim"),
+    [("none", "tdx.event_log"), ("shorter", "event-log.rtmr"), ("cut", "event-log.malformed.event_data")],
+)
+def test_a_log_that_is_missing_or_is_not_that_of_the_quote_is_denied_by_its_name(
+    tdx_site: Site, spoiled: str, claim: str
+) -> None:
+    tdx_site.policy = tdx_policy_for(tdx_site.machine, tdx__event_log='"required"')
+    sent = attestation(tdx_site)
+    log = parse_event_log(sent.evidence.primary.event_log)
+    event_log = {
+        "none": b"",
+        "shorter": pack_event_log(replace(log, events=log.events[:-1])),
+        "cut": sent.evidence.primary.event_log[:-1],
+    }[spoiled]
+    primary = replace(sent.evidence.primary, event_log=event_log)
+    verdict = authority(tdx_site).attest(TDX_HELLO, replace(sent, evidence=replace(sent.evidence, primary=primary)), NONCE)
     assert isinstance(verdict, Denied)
     assert verdict.claim == claim
 

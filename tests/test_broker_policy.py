@@ -256,6 +256,7 @@ WRONG_CLAIMS = [
             ({}, {"rtmr_1": bytes(48)}, Claim.RTMR_1, "loader-1"),
             ({}, {"rtmr_2": bytes(48)}, Claim.RTMR_2, "kernel-1"),
             ({"tdx__rtmr_3": f'[{{ id = "rtmr", value = "{"00" * 48}" }}]'}, {}, Claim.RTMR_3, "rtmr"),
+            ({"tdx__event_log": '"required"'}, {}, Claim.EVENT_LOG, None),
             ({}, {"td_attributes": TdAttributes(1 << 28 | 1 << 29)}, Claim.TD_MIGRATABLE, None),
             ({}, {"td_attributes": TdAttributes(0)}, Claim.TD_SEPT_VE, None),
             ({}, {"tee_tcb_svn": bytes((5, 1, 3)).ljust(16, b"\0")}, Claim.TEE_TCB_SVN, "module-1"),
@@ -397,6 +398,12 @@ def test_every_status_but_revoked_can_be_allowed_by_its_name() -> None:
     for status in set(TcbStatus) - {TcbStatus.REVOKED}:
         assert judge(tdx_policy(tdx__tcb=f'["{status.value}"]'), td=td(status))
     assert denied(data=tdx_policy(), td=td(TcbStatus.REVOKED)).claim == Claim.TCB_STATUS.value
+
+
+def test_an_event_log_may_be_required_and_may_always_come() -> None:
+    with_log = replace(td(), event_log=True)
+    for row in (tdx_policy(), tdx_policy(tdx__event_log='"required"')):
+        assert judge(row, td=with_log)
 
 
 def test_a_module_that_is_newer_in_every_component_is_accepted() -> None:

@@ -22,10 +22,12 @@ from cryptography import x509
 from agent.broker.anchors import load_simulation_roots
 from agent.errors import NoAttesterError
 from agent.evidence import Attester, GpuNonce, GpuSystem, ReportData, SwitchSystem, Tee
+from agent.evidence.ccel import RuntimeEvent, pack_runtime_event, parse_event_log, parse_runtime_event, replay
 from agent.evidence.cpu import Distance
 from agent.evidence.gpu import NvmlGpuSystem, is_held
 from agent.evidence.nscq import NscqSwitches
-from agent.evidence.rtmr import DIGEST_BYTES, MEASUREMENTS, REGISTER, Extended, extend
+from agent.evidence.rtmr import REGISTER, Rtmr
+from agent.evidence.runtime import RuntimeMeasurement
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import quote_report_data
@@ -33,6 +35,7 @@ from agent.evidence.tdx_guest import TdxGuest
 from agent.evidence.tsm import REPORT_ROOT, TsmSnp, TsmTdx
 from agent.sim.configfs import machine_firmware
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import CCEL_FILE
 from agent.verify.nvidia import verify_gpu, verify_switch
 from agent.verify.ppcie import verify_ppcie
 from agent.verify.snp import verify_snp
@@ -41,6 +44,7 @@ from tests import nscq_emulation, nvml_emulation
 from tests.fake_configfs import machine_configfs
 from tests.fake_fuse_node import fuse_node
 from tests.fake_nodes import FakeQgs, FakeSevGuest, FakeTdxGuest
+from tests.fake_rtmr import fake_rtmr
 from tests.gpus import gpu_machine, simulated_root
 
 pytestmark = pytest.mark.hardware
@@ -48,7 +52,7 @@ pytestmark = pytest.mark.hardware
 DATA = ReportData(bytes(range(64)))
 OTHER = ReportData(bytes(reversed(DATA)))
 NONCE = GpuNonce(bytes(range(32)))
-DIGEST = hashlib.sha384(b"keyturn device test").digest()
+EVENT = RuntimeEvent("keyturn", "device-test", "{}")
 
 _Device = TypeVar("_Device")
 
@@ -109,14 +113,25 @@ def tdx(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
 
 
 @pytest.fixture
-def measurements(hardware: bool, tmp_path: Path) -> Path:
-    """Where the register is. Emulated it is a file, which keeps what is written: to extend is the TDX module's."""
+def register(hardware: bool, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Rtmr, RuntimeMeasurement]]:
+    """The runtime register and the log beside it."""
     if hardware:
-        if not (MEASUREMENTS / REGISTER).exists():
-            pytest.skip("this guest's kernel has no runtime register")
-        return MEASUREMENTS
-    (tmp_path / REGISTER).write_bytes(bytes(DIGEST_BYTES))
-    return tmp_path
+        runtime = RuntimeMeasurement.of(Tee.TDX)
+        if unsupported := runtime.unsupported():
+            pytest.skip(f"nothing is measured in this guest: {unsupported.value}")
+        yield Rtmr(), runtime
+        return
+    machine: SimulatedMachine = request.getfixturevalue("machine")
+    machine.runtime(Tee.TDX)  # leaves the firmware's table
+    (tmp_path / REGISTER).touch()
+    with fake_rtmr(tmp_path / REGISTER) as (path, _):
+        rtmr = Rtmr(path.parent)
+        yield (
+            rtmr,
+            RuntimeMeasurement(
+                rtmr, firmware_log=machine.directory / CCEL_FILE, folder=tmp_path / "run", foreign_log=tmp_path / "none"
+            ),
+        )
 
 
 @pytest.fixture
@@ -200,10 +215,21 @@ def test_a_tdx_quote_verifies_and_says_the_modules_mrconfigid(
 # --- runtime register -------------------------------------------------------------------------------------------------
 
 
-def test_the_runtime_register_is_extended_by_a_digest(measurements: Path, hardware: bool) -> None:
-    before = (measurements / REGISTER).read_bytes()
-    after = hashlib.sha384(before + DIGEST).digest() if hardware else DIGEST
-    assert extend(Tee.TDX, DIGEST, measurements) == Extended(after)
+def test_the_runtime_register_is_extended_by_an_event_which_its_log_explains(
+    register: tuple[Rtmr, RuntimeMeasurement], hardware: bool
+) -> None:
+    rtmr, runtime = register
+    before = rtmr.read()
+    assert isinstance(before, bytes)
+    measured = runtime.measure(EVENT)
+    digest = pack_runtime_event(EVENT, 3).digests[0][1]
+    assert measured.rtmr_3 == rtmr.read() == hashlib.sha384(before + digest).digest()
+    if not (data := runtime.event_log()):
+        assert hardware
+        pytest.skip("the firmware left no log, so that the register alone was looked at")
+    log = parse_event_log(data)
+    assert parse_runtime_event(log.events[-1]) == EVENT
+    assert replay(log)[3] == measured.rtmr_3
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------

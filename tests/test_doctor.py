@@ -3,21 +3,25 @@
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from agent.closed import Ident
 from agent.commands.run import open_gpus, open_tee
 from agent.config import EXAMPLE, MeasuredConfig
 from agent.config_source import FoundConfig
 from agent.doctor import CHECKS
 from agent.errors import (
+    Absence,
     AgentError,
     EvidenceFormat,
     GpuMode,
     GpuModeError,
     GuestUnfitError,
     MalformedEvidenceError,
+    NoAttesterError,
     Unfit,
 )
-from agent.evidence import Attester, Evidence, ReportData
+from agent.evidence import Attester, Evidence, ReportData, Tee
 from agent.evidence.ccel import pack_event_log
 from agent.evidence.rtmr import REGISTER
 from agent.examination import Finding, Guest, Skip, examine
@@ -136,6 +140,22 @@ def test_a_tdx_guest_tells_what_else_it_has(machine: SimulatedMachine, tmp_path:
     (at.measurements / REGISTER).touch()
     everything = finding("tdx", tdx_guest(machine, tmp_path)).seen
     assert everything == {"quote-service": "vsock:4050", "event-log": f"{len(log.events)}-events", "rtmr3": "present"}
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_a_guest_that_must_measure_and_has_no_register_is_a_failure(
+    machine: SimulatedMachine, tmp_path: Path, tee: Tee
+) -> None:
+    text = EXAMPLE.replace('attester = "snp"', f'attester = "{tee.value}"\nruntime_measurement = "required"')
+    guest = replace(tdx_guest(machine, tmp_path), open_tee=lambda _: machine.attester(tee))
+    guest.find_config = lambda: FoundConfig(text.encode(), bytes(32), Ident("file"))
+    error = failed(finding("tdx", guest))
+    assert isinstance(error, NoAttesterError)
+    assert error.reason is Absence.NO_RUNTIME_REGISTER
+    if tee is Tee.TDX:
+        guest.places.measurements.mkdir()
+        (guest.places.measurements / REGISTER).touch()
+        assert finding("tdx", guest).error is None
 
 
 def test_an_event_log_that_is_none_is_a_failure_and_another_tee_has_none(machine: SimulatedMachine, tmp_path: Path) -> None:

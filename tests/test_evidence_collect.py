@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.closed import Ident
 from agent.errors import (
     ConfigNotMeasuredError,
     CountedDevice,
@@ -19,10 +20,15 @@ from agent.evidence.collect import Devices, check_distinct, check_measured, open
 from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
+from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
 from tests.gpus import NONCE, gpu_machine, gpu_system_of, recorded
 
+CLAIMS = TokenClaims(
+    Nonce(bytes(32)), TeePublicKey(bytes(32), bytes(32)), Ident("kbs:///a/b/c"), Ident("1"), 1, None, True, 0, 1
+)
+VERDICT = Verdict(Ident("request-1"), "token", CLAIMS, ())
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
@@ -36,6 +42,7 @@ def devices_of(
     return open_devices(
         check_measured(machine.attester(), digest),
         gpus or gpu_system_of(machine),
+        machine.runtime(),
         gpu_count=machine.gpu.count,
         switch_count=machine.gpu.switches,
         expected_ready=expected_ready,
@@ -52,6 +59,12 @@ def test_one_cpu_report_covers_nonce_key_and_every_gpu(machine: SimulatedMachine
     assert claims is not None
     assert claims.manifest_digest == "sha256:" + "0" * 64
     assert (claims.ready, claims.renewal) == (False, False)
+
+
+def test_the_gate_comes_after_the_measurement(machine: SimulatedMachine) -> None:
+    with pytest.raises(RuntimeError):
+        devices_of(machine).secure(VERDICT, None)  # type: ignore[arg-type]
+    assert "nvmlSystemSetConfComputeGpusReadyState" not in nvml_calls(machine)
 
 
 def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine: SimulatedMachine) -> None:

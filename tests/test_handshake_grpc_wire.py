@@ -37,7 +37,7 @@ URI = Ident("kbs:///models/demo/key.v1")
 KEY = TeePublicKey(b"x" * 32, b"y" * 32)
 EVIDENCE = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
 HELLO, ATTESTATION = Hello(ID, URI, Tee.SNP), Attestation(ID, KEY, EVIDENCE)
-OF_A_TD = Attestation(ID, KEY, CompositeEvidence(Evidence(Tee.TDX, b"q" * (128 << 10)), ""))
+OF_A_TD = Attestation(ID, KEY, CompositeEvidence(Evidence(Tee.TDX, b"q" * (128 << 10), event_log=b"l" * (256 << 10)), ""))
 CHALLENGE = Challenge(ID, Nonce(b"n" * 32), 180)
 ACCEPTED = Accepted(ID, "a.b.c", Ident("p1"), (Ident("rv-1"), Ident("rv-2")))
 DENIALS = [
@@ -153,6 +153,10 @@ def test_the_method_names_are_the_protos() -> None:
         (ProtocolProblem.MALFORMED, attestation(snp=pb.SnpEvidence(report=b"r" * 1184, cert_chain=[b""]))),
         (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence())),
         (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence(quote=b"q" * ((128 << 10) + 1)))),
+        (
+            ProtocolProblem.OVERSIZED,
+            attestation(snp=None, tdx=pb.TdxEvidence(quote=b"q", event_log=b"l" * ((256 << 10) + 1))),
+        ),
         (ProtocolProblem.MALFORMED, attestation(additional_evidence=b"\xff")),
         (ProtocolProblem.OVERSIZED, attestation(additional_evidence=b"a" * ((512 << 10) + 1))),
     ],

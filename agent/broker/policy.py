@@ -74,6 +74,7 @@ class Claim(enum.Enum):
     RTMR_1 = "tdx.rtmr_1"
     RTMR_2 = "tdx.rtmr_2"
     RTMR_3 = "tdx.rtmr_3"
+    EVENT_LOG = "tdx.event_log"
     TD_MIGRATABLE = "tdx.attributes.migratable"
     TD_SEPT_VE = "tdx.attributes.sept_ve_disable"
     TEE_TCB_SVN = "tdx.tee_tcb_svn"
@@ -163,7 +164,9 @@ class TdxRow(_Section, frozen=True):
 
     Attributes:
         rtmr_0: of the virtual hardware, as the firmware found it, and rtmr_3, extended at run time: None does not look at
-            them; an empty list still matches nothing.
+            them; an empty list still matches nothing. A guest that measures the release of the key has another rtmr_3 in every
+            boot from then on: where it is listed, no lease is renewed.
+        event_log: `required`: a log must come with the quote; None: it may. One that comes must replay to the quote's RTMRs.
         tcb: Intel's words for TCB levels that are good enough; `not_evaluated` for platforms of which the broker has no
             collateral. A revoked platform is never good enough, nor is a debug TD: `verify_tdx` refuses that one.
     """
@@ -174,6 +177,7 @@ class TdxRow(_Section, frozen=True):
     rtmr_1: tuple[_Measurement, ...] = ()
     rtmr_2: tuple[_Measurement, ...] = ()
     rtmr_3: tuple[_Measurement, ...] | None = None
+    event_log: Literal["required"] | None = None
     minimum_tee_tcb_svn: TcbSvn | None = None
     tcb: tuple[_TcbStatus, ...] = ()
 
@@ -430,6 +434,8 @@ def _appraise_tdx(judge: _Judge, row: TdxRow, claims: TdxClaims) -> None:
     if row.rtmr_3 is not None:
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.RTMR_3, row.rtmr_3, td.rtmr_3.hex())
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    require(Claim.EVENT_LOG, claims.event_log or row.event_log is None)
 
     # 2. Nobody else holds its memory, and no page is taken from it unnoticed. No row can allow either.
     # refusal: test_one_wrong_claim_is_denied_by_its_name

@@ -10,7 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from agent.errors import (
     SimulationRefusedError,
 )
 from agent.evidence import SWITCH_ARCH, Evidence, GpuEvidence, GpuNonce, Tee
-from agent.evidence.ccel import MAX_LOG_BYTES, SHA384, parse_event_log, replay
+from agent.evidence.ccel import MAX_LOG_BYTES, SHA384, parse_event_log, parse_runtime_event, replay
 from agent.evidence.cpu import certificate_chain, der_certificates
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
@@ -154,7 +154,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="the event log of a TD",
         description="Replay the event log of a TD (ACPI table CCEL, with what CoCo appends), and compare the registers with "
         "those of a quote, verified as by `verify tdx --no-collateral`, or of a TDREPORT, which only its own processor could "
-        "verify: take it yourself, inside the TD. Digests are what is verified: the data beside them is anybody's.",
+        "verify: take it yourself, inside the TD. Digests are what is verified: the data beside them is anybody's, but for "
+        "events of the running system (runtime_event in --json), whose digest is over their text.",
         epilog="Example: keyturn verify event-log /sys/firmware/acpi/tables/data/CCEL --against quote.bin",
         allow_abbrev=False,
     )
@@ -413,7 +414,12 @@ def _event_log(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Findi
         "against": None,
         **{f"rtmr_{number}": register.hex() for number, register in enumerate(registers)},
         "events": [
-            {"mr_index": event.mr_index, "event_type": event.event_type, "digest": dict(event.digests).get(SHA384, b"").hex()}
+            {
+                "mr_index": event.mr_index,
+                "event_type": event.event_type,
+                "digest": dict(event.digests).get(SHA384, b"").hex(),
+                "runtime_event": asdict(said) if (said := parse_runtime_event(event)) else None,
+            }
             for event in log.events
         ],
     }

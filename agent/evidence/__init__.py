@@ -42,11 +42,14 @@ class Evidence:
         report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
         cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
             quote holds its own, so there it is empty.
+        event_log: TDX: what was measured into the RTMRs, without padding (`ccel.py`); empty where there is none. The report
+            data does not cover it: it is believed when it replays to the quote's RTMRs.
     """
 
     tee: Tee
     report: bytes
     cert_chain: tuple[bytes, ...] = ()
+    event_log: bytes = b""
 
 
 class Attester(Protocol):
@@ -76,6 +79,31 @@ class Attester(Protocol):
 
         Raises:
             AgentError: as `collect`.
+        """
+
+
+class Unsupported(enum.Enum):
+    """Why nothing is measured at run time. No error: such a guest is what it is, and its verifier sees it."""
+
+    NO_REGISTER = "no-register"  # SEV-SNP: what a guest does after its launch is covered by report data alone
+    NO_DRIVER = "no-driver"  # the kernel has no file for it: Linux 6.16 brought it
+    READ_ONLY = "read-only"  # this process may not write it: a container's sysfs, or not root
+    FOREIGN_LOG = "foreign-log"  # CoCo's attestation agent keeps the log: an event that is not in it would spoil its replay
+
+
+class RuntimeRegister(Protocol):
+    """The register that a running guest extends: RTMR 3 of a TDX guest. Blocking, and quick."""
+
+    def read(self) -> bytes | Unsupported:
+        """Its value, 48 bytes, where it can be extended. Raises DeviceError."""
+
+    def extend(self, digest: bytes) -> None:
+        """Make it SHA-384(value ‖ digest), with a digest of 48 bytes; only after `read` gave a value.
+
+        It cannot be taken back before the next start of the guest.
+
+        Raises:
+            DeviceError: the kernel refused.
         """
 
 

@@ -5,7 +5,7 @@ with. Device calls run in the calling thread; the caller never abandons them (`w
 """
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 
 from agent.errors import ConfigNotMeasuredError, CountedDevice, GpuCountError
 from agent.evidence import (
@@ -18,8 +18,9 @@ from agent.evidence import (
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data, split
 from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
+from agent.evidence.runtime import MeasuredRelease, RuntimeMeasurement, release_event
 from agent.guest.initdata import fit
-from agent.handshake import Verdict
+from agent.handshake import SealedKey, Verdict
 from agent.verify.nvidia import parse_chain
 
 _ONLY_CHECK_MEASURED = object()
@@ -30,11 +31,13 @@ class Devices:
     """Open devices whose GPUs passed the rules that hold before attestation. Only `open_devices` makes one.
 
     Attributes:
+        runtime: what this guest measures while it runs, and its event log.
         inventory: the GPUs as they were before attestation; None without GPUs.
         expected_ready: their ready state, and whose work it is.
     """
 
     attester: Attester
+    runtime: RuntimeMeasurement
     gpus: GpuSystem | None
     inventory: GpuInventory | None
     expected_ready: ExpectedReady
@@ -78,12 +81,29 @@ class Devices:
             )
             text = additional_evidence(evidence, claims)
 
-        # 2. The CPU, over the same and over the text of step 1.
-        primary = self.attester.collect(report_data(data, text))
-        return CompositeEvidence(primary, text)
+        # 2. The event log. Nothing covers it: it is believed when it replays to the registers that step 3 signs.
+        event_log = self.runtime.event_log()
 
-    def secure(self, verdict: Verdict) -> SecuredDevices:
-        """The GPU gate, once, after the Verdict: see `gate.secure`."""
+        # 3. The CPU, over the same as the GPUs and over the text of step 1.
+        primary = self.attester.collect(report_data(data, text))
+        return CompositeEvidence(replace(primary, event_log=event_log), text)
+
+    def measure(self, verdict: Verdict, sealed: SealedKey, evidence: CompositeEvidence) -> MeasuredRelease:
+        """Measure that this key was released: see `runtime.release_event` and `RuntimeMeasurement.measure`.
+
+        Args:
+            verdict: accepted.
+            sealed: the key, which nobody has opened yet.
+            evidence: what the Verdict is about.
+        """
+        event = release_event(verdict, sealed, evidence, self.manifest_digest, self.server_command_digest)
+        return self.runtime.measure(event)
+
+    def secure(self, verdict: Verdict, measured: MeasuredRelease) -> SecuredDevices:
+        """The GPU gate, once, after the Verdict and after the release of the key was measured: see `gate.secure`."""
+        # refusal: test_the_gate_comes_after_the_measurement
+        if not isinstance(measured, MeasuredRelease):
+            raise RuntimeError("the measurement comes before the gate")
         return secure(verdict, self.gpus, self.inventory, self.expected_ready)
 
 
@@ -124,6 +144,7 @@ def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
 def open_devices(
     guest: MeasuredGuest,
     gpus: GpuSystem | None,
+    runtime: RuntimeMeasurement,
     *,
     gpu_count: int,
     switch_count: int = 0,
@@ -137,6 +158,7 @@ def open_devices(
     Args:
         guest: whose configuration may decide.
         gpus: None exactly when `gpu_count` is 0.
+        runtime: of this guest.
         gpu_count: configured number of GPUs.
         switch_count: configured number of NVSwitches.
         architecture: configured one of every GPU; None for any.
@@ -155,7 +177,7 @@ def open_devices(
         check_inventory(inventory, gpu_count, expected_ready, architecture, switches=switch_count)
         # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
-    return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
+    return Devices(guest.attester, runtime, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
 def check_distinct(evidence: Sequence[GpuEvidence], device: CountedDevice = CountedDevice.GPU) -> None:

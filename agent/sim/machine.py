@@ -5,6 +5,9 @@
     vcek.der
     pck.key         the same for its quotes, should it be asked as a TDX platform
     pck.pem
+    rtmr3:sha384    its runtime register, once it was extended
+    CCEL            what its firmware measured, as a table padded to its size
+    run/            its agent's part of the event log
     silicon/        the vendors' keys, unless the machine shares another one's (`create_silicon`)
     silicon/roots/  the vendors' root certificates, and nothing else
 
@@ -27,6 +30,7 @@ from typing import Self
 from agent.closed import Ident
 from agent.errors import NoAttesterError, SimulationRefusal, SimulationRefusedError
 from agent.evidence import Attester, GpuSystem, SwitchSystem, Tee
+from agent.evidence.runtime import NoRegister, RuntimeMeasurement
 from agent.evidence.snp_abi import TcbVersion
 
 MACHINE_FILE = "machine.json"
@@ -99,6 +103,8 @@ class SimulatedMachine:
         wrong_report_data: the device signs other data than it was asked to.
         flip_signature_bit: the report's signature is wrong by one bit.
         errno: the device fails with it instead of answering.
+        register_errno: the runtime register cannot be extended, and fails with this; ENOENT: the kernel has no file for it.
+        lose_extension: the runtime register says that it was extended, and was not.
     """
 
     directory: Path
@@ -113,6 +119,8 @@ class SimulatedMachine:
     wrong_report_data: bool = False
     flip_signature_bit: bool = False
     errno: int | None = None
+    register_errno: int | None = None
+    lose_extension: bool = False
     gpu: GpuKnobs = field(default_factory=GpuKnobs)
     _on_disk: bytes = field(default=b"", init=False, repr=False, compare=False)
 
@@ -238,6 +246,20 @@ class SimulatedMachine:
             return TsmSnp(Path(report_root))
         # The node beside configfs is only asked for a TDREPORT: any file will do, for the ioctl is the machine's.
         return TsmTdx(Path(report_root), device=self.directory / MACHINE_FILE, ioctl=tdx.SimulatedNode(self).ioctl)
+
+    def runtime(self, tee: Tee = Tee.SNP) -> RuntimeMeasurement:
+        """Its runtime register and event log."""
+        from agent.sim import tdx
+
+        if tee is not Tee.TDX:
+            return RuntimeMeasurement(NoRegister())
+        tdx.write_ccel(self)
+        return RuntimeMeasurement(
+            tdx.SimulatedRegister(self),
+            firmware_log=self.directory / tdx.CCEL_FILE,
+            folder=self.directory / "run",
+            foreign_log=self.directory / tdx.FOREIGN_LOG_FILE,
+        )
 
     def gpu_system(self) -> GpuSystem:
         """Its GPUs, through the real NVML binding."""

@@ -239,6 +239,20 @@ def event_log(data: bytes) -> None:
     ccel.replay(log)
 
 
+def event_log_joined(data: bytes) -> None:
+    """The firmware's log with an event of ours after it: what a TD sends."""
+    event = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+    log = ccel.join_event_log(data, ccel.pack_event(event))
+    assert ccel.parse_event_log(log).events == (*ccel.parse_event_log(data).events, event)
+    assert data.startswith(log.removesuffix(ccel.pack_event(event)))
+
+
+def event_log_seeds() -> list[bytes]:
+    separator = ccel.Event(1, 4, ((ccel.SHA384, bytes(48)),), bytes(4))
+    log = ccel.pack_event_log(ccel.EventLog(ccel.SpecId(1, 0, (0, 2, 0), 2, ((ccel.SHA384, 48),), b""), (separator,)))
+    return [log, log + b"\xff" * 64]
+
+
 def pck_chain(data: bytes) -> None:
     _, root, now = _tdx()
     pck.verify_pck_chain(data, [root], now)
@@ -507,7 +521,7 @@ def attest_request(data: bytes) -> None:
 
 def attest_request_seeds() -> list[bytes]:
     evidence = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
-    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA)), "")
+    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA), event_log=b"l" * 69), "")
     attestations = [grpc_wire.pack_attest_request(Attestation(ID, POINT, each)) for each in (evidence, quoted)]
     return [grpc_wire.pack_attest_request(Hello(ID, KEY_URI, Tee.SNP)), *attestations]
 
@@ -1042,6 +1056,7 @@ TARGETS = {
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
         Target("ccel", event_log, _none),
+        Target("ccel_joined", event_log_joined, event_log_seeds),
         Target("pck_chain", pck_chain, _none),
         Target("pck_extension", pck_extension, pck_extension_seeds),
         Target("sev_guest_answers", sev_guest_answers, sev_guest_answers_seeds),
@@ -1107,7 +1122,8 @@ def renew() -> None:
         evidence = machine.attester().collect(REPORT_DATA)
         quote = SimulatedTdx(machine).collect(REPORT_DATA).report
         tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
-        log = ccel.pack_event_log(make_event_log(machine))
+        measured = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+        log = ccel.join_event_log(ccel.pack_event_log(make_event_log(machine)), ccel.pack_event(measured))
         amd_list = (machine.silicon / CRL_FILE).read_bytes()
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
