@@ -166,17 +166,30 @@ def _gpu(guest: Guest) -> None:
 
 
 def _gpu_inventory(guest: Guest) -> Seen:
-    from agent.evidence.gate import ExpectedReady, check_inventory
+    from agent.evidence.gate import ExpectedReady, check_gpus, check_ready
 
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with signals_wait():
-        inventory = gpus.inspect()
-    check_inventory(inventory, config.count, expected, config.architecture and config.architecture.upper())
+        inventory = guest.inventory = gpus.inspect()
+    check_gpus(inventory, config.count, config.architecture and config.architecture.upper())
+    check_ready(inventory, expected)
     first, modes = inventory.gpus[0], inventory.modes
     mode = f"multi-gpu-{modes.multi_gpu_mode}" if modes.multi_gpu_mode else "cc"
     said = {"driver": inventory.driver_version, "vbios": first.vbios_version, "architecture": first.arch, "mode": mode}
     return {name: Ident.of_peer(text) for name, text in said.items()} | {"ready": Ident(str(int(inventory.ready)))}
+
+
+def _gpu_switches(guest: Guest) -> Seen:
+    """Also that GPUs in protected-PCIe mode are not used without them."""
+    from agent.evidence.gate import check_switches
+
+    _opened_gpus(guest)
+    inventory, count = needed(guest.inventory, Skip.NO_INVENTORY), guest.config.gpu.switches
+    check_switches(inventory, count)
+    if not count:
+        raise SkippedError(Skip.NO_SWITCH)
+    return {"count": Ident(str(count)), "architecture": Ident(inventory.switches[0].arch), "mode": Ident("locked")}
 
 
 def _gpu_faults(guest: Guest) -> None:
@@ -318,6 +331,7 @@ CHECKS: Mapping[str, Check] = {
     "gpu-parameters": _gpu_parameters,
     "gpu": _gpu,
     "gpu-inventory": _gpu_inventory,
+    "gpu-switches": _gpu_switches,
     "gpu-faults": _gpu_faults,
     "clock": _clock,
     "route": _route,

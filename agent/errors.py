@@ -389,6 +389,8 @@ class EvidenceFormat(enum.Enum):
     SNP_CHAIN = "snp-certificate-chain"
     NVIDIA_REPORT = "nvidia-report"
     NVIDIA_CHAIN = "nvidia-certificate-chain"
+    SWITCH_REPORT = "nvswitch-report"
+    SWITCH_CHAIN = "nvswitch-certificate-chain"
     TDX_REPORT = "tdx-report"
     TDX_QUOTE = "tdx-quote"
     TDX_CHAIN = "tdx-certificate-chain"
@@ -506,16 +508,23 @@ class EvidencePrecheckError(AgentError):
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 
+class CountedDevice(enum.Enum):
+    GPU = "GPU"
+    NVSWITCH = "NVSwitch"
+
+
 @dataclasses.dataclass(eq=False)
 class GpuCountError(AgentError):
     owner = Owner.HOST
     step = Step.GPU
-    next_step = "attach the configured number of GPUs to this guest, each of them once"
+    next_step = "attach the configured number of GPUs and NVSwitches to this guest, each of them once"
     expected: int
     got: int
+    device: CountedDevice = CountedDevice.GPU
 
     def what(self) -> str:
-        return f"expected {self.expected} distinct GPUs, got {self.got}"
+        plural = "es" if self.device is CountedDevice.NVSWITCH else "s"
+        return f"expected {self.expected} distinct {self.device.value}{plural}, got {self.got}"
 
 
 class GpuMode(enum.Enum):
@@ -525,6 +534,7 @@ class GpuMode(enum.Enum):
     MULTI_GPU = "multi-GPU mode"
     REGISTRY_KEYS = "registry keys that weaken confidential computing"
     PERSISTENCE = "persistence mode"
+    SWITCH = "trusted NVLink mode of an NVSwitch (3 is locked)"
 
 
 @dataclasses.dataclass(eq=False)

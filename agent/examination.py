@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from agent.config import Measured, MeasuredConfig
 from agent.config_source import FoundConfig
 from agent.errors import EXIT_SERVED, AgentError, InternalError, error_to_record
-from agent.evidence import Attester, GpuSystem
+from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.fitness import Places, Seen
 from agent.server import ServerPlan
 
@@ -30,7 +30,9 @@ class Skip(enum.Enum):
     NO_TDX = "this is no TDX guest"
     SIMULATED = "the GPUs are simulated"
     NO_GPU = "the configuration asks for no GPU"
+    NO_SWITCH = "the configuration asks for no NVSwitch"
     GPU_NOT_OPEN = "the GPUs were not opened"
+    NO_INVENTORY = "the GPUs did not say what there is"
     GPU_NOT_HELD = (
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
@@ -80,6 +82,7 @@ class Guest:
         offline: nothing is sent to anybody.
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
+        inventory: what the GPUs and NVSwitches say of themselves.
         model: the model, once its manifest is authenticated.
     """
 
@@ -92,6 +95,7 @@ class Guest:
     plan: ServerPlan | None = None
     tee: Attester | None = None
     gpus: GpuSystem | None = None
+    inventory: GpuInventory | None = None
     model: "ModelConfig | None" = None
 
     @property

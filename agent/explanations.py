@@ -285,8 +285,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     errors.DeviceError: Explanation(
         "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr, "
         "event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 "
-        "on the quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final: a second try can latch a "
-        "GPU in a fatal state or cost an SNP guest its attestation key.",
+        "on the quote service's, the own codes of nvml and nscq, an HTTP status for api-server-rest. It is final: a second "
+        "try can latch a GPU or cost an SNP guest its attestation key.",
         (
             (
                 "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only. "
@@ -307,7 +307,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
                 "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
             ),
-            "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
+            (
+                "nscq with code 1: the image's libnvidia-nscq is not of the driver's version. After any other failure restart "
+                "the guest; if it fails again, take the machine out of service."
+            ),
         ),
         "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
     ),
@@ -418,17 +421,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     # --- GPU ----------------------------------------------------------------------------------------------------------
     errors.GpuCountError: Explanation(
-        "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
-        "twice, of another architecture than `gpu.architecture`, or two of them sign their evidence with the same key. A GPU "
-        "that is not in the evidence could read what is sent to it, so more than expected is as wrong as fewer.",
+        "The guest does not have exactly as many distinct GPUs as `gpu.count` says, or NVSwitches as `gpu.switches` says: one "
+        "is missing, extra, listed twice, of another architecture than `gpu.architecture`, or two of them sign their evidence "
+        "with the same key. A device that is not in the evidence could read what is sent to it, so more than expected is as "
+        "wrong as fewer.",
         (
             (
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
             (
-                "Do the measured `gpu.count` and `gpu.architecture` fit this kind of machine? A change to them is a new "
-                "HOST_DATA or MRCONFIGID."
+                "Do the measured `gpu.count`, `gpu.switches` and `gpu.architecture` fit this kind of machine? A change to "
+                "them is a new HOST_DATA or MRCONFIGID."
             ),
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
@@ -464,7 +468,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
-                "host together."
+                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. "
+                "There each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its "
+                "setup can still change."
             ),
         ),
         "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",

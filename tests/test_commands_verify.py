@@ -318,9 +318,17 @@ def test_a_recorded_report_with_the_chain_of_another_gpu_is_refused(verify: Veri
     refused(verify(*words), "EvidenceVerificationError", "report-signature")
 
 
-def test_a_recorded_switch_is_no_gpu(verify: Verify, tmp_path: Path) -> None:
-    _, words = gpu_files("ls10_96.10.55", tmp_path)
-    refused(verify(*words), "EvidenceVerificationError", "certificate-chip-id")
+def test_a_recorded_switch_says_that_it_is_one(verify: Verify, tmp_path: Path) -> None:
+    expected, words = gpu_files("ls10_96.10.55", tmp_path)
+    said = verify(*words, "--json", "--nonce", expected["nonce"])
+    assert (said.status, said.err) == (0, "")
+    claims = said.claims
+    same = ("nonce", "ueid", "hwmodel", "project", "project_sku", "chip_sku")
+    assert {key: claims[key] for key in same} == {key: expected[key] for key in same}
+    assert (claims["arch"], claims["vbios_version"], claims["simulated"]) == ("LS10", expected["vbios"], False)
+    assert (claims["pdi"], len(claims["gpu_pdis"]), len(claims["measurements"])) == ("203eb31ad9ed0008", 8, 31)
+    assert verify(*words).out.startswith("verified: report of a genuine LS10 NVSwitch, of unknown age\n")
+    refused(verify(*words, "--nonce", "00" * 32), "EvidenceVerificationError", "nonce")
 
 
 # --- simulated silicon ------------------------------------------------------------------------------------------------
@@ -353,6 +361,12 @@ class Files:
         chain = self.write("gpu-chain", gpu.certificate_chain)
         return ["nvidia", self.write("gpu-report", gpu.report), "--chain", chain]
 
+    def switch(self) -> list[object]:
+        self.machine.gpu.switches = 1
+        (switch,) = self.machine.switch_system().collect(NONCE)
+        chain = self.write("switch-chain", switch.certificate_chain)
+        return ["nvidia", self.write("switch-report", switch.report), "--chain", chain]
+
     def log(self) -> Path:
         return self.write("log", pack_event_log(make_event_log(self.machine)) + b"\xff" * 64)
 
@@ -367,7 +381,7 @@ def test_simulated_evidence_verifies_under_its_roots_says_so_and_is_nothing_with
     snp = ["snp", report, "--endorsement", files.write("chain.pem", pem(*chain))]
     tdx = ["tdx", files.quote(), "--no-collateral"]
     log = ["event-log", files.log(), "--against", tdx[1]]
-    for words in (snp, tdx, files.gpu(), log):
+    for words in (snp, tdx, files.gpu(), files.switch(), log):
         said = verify(*words, *files.trust, "--json")
         assert (said.status, said.err, said.claims["simulated"]) == (0, "", True)
         for_people = verify(*words, *files.trust)

@@ -182,6 +182,21 @@ def test_a_guest_whose_image_sets_the_ready_state_renews_all_the_same(world: Wor
     assert agent.stop().status in (0, 21)  # 21: it was renewed before the server was ready
 
 
+def test_a_guest_in_protected_pcie_renews_with_its_switches_and_a_lost_one_stops_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        world.row["lease_s"] = 10
+        agent = world.start()
+        agent.wait_for("server_ready")
+        agent.wait_for("lease_renewed")
+        world.machine.reread()
+        world.machine.gpu.switches = 3
+        world.machine.save()
+        outcome = agent.wait()
+        assert (outcome.status, outcome.failure["class"]) == (13, "GpuCountError")
+        assert outcome.failure["fields"] == {"expected": 4, "got": 3, "device": "NVSwitch"}
+
+
 def test_a_guest_without_gpus_renews_on_cpu_evidence_alone(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)

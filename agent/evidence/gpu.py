@@ -247,10 +247,21 @@ def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
     answer = _call("nvmlDeviceGetConfComputeGpuAttestationReport", handle, nonce)
     report = bytes(answer.attestationReport[: answer.attestationReportSize])
 
+    check_report(report, chain, nonce)
+    return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
+
+
+def check_report(report: bytes, chain: bytes, nonce: GpuNonce) -> None:
+    """What must hold of a GPU's or NVSwitch's report before it leaves: it parses, is over `nonce`, and its leaf key signed it.
+
+    Raises:
+        MalformedEvidenceError: report or chain does not parse.
+        EvidenceBindingError: the report carries another nonce.
+        EvidenceVerificationError: it is not signed by the key whose certificate came with it.
+    """
     parsed = parse_report(report)
     # refusal: test_a_gpu_that_signs_another_nonce_is_not_believed
     if parsed.requester_nonce != nonce:
         raise EvidenceBindingError(EvidenceFormat.NVIDIA_REPORT)
     # refusal: test_a_size_outside_the_buffer_is_malformed
     verify_report_signature(parsed, parse_chain(chain))
-    return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)

@@ -7,6 +7,8 @@ real devices is here.
 """
 
 import base64
+import ctypes
+import io
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any, ClassVar
 
 import urllib3
 from cryptography import x509
@@ -39,7 +42,7 @@ from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
 from agent.commands.policy import broker_policy
-from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.policy_values import Approved, SwitchVersions, parse_gpu, parse_image
 from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
@@ -66,6 +69,7 @@ from agent.evidence import (
     coco,
     cpu,
     gpu_abi,
+    nscq,
     qgs_abi,
     snp_abi,
     tdx_abi,
@@ -445,6 +449,67 @@ def gpu_certificate(data: bytes) -> None:
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
 
 
+class _AnyNscq:
+    """An NSCQ that answers from fuzzed bytes: a byte each says whether an answer is the good one, then what it is instead."""
+
+    UUID = bytes(range(16))
+    GOOD: ClassVar = {"uuid": UUID, "arch": 2, "pcie_mode": 3}
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def nscq_session_create(self, _flags: int) -> nscq.SessionResult:
+        return nscq.SessionResult(self._code(), 1)
+
+    def nscq_session_set_input(self, *_: object) -> int:
+        return self._code()
+
+    def nscq_uuid_to_label(self, _uuid: Any, label: Any, _flags: int) -> int:
+        label.contents.data = self._stream.read(64) if self._spoils() else b"SWX-00010203-0405-0607-0809-0A0B0C0D0E0F"
+        return self._code()
+
+    def nscq_session_path_observe(self, _session: int, path: bytes, callback: Any, user: object, _flags: int) -> int:
+        for _ in range(self._byte() % 4 if self._spoils() else 1):
+            device = self._stream.read(16).ljust(16, b"\0") if self._spoils() else self.UUID
+            pointer = ctypes.pointer(nscq.Uuid.from_buffer_copy(device)) if device.strip(b"\xff") else None
+            callback(pointer, self._code(), self._value(path.decode().rpartition("/")[2]), user)
+        return self._code()
+
+    def _value(self, part: str) -> Any:
+        other = self._stream.read(self._byte() * 32 if self._spoils() else 0)
+        if part == "uuid":
+            return ctypes.pointer(nscq.Uuid.from_buffer_copy((other or self.UUID).ljust(16, b"\0")))
+        if part == "certificate":
+            chain = other or _silicon("gpu-chain.pem")
+            length = int.from_bytes(other[:4], "little") if other else len(chain)
+            return nscq.Certificate((ctypes.c_uint8 * 0x1400)(*chain[:0x1400]), length)
+        if part == "attestation_report":
+            report = other or _silicon("gpu-report.bin")
+            length = int.from_bytes(other[:4], "little") if other else len(report)
+            return nscq.Report(length, (ctypes.c_uint8 * 0x2000)(*report[:0x2000]))
+        return int.from_bytes(other[:1], "little", signed=True) if other else self.GOOD[part]
+
+    def _code(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little", signed=True) if self._spoils() else 0
+
+    def _byte(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little")
+
+    def _spoils(self) -> bool:
+        return self._byte() > 0xF0
+
+
+def nscq_answers(data: bytes) -> None:
+    switches = nscq.NscqSwitches(_AnyNscq(data))
+    assert all(switch.uuid.startswith("SWX-") and switch.arch == "LS10" for switch in switches.inspect())
+    for evidence in switches.collect(GPU_NONCE):
+        assert gpu_abi.parse_report(evidence.report).requester_nonce == GPU_NONCE
+
+
+def nscq_answers_seeds() -> list[bytes]:
+    return [b"", bytes(64), bytes(3) + b"\xff\x02" + bytes(200), bytes(9) + b"\xff\x05" + bytes(255)]
+
+
 CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 
 
@@ -455,7 +520,11 @@ def additional_evidence(data: bytes) -> None:
 
 
 def additional_evidence_seeds() -> list[bytes]:
-    gpus = (GpuEvidence("HOPPER", "GPU-a", b"r", b"c"), GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"))
+    gpus = (
+        GpuEvidence("HOPPER", "GPU-a", b"r", b"c"),
+        GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"),
+        GpuEvidence("LS10", "SWX-c", b"r", b"c"),
+    )
     text = binding.additional_evidence(gpus, CLAIMS)
     members = json.loads(text)
     del members["nvidia"]["keyturn"]
@@ -693,23 +762,31 @@ def given_to_explain_seeds() -> list[bytes]:
 def policy_values(data: bytes) -> None:
     """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
     image = parse_image(policy_values_seeds()[0])
-    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    known = Approved(image, bytes(48), 1, False, (), (), 0, KEY_URI, "tiny", 1, DIGEST, DIGEST)
     try:
         approved = replace(known, image=parse_image(data))
     except AgentError:
-        approved = replace(known, gpus=(parse_gpu(data),))
+        device = parse_gpu(data)
+        known = replace(known, switch_count=4 * isinstance(device, SwitchVersions))
+        approved = replace(known, **{"switches" if known.switch_count else "gpus": (device,)})  # type: ignore[arg-type]
     assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
     assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
 
 
 def policy_values_seeds() -> list[bytes]:
-    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    """SEV-SNP, Turin, TDX by hand, a GPU, and an NVSwitch."""
     levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
     snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
     turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
     tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
     gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
-    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+    switch = {"arch": "LS10", "vbios_version": "96.10.55.00.01"}
+    return [
+        json.dumps(snp).encode(),
+        json.dumps(turin).encode(),
+        tdx.encode(),
+        *(json.dumps(x).encode() for x in (gpu, switch)),
+    ]
 
 
 def json_object(data: bytes) -> None:
@@ -1133,6 +1210,7 @@ TARGETS = {
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
         Target("gpu_certificate", gpu_certificate, _none),
+        Target("nscq_answers", nscq_answers, nscq_answers_seeds),
         Target("additional_evidence", additional_evidence, additional_evidence_seeds, (UnicodeDecodeError,)),
         Target("attest_request", attest_request, attest_request_seeds),
         Target("attest_response", attest_response, attest_response_seeds),

@@ -38,6 +38,7 @@ COMPLETE = (
     "agent/evidence/collect.py",
     "agent/evidence/gate.py",
     "agent/evidence/gpu_abi.py",
+    "agent/evidence/nscq.py",
     "agent/guest/api_server.py",
     "agent/handshake/cdh.py",
     "agent/handshake/ear.py",
