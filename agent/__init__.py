@@ -14,7 +14,8 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     unhandled.py     what nobody caught becomes an event, never a traceback
     worker.py        the process around boot.py: its outcome, its one error
     boot.py          the worker's story, one step after the other
-    doctor.py        what a boot would meet here, check by check, without a boot
+    doctor.py        what a boot would meet here, check by check, without a boot;  examination.py  findings, and their order
+    fitness.py       kernel, driver and clock: is this guest one that a boot can use?
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
     http_policy.py   the one TLS context and redirect rule for HTTP

@@ -89,7 +89,8 @@ async def boot(
             with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
                 secured = await in_thread(lambda: devices.secure(verdict, measured))
                 if secured.inventory:
-                    notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
+                    now = secured.inventory
+                    notify(GatePassed(len(now.gpus), secured.ready_state is ReadyState.PRESET, len(now.switches)))
 
             with stage(Stage.UNWRAP, notify):
                 key = await in_thread(lambda: keys.unwrap(sealed, ephemeral, secured))

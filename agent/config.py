@@ -18,6 +18,7 @@ from agent.config_source import MAX_CONFIG_BYTES
 from agent.errors import ConfigError, ConfigProblem
 
 SCHEMA = "keyturn/v1"
+GPUS_OF_PROTECTED_PCIE = 8
 
 _Parsed = TypeVar("_Parsed")
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -78,6 +79,7 @@ class SimulationConfig(_Section, frozen=True, kw_only=True):
 
 class GpuConfig(_Section, frozen=True, kw_only=True):
     count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    switches: Literal[0, 4] = 0
     architecture: Literal["hopper", "blackwell"] | None = None
     ready_state: Literal["own", "preset"] = "own"
 
@@ -229,6 +231,13 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_every_mistake_names_its_key
     if config.artifact.unsafe_allow_swap and not simulated:
         raise wrong("artifact.unsafe_allow_swap")
+    # Protected PCIe is eight Hopper GPUs and the four NVSwitches between them, as a whole.
+    # refusal: test_every_mistake_names_its_key
+    if config.gpu.switches and config.gpu.count != GPUS_OF_PROTECTED_PCIE:
+        raise wrong("gpu.count")
+    # refusal: test_every_mistake_names_its_key
+    if config.gpu.switches and config.gpu.architecture == "blackwell":
+        raise wrong("gpu.architecture")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
     # refusal: test_every_mistake_names_its_key
@@ -330,6 +339,8 @@ EXPLAIN = {
     "simulation.report_root": "where a configfs-tsm that answers for the simulated machine is mounted, as `keyturn demo --via "
     "configfs` does; default: the machine is asked inside the agent's process",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
+    "gpu.switches": "how many NVSwitches must attest, 0 or 4, default 0. 4, with gpu.count = 8, is protected PCIe: there GPUs "
+    "talk to each other unencrypted, so that GPUs in that mode are refused without the NVSwitches between them",
     "gpu.architecture": "hopper or blackwell: every GPU must be of it; default: any that can attest",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",

@@ -161,6 +161,26 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The value of `ip=` is not repeated: it is the host's word, which could be anything. What kernel modules print "
         "stays in the kernel log.",
     ),
+    errors.GuestUnfitError: Explanation(
+        "`keyturn doctor` found that kernel, GPU driver or clock of this guest are none with which a boot could succeed. A "
+        "boot itself does not look at versions: it would end where a device does not open or a certificate does not hold, with "
+        "less to go by.",
+        (
+            (
+                "Kernel: 5.19 or newer for SEV-SNP and 6.2 for TDX; 6.7 has configfs-tsm, which both should have. "
+                "`uname -r` in the guest, not on the host."
+            ),
+            (
+                "NVIDIA driver: the open kernel modules of 550 or newer, loaded before the agent starts "
+                "(`/proc/driver/nvidia/version`); without them look for NVRM lines in the kernel log."
+            ),
+            (
+                "Clock: a confidential guest takes the time from its host when it starts. Compare the host with a time "
+                "server, or run one in the guest's image before the agent."
+            ),
+        ),
+        "Versions and days are told as the guest's own kernel has them; nothing is held back.",
+    ),
     # --- devices and evidence -----------------------------------------------------------------------------------------
     errors.NoAttesterError: Explanation(
         "The device that must give evidence is not there: no interface of the configured CPU TEE, no NVML library for "
@@ -265,8 +285,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     errors.DeviceError: Explanation(
         "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr, "
         "event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 "
-        "on the quote service's, NVML's for nvml, an HTTP status for api-server-rest. It is final: a second try can latch a "
-        "GPU in a fatal state or cost an SNP guest its attestation key.",
+        "on the quote service's, the own codes of nvml and nscq, an HTTP status for api-server-rest. It is final: a second "
+        "try can latch a GPU or cost an SNP guest its attestation key.",
         (
             (
                 "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only. "
@@ -287,7 +307,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
                 "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
             ),
-            "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
+            (
+                "nscq with code 1: the image's libnvidia-nscq is not of the driver's version. After any other failure restart "
+                "the guest; if it fails again, take the machine out of service."
+            ),
         ),
         "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
     ),
@@ -385,6 +408,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`keyturn verify`: certificate-chain also means that a certificate is missing, and certificate-validity "
                 "that evidence is older or newer than its certificates; it can be told another time than now."
             ),
+            (
+                "revocation: AMD or Intel took the chain back, so move the guest to another machine. The other words with "
+                "revocation are about a list: fetch it anew from its issuer, a broker's into the folder of `--amd-crls`."
+            ),
             "Reset the GPU on the host and start a new guest.",
             "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
             "Boot the same image on another machine: if it passes there, take this one out of service.",
@@ -394,17 +421,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     # --- GPU ----------------------------------------------------------------------------------------------------------
     errors.GpuCountError: Explanation(
-        "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
-        "twice, of another architecture than `gpu.architecture`, or two of them sign their evidence with the same key. A GPU "
-        "that is not in the evidence could read what is sent to it, so more than expected is as wrong as fewer.",
+        "The guest does not have exactly as many distinct GPUs as `gpu.count` says, or NVSwitches as `gpu.switches` says: one "
+        "is missing, extra, listed twice, of another architecture than `gpu.architecture`, or two of them sign their evidence "
+        "with the same key. A device that is not in the evidence could read what is sent to it, so more than expected is as "
+        "wrong as fewer.",
         (
             (
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
             (
-                "Do the measured `gpu.count` and `gpu.architecture` fit this kind of machine? A change to them is a new "
-                "HOST_DATA or MRCONFIGID."
+                "Do the measured `gpu.count`, `gpu.switches` and `gpu.architecture` fit this kind of machine? A change to "
+                "them is a new HOST_DATA or MRCONFIGID."
             ),
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
@@ -440,7 +468,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
-                "host together."
+                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. "
+                "There each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its "
+                "setup can still change."
             ),
         ),
         "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",
@@ -663,8 +693,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "error line."
             ),
             (
-                "With `broker.url`: the version told is the KBS's, and `broker.protocol_version` must be the same. Redirect, "
-                "or an answer that no key broker gives: a proxy or another server answers; a KBS is at /kbs/v0 of that URL."
+                "With `broker.url`: the version told is the KBS's, and `broker.protocol_version` must be the same; on a "
+                "redirect or a foreign answer a proxy or another server answers. More challenges than are answered: the broker "
+                "took the evidence ten times without a verdict, or they ran out before the devices had answered."
             ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",

@@ -298,6 +298,7 @@ async def _open(
             gpus,
             runtime,
             gpu_count=cfg.gpu.count,
+            switch_count=cfg.gpu.switches,
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
             manifest_digest=cfg.artifact.manifest_digest,

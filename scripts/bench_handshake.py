@@ -1,7 +1,8 @@
+#!/usr/bin/env python3
 """What a handshake costs the guest itself, over either wire: processor time from the first message to the sealed key.
 
-Waiting for the network costs none, and the time of the devices is taken out, so what is left is ours: TLS, messages, the binding,
-the token's signatures, the tables. The other side is a process of its own: our broker, or the test KBS. `bench.py` prints the figures.
+Waiting for the network costs none, and the time of the devices is taken out, so what is left is ours: TLS, messages, the
+binding, the token's signature. The other side is a process of its own: our broker, or the test KBS. `bench.py` prints it.
 """
 
 import asyncio

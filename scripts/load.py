@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Many simulated guests at one broker process at the same time: none may be lost, none may get anything else than its key.
 
-`scripts/load --guests 1000` starts a broker and `--processes` with guests, which all begin at once. Each guest is the real client
+`scripts/load --guests 1000` starts a broker, and processes with guests, which all begin at once. Each guest is the real client
 over a TLS connection of its own: attestation with fresh evidence (SNP report, one GPU), key release, and the key opened and
 compared; the guests ask for two different keys by turns. Ends with status 1 when one was lost or wrong.
 
@@ -12,8 +12,8 @@ compared; the guests ask for two different keys by turns. Ends with status 1 whe
     retries         attempts that the broker sent away for later, which is how it says that it has enough to do
     broker_cpu_ms   processor time of the broker for each handshake
 
-Guests and broker share the machine's cores, so the rate is what this machine does with both. All guests come from one address, for
-which the broker's limit of open calls is lifted; every other limit is the broker's own.
+Guests and broker share the machine's cores, so the rate is what this machine does with both. All guests come from one
+address, for which the broker's limit of open calls is lifted; every other limit is the broker's own.
 """
 
 import argparse

@@ -205,6 +205,22 @@ def test_a_guest_that_cannot_measure_says_why_and_boots(tmp_path: Path, silicon:
         assert agent.stop().status == 0
 
 
+@pytest.mark.parametrize("ready_state", ["own", "preset"])
+def test_eight_gpus_boot_with_the_switches_between_them(tmp_path: Path, silicon: Path, ready_state: str) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        preset = ready_state == "preset"
+        world.gpu["ready_state"], world.row_gpu["ready"], world.machine.gpu.ready = ready_state, preset, int(preset)
+        agent = world.start()
+        agent.wait_for("server_ready")
+        outcome = agent.stop()
+        assert outcome.status == 0
+        passed = next(event for event in outcome.events if event["event"] == "gate_passed")
+        assert (passed["gpus"], passed["switches"], passed["preset"]) == (8, 4, preset)
+        attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert "switch-1" in attested["reference_value_ids"]
+
+
 def test_the_key_comes_after_the_gate_and_the_gate_after_the_verdict(world: World) -> None:
     agent = world.start()
     agent.wait_for("server_ready")

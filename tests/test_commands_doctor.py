@@ -16,16 +16,16 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS, Skip
-from agent.evidence import Tee
+from agent.doctor import CHECKS
+from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
-from agent.sim.tdx import CCEL_FILE
 from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock"}  # as the kernel is
+# As the kernel is, what silicon alone has, and what most worlds have not.
+MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters", "gpu-switches"}
 
 
 @dataclass(frozen=True)
@@ -146,19 +146,6 @@ def test_a_guest_without_gpus_has_none_to_look_at(tmp_path: Path, silicon: Path)
     assert found.reason("gpu-faults") == Skip.NO_GPU.value
 
 
-def test_a_td_that_cannot_measure_is_told_so_and_one_whose_log_is_none_fails(tmp_path: Path, silicon: Path) -> None:
-    with ExitStack() as undo:
-        world = World(tmp_path, silicon, undo, gpus=0, tee=Tee.TDX)
-        config = ["--offline", "--config", str(world.prepare())]
-        assert diagnosed(*config).outcome("runtime-measurement") == "ok"
-        world.machine.register_errno = errno.ENOENT
-        world.machine.save()
-        assert diagnosed(*config).reason("runtime-measurement") == Skip.NOT_MEASURED.value
-        (world.machine.directory / CCEL_FILE).write_bytes(b"log")
-        found = diagnosed(*config)
-        assert (found.failures(), found.status) == ({"runtime-measurement": "MalformedEvidenceError"}, 12)
-
-
 # --- what it finds ----------------------------------------------------------------------------------------------------
 
 
@@ -188,10 +175,6 @@ def launched_with_other_configuration(world: World) -> None:
 
 def device_that_fails(world: World) -> None:
     world.machine.errno = errno.ETIMEDOUT
-
-
-def must_measure(world: World) -> None:
-    world.tee["runtime_measurement"] = "required"
 
 
 def driver_that_fails(world: World) -> None:
@@ -285,7 +268,6 @@ ROWS = (
     Row("simulation not allowed", simulation_not_allowed, {"simulation": "SimulationRefusedError"}, 11),
     Row("launched with another configuration", launched_with_other_configuration, {"host-data": "ConfigNotMeasuredError"}, 10),
     Row("CPU that fails", device_that_fails, {"host-data": "DeviceError"}, 12),
-    Row("SNP guest that must measure", must_measure, {"runtime-measurement": "NoAttesterError"}, 11),
     Row("driver that fails", driver_that_fails, {"gpu": "DeviceError"}, 12, ("gpu-inventory", "gpu-faults")),
     Row("missing GPU", missing_gpu, {"gpu-inventory": "GpuCountError"}, 13),
     Row("devtools mode", devtools, {"gpu-inventory": "GpuModeError"}, 13),
@@ -304,6 +286,38 @@ ROWS = (
     Row("server not on the path", server_not_on_path, {"server-program": "ServerStartError"}, 30),
     Row("port taken", port_taken, {"server-address": "ConfigError"}, 10),
 )
+
+
+def test_the_switches_are_a_line_of_their_own(world: World) -> None:
+    assert diagnosed("--offline", *guest(world)).reason("gpu-switches") == Skip.NO_SWITCH.value
+    world.machine.gpu.multi_gpu_mode, world.machine.gpu.cc_feature = 1, 0
+    found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == ({"gpu-switches": "GpuModeError"}, 13)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "failures", "status"),
+    [
+        ("switches", 4, {}, 0),
+        ("switches", 3, {"gpu-switches": "GpuCountError"}, 13),
+        ("switch_mode", 1, {"gpu-switches": "GpuModeError"}, 13),
+        ("multi_gpu_mode", 2, {"gpu-switches": "GpuModeError"}, 13),
+        ("fail_calls", {"nscq_session_create": 1}, {"gpu": "DeviceError"}, 12),
+        ("fail_calls", {"config/pcie_mode": -7}, {"gpu-inventory": "DeviceError"}, 12),
+    ],
+)
+def test_a_machine_with_switches(
+    tmp_path: Path, silicon: Path, knob: str, value: object, failures: dict[str, str], status: int
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        setattr(world.machine.gpu, knob, value)
+        found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == (failures, status)
+    assert found.outcome("gpu-switches") == ("skipped" if status == 12 else "failed" if failures else "ok")
+    if not failures:
+        seen = next(entry["seen"] for entry in found.checks if entry["check"] == "gpu-switches")
+        assert seen == {"count": "4", "architecture": "LS10", "mode": "locked"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

@@ -154,6 +154,17 @@ def test_a_td_shows_its_log_which_explains_its_quote_before_and_after_a_release(
         assert printed("--config", str(config))["primary_evidence"]["event_log"] is None
 
 
+def test_a_machine_with_switches_gives_their_evidence_too(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        found = printed(*launched(world))
+        devices, claims = parse_additional_evidence(found["additional_evidence"])
+        assert [device.arch for device in devices] == ["HOPPER"] * 8 + ["LS10"] * 4
+        assert claims is not None
+        assert (claims.multi_gpu_mode, claims.cc_feature) == (1, 0)
+        assert isinstance(appraise(world, found, NONCE), Accepted)
+
+
 def test_every_call_has_a_key_of_its_own_unless_one_is_given(world: World, tmp_path: Path) -> None:
     flags = launched(world)
     first, second = (printed(*flags)["runtime_data"]["tee-pubkey"] for _ in range(2))

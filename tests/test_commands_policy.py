@@ -33,6 +33,9 @@ def sealed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return root / "layout", seal_model(root / "model", root / "layout", bytes(32), URI, "my-model", 4, lambda done, total: None)
 
 
+PPCIE = ("count = 1 ", "count = 8\nswitches = 4 ")
+
+
 class Site:
     """The files of one release, in a folder."""
 
@@ -134,7 +137,7 @@ def test_what_is_not_known_is_a_comment_and_matches_nothing(site: Site, capsys: 
     ("flag", "change", "mode", "ready"),
     [
         (1, ("", ""), "cc", False),
-        (2, ("", ""), "ppcie", False),
+        (2, PPCIE, "ppcie", False),
         (0, ('ready_state = "own"', 'ready_state = "preset"'), "cc", True),
     ],
 )
@@ -144,6 +147,27 @@ def test_modes_and_ready_state_follow_report_and_configuration(
     site.write(SNP, GPU | {"feature_flag": flag}, change)
     (row,) = parse_policy(printed(capsys, site.words()).encode()).rows.values()
     assert ([each.value for each in row.gpu.modes], row.gpu.ready) == ([mode], ready)
+
+
+def test_switches_are_listed_by_their_vbios(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    site.write(SNP, GPU | {"feature_flag": 2}, PPCIE)
+    assert "# switch_vbios_versions" in printed(capsys, site.words())
+    site.file("switch").write_text('arch = "LS10"\nvbios_version = "96.10.55.00.01"\n')
+    (row,) = parse_policy(printed(capsys, site.words(f"--gpu={site.file('switch')}")).encode()).rows.values()
+    assert row.gpu.count == 8
+    assert [version.value for version in row.gpu.switch_vbios_versions] == ["96.10.55.00.01"]
+    text = printed(capsys, site.words("--for=trustee", "--json"))
+    record = json.loads(text)
+    assert '"gpu7", "switch0", "switch1", "switch2", "switch3", "ppcie0"]' in record["resource_policy"]
+    assert any("default_ppcie" in hint for hint in record["hints"])
+
+
+@pytest.mark.parametrize(("flag", "change"), [(2, ("", "")), (0, PPCIE)])
+def test_gpus_in_another_mode_than_the_configuration_wants_are_refused(
+    flag: int, change: tuple[str, str], site: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site.write(SNP, GPU | {"feature_flag": flag}, change)
+    assert failed(capsys, site.words())["fields"]["key"] == "gpu.switches"
 
 
 def test_a_guest_without_gpus_needs_no_more(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

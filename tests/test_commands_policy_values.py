@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from agent.cli import main
-from agent.commands.policy_values import MAX_FILE_BYTES, GpuVersions, SnpImage, SnpTcb, TdxImage, parse_gpu, parse_image
+from agent.commands.policy_values import (
+    MAX_FILE_BYTES,
+    GpuVersions,
+    SnpImage,
+    SnpTcb,
+    SwitchVersions,
+    TdxImage,
+    parse_gpu,
+    parse_image,
+)
 from agent.errors import ConfigError, ConfigProblem
 from tests.shared import shared_data
 from tests.test_commands_verify import snp_row, valid_day
@@ -45,6 +54,11 @@ def test_a_measurement_by_hand_is_enough() -> None:
 def test_versions_of_a_gpu_are_read() -> None:
     for flag, pcie in ((0, False), (1, False), (2, True), (None, None)):
         assert parse_gpu(json.dumps(GPU | {"feature_flag": flag}).encode()) == GpuVersions("580.95.05", "96.00.74.00.1A", pcie)
+
+
+def test_an_nvswitch_has_its_vbios_alone() -> None:
+    assert parse_gpu(b'arch = "LS10"\nvbios_version = "96.10.55.00.01"\n') == SwitchVersions("96.10.55.00.01")
+    assert refused(parse_gpu, b'arch = "LS10"\n') == (ConfigProblem.MISSING_KEY, "gpu.vbios_version")
 
 
 def refused(parse: Any, data: bytes) -> tuple[ConfigProblem, str | None]:

@@ -29,7 +29,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "lease_renewed": ["lease_s", "ends_at"],
         "lease_renewal_failed": ["error", "retry_in_ms"],
         "release_measured": ["rtmr_3", "unsupported"],
-        "gate_passed": ["gpus", "preset"],
+        "gate_passed": ["gpus", "preset", "switches"],
         "gpu_watch_lost": ["status", "signal"],
         "destination_chosen": ["kind", "bytes", "noswap", "swap_active"],
         "server_started": ["pid", "start", "own_uid", "landlock"],

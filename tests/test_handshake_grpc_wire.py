@@ -1,6 +1,7 @@
 """The gRPC wire: what is packed parses to the same, and nothing else than the documented form is accepted."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from agent.closed import Ident
 from agent.errors import AgentError, DenialReason, MalformedEvidenceError, ProtocolProblem, RemoteProtocolError
 from agent.evidence import CompositeEvidence, Evidence, Nonce, Tee, tdx_abi
+from agent.evidence.binding import KeyturnClaims, additional_evidence
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.handshake import (
+    MAX_MESSAGE_BYTES,
     MAX_QUOTE_BYTES,
     Accepted,
     Attestation,
@@ -25,6 +29,8 @@ from agent.handshake import (
 )
 from agent.handshake import grpc_wire as wire
 from agent.handshake.pb import kbs_pb2 as pb
+from agent.sim.machine import SimulatedMachine
+from tests.gpus import NONCE, gpu_system_of
 
 STATE = Ident("AWAIT_X")
 ID = Ident("request-1")
@@ -90,6 +96,18 @@ def test_responses_come_back(message: Challenge | Accepted | Denied) -> None:
 
 def test_a_quote_that_a_device_gives_fits_into_an_attestation() -> None:
     assert MAX_QUOTE_BYTES == tdx_abi.MAX_QUOTE_BYTES
+
+
+def test_eight_gpus_and_four_switches_fit_into_an_attestation(silicon: Path, tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
+    devices = gpu_system_of(machine).collect(NONCE)
+    longest = [replace(each, report=bytes(MAX_REPORT_BYTES), certificate_chain=bytes(MAX_CHAIN_BYTES)) for each in devices]
+    claims = KeyturnClaims(0, 2, 0, 1, False, False, "580.95.05", *["sha256:" + "0" * 64] * 2)
+    for sent in (devices, tuple(longest)):
+        evidence = replace(ATTESTATION.evidence, additional_evidence=additional_evidence(sent, claims))
+        data = wire.pack_attest_request(replace(ATTESTATION, evidence=evidence))
+        assert len(data) < MAX_MESSAGE_BYTES / 4
+        assert wire.parse_attest_request(data, STATE) == replace(ATTESTATION, evidence=evidence)
 
 
 def test_key_request_and_response_come_back() -> None:

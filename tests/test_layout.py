@@ -16,6 +16,7 @@ WHOLE = {
     "test_boot_devices",
     "test_coco_with_trustee",
     "test_boot_firmware",
+    "test_boot_trustee",
     "test_devices",
     "test_fuzz",
     "test_heavy_servers",

@@ -58,7 +58,8 @@ version = "1"
 ##rtmr_0 = [{ id = "hardware-1", value = "{zeros96}" }]
 ##rtmr_1 = [{ id = "loader-1", value = "{zeros96}" }]
 ##rtmr_2 = [{ id = "kernel-1", value = "{zeros96}" }]
-##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]
+##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]  # not with a lease: the release of the key is measured into it
+##event_log = "required"  # one that comes must fit the registers in any case
 ##minimum_tee_tcb_svn = { id = "module-1", value = "06010300000000000000000000000000" }
 ##tcb = ["UpToDate"]                   # Intel's words; without --tdx-collateral only "not_evaluated", on purpose, matches
 #
@@ -66,7 +67,8 @@ version = "1"
 #count = 1                             # 0 for guests without GPUs, which need none of the following
 #driver_versions = [{ id = "driver-1", value = "580.95.05" }]
 #vbios_versions = [{ id = "vbios-1", value = "96.00.74.00.1A" }]
-#modes = ["cc"]                        # "ppcie" for eight Hopper GPUs with NVSwitch, "nvle" for several Blackwell GPUs
+#modes = ["cc"]                        # "nvle" for several Blackwell GPUs, "ppcie" for eight Hopper GPUs with four NVSwitches
+#switch_vbios_versions = [{ id = "switch-1", value = "96.10.55.00.01" }]   # only for "ppcie"
 #ready = false                         # true where the image's init sets the ready state (stock Kata)
 """.replace("{zeros96}", "0" * 96)
 

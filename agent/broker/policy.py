@@ -21,12 +21,13 @@ from agent.config import parse_toml
 from agent.errors import ConfigError, ConfigProblem, DenialReason, KeyReleaseDeniedError
 from agent.evidence.binding import KeyturnClaims
 from agent.evidence.snp_abi import TcbVersion
-from agent.verify.nvidia import GpuClaims
+from agent.verify.nvidia import GpuClaims, SwitchClaims
 from agent.verify.snp import SnpClaims
 from agent.verify.tdx import TdxClaims
 
 SCHEMA = "keyturn-policy/v1"
 PRODUCTION_ENVIRONMENT = 2
+PROTECTED_PCIE = 1  # NVML's `multiGpuMode`
 
 _IDENT = r"^[A-Za-z0-9_][A-Za-z0-9_.:/@+\[\]-]{0,127}\Z"
 _Name = Annotated[str, msgspec.Meta(pattern=_IDENT)]
@@ -82,6 +83,7 @@ class Claim(enum.Enum):
     GPU_COUNT = "gpu.count"
     DRIVER_VERSION = "gpu.driver_version"
     VBIOS_VERSION = "gpu.vbios_version"
+    SWITCH_VBIOS_VERSION = "gpu.switch_vbios_version"
     KEYTURN = "keyturn.claims"
     ENVIRONMENT = "gpu.environment"
     DEVTOOLS = "gpu.devtools"
@@ -101,7 +103,7 @@ class GpuMode(enum.Enum):
 
 # FEATURE_FLAG of the GPU's own report: 0 one GPU, 1 several, 2 protected PCIe; what another value means we do not know.
 _FLAGS: dict[GpuMode | None, tuple[int, ...]] = {GpuMode.CC: (0, 1), GpuMode.PROTECTED_PCIE: (2,), GpuMode.NVLE: (0, 1)}
-_MODES = {(1, 0): GpuMode.CC, (0, 1): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
+_MODES = {(1, 0): GpuMode.CC, (0, PROTECTED_PCIE): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -181,11 +183,18 @@ class TdxRow(_Section, frozen=True):
 
 
 class GpuRow(_Section, frozen=True):
-    """Reference values of the GPUs. `ready`: the ready state when a boot attests first, true where its init sets it."""
+    """Reference values of the GPUs.
+
+    Attributes:
+        modes: `ppcie` demands the whole set: eight GPUs and four NVSwitches that name each other.
+        switch_vbios_versions: for that mode.
+        ready: the ready state when a boot attests first, true where its init sets it.
+    """
 
     count: Annotated[int, msgspec.Meta(ge=0, le=16)] | None = None
     driver_versions: tuple[_Version, ...] = ()
     vbios_versions: tuple[_Version, ...] = ()
+    switch_vbios_versions: tuple[_Version, ...] = ()
     modes: tuple[GpuMode, ...] = ()
     ready: bool | None = None
 
@@ -270,6 +279,7 @@ def appraise(
     *,
     cpu: SnpClaims | TdxClaims,
     gpus: Sequence[GpuClaims],
+    switches: Sequence[SwitchClaims] = (),
     keyturn: KeyturnClaims | None,
     now: datetime,
 ) -> Appraisal:
@@ -280,6 +290,7 @@ def appraise(
         key_uri: the key that is asked for.
         cpu: what the CPU said.
         gpus: what each GPU said, in any order.
+        switches: what each NVSwitch said; if there is one, `check_topology` holds of these and the GPUs.
         keyturn: what the agent in the measured image says of itself, covered by the report; None when there are no GPUs.
         now: with a time zone.
     Raises:
@@ -315,6 +326,9 @@ def appraise(
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.DRIVER_VERSION, row.gpu.driver_versions, gpu.driver_version)
         one_of(Claim.VBIOS_VERSION, row.gpu.vbios_versions, gpu.vbios_version)
+    for switch in switches:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        one_of(Claim.SWITCH_VBIOS_VERSION, row.gpu.switch_vbios_versions, switch.vbios_version)
 
     # 4. What the agent says of itself. Without GPUs there is no place for it; the configuration is covered by step 2.
     # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
@@ -330,10 +344,16 @@ def appraise(
         mode = _MODES.get((keyturn.cc_feature, keyturn.multi_gpu_mode))
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, mode in row.gpu.modes)
-        # The one mode that the GPU itself signs; drivers before 580 leave it out.
+        # What the GPUs themselves sign of it; drivers before 580 leave the flag out, those before 550 both.
         flags = {gpu.feature_flag for gpu in gpus} - {None}
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, all(flag in _FLAGS.get(mode, ()) for flag in flags))
+        protected = {gpu.protected_pcie for gpu in gpus} - {None}
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        require(Claim.MODES, protected <= {mode is GpuMode.PROTECTED_PCIE})
+        # Evidence of the NVSwitches goes with that mode, and with no other.
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        require(Claim.MODES, bool(switches) == (mode is GpuMode.PROTECTED_PCIE))
         # Whoever renews a lease has passed the gate, and the state is never set back.
         ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
         # refusal: test_one_wrong_claim_is_denied_by_its_name
@@ -499,6 +519,7 @@ def _check_unique(where: str, row: Row) -> None:
         "tdx.minimum_tee_tcb_svn": (tdx.minimum_tee_tcb_svn,) if tdx.minimum_tee_tcb_svn else (),
         "gpu.driver_versions": row.gpu.driver_versions,
         "gpu.vbios_versions": row.gpu.vbios_versions,
+        "gpu.switch_vbios_versions": row.gpu.switch_vbios_versions,
     }
     seen: set[str] = set()
     for name, values in lists.items():

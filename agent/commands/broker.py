@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 MAX_FILE_BYTES = (1 << 20) + 1  # the policy parser refuses more than 1 MiB
 _REQUIRED = ("listen", "tls_cert", "tls_key", "audit")
 _OF_AN_AUTHORITY = ("policy", "keys", "token_key")
-_OPTIONS_OF_AN_AUTHORITY = ("endorsements", "tdx_collateral", "unsafe_simulation_roots")
+_OPTIONS_OF_AN_AUTHORITY = ("endorsements", "tdx_collateral", "amd_crls", "unsafe_simulation_roots")
 _OF_A_RELAY = ("upstream", "upstream_ca")
 _OPTIONS_OF_A_RELAY = ("upstream_server_name",)
 LOOK_EVERY_S = 10
@@ -58,6 +58,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--token-key", metavar="FILE", help="P-256 private key that signs verdicts, PEM, mode 0600")
     parser.add_argument("--audit", metavar="FILE", help="audit log, appended to")
     parser.add_argument("--endorsements", metavar="DIR", help="AMD certificates (.pem, .der) for hosts that supply none")
+    parser.add_argument(
+        "--amd-crls",
+        metavar="DIR",
+        help="AMD's revocation lists (.crl), renewed by you; with it every guest's processor needs one that is current",
+    )
     parser.add_argument(
         "--tdx-collateral",
         metavar="DIR",
@@ -112,7 +117,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
+    from agent.broker.anchors import AmdCrls, TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
     from agent.broker.authority import Authority
     from agent.broker.desk import AuthorityDesk
     from agent.broker.keystore import DirectoryKeyStore
@@ -123,6 +128,7 @@ async def _serve(args: argparse.Namespace) -> int:
         load_simulation_roots(Path(args.unsafe_simulation_roots)) if args.unsafe_simulation_roots is not None else (),
         load_endorsements(Path(args.endorsements)) if args.endorsements is not None else (),
         TdxCollateral(_folder(args.tdx_collateral, "tdx-collateral")) if args.tdx_collateral is not None else None,
+        AmdCrls(_folder(args.amd_crls, "amd-crls")) if args.amd_crls is not None else None,
     )
     token_key = TokenKey(_read(args.token_key, "token-key", private=True))
     policy = _load_policy(args.policy)

@@ -125,6 +125,7 @@ def _open(measured: "Measured") -> "Devices":
         gpus,
         open_runtime(config),
         gpu_count=config.gpu.count,
+        switch_count=config.gpu.switches,
         expected_ready=expected,
         manifest_digest=config.artifact.manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),

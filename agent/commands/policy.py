@@ -26,6 +26,7 @@ from agent.commands.policy_values import (
     GpuVersions,
     Image,
     SnpImage,
+    SwitchVersions,
     TdxImage,
     parse_gpu,
     parse_image,
@@ -62,7 +63,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     source.add_argument("--config", metavar="FILE", help="configuration that guests are launched with, without initdata")
     parser.add_argument("--model", metavar="LAYOUT", required=True, help="folder or URL of the sealed model that it names")
     parser.add_argument(
-        "--gpu", metavar="FILE", action="append", default=[], help="versions: what `keyturn verify nvidia … --json` prints"
+        "--gpu",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="versions of a GPU or NVSwitch: what `keyturn verify nvidia … --json` prints",
     )
     parser.add_argument("--for", dest="broker", choices=("broker", "trustee"), default="broker", help="default: broker")
     parser.add_argument(
@@ -167,8 +172,13 @@ def _gpu_section(approved: Approved) -> str:
             sorted({getattr(gpu, name) for gpu in approved.gpus}) for name in ("driver_version", "vbios_version")
         )
         versions = [f"driver_versions = {_listed('driver', drivers)}", f"vbios_versions = {_listed('vbios', firmware)}"]
-        # FEATURE_FLAG tells protected PCIe from the rest; "nvle" (several Blackwell GPUs) no report tells from "cc".
-        versions.append(f'modes = ["{"ppcie" if any(gpu.protected_pcie for gpu in approved.gpus) else "cc"}"]')
+        # "nvle" (several Blackwell GPUs) neither report nor configuration tells from "cc".
+        versions.append(f'modes = ["{"ppcie" if approved.switch_count else "cc"}"]')
+    if approved.switches:
+        firmware = sorted({switch.vbios_version for switch in approved.switches})
+        versions.append(f"switch_vbios_versions = {_listed('switch-vbios', firmware)}")
+    elif approved.switch_count:
+        versions.append("# switch_vbios_versions: `keyturn verify nvidia --json` prints an NVSwitch's vbios_version")
     lines = ["[row.gpu]", f"count = {approved.gpu_count}", *versions, f"ready = {str(approved.gpu_ready_preset).lower()}"]
     return "\n".join([*lines, ""])
 
@@ -196,10 +206,14 @@ def _approved(args: argparse.Namespace) -> Approved:
     from agent.worker import plan_of
 
     image = None if args.unsafe_sample else parse_image(_read(args.image, "image"))
-    gpus: tuple[GpuVersions, ...] = tuple(parse_gpu(_read(file, "gpu")) for file in args.gpu)
+    devices = [parse_gpu(_read(file, "gpu")) for file in args.gpu]
+    gpus = tuple(device for device in devices if isinstance(device, GpuVersions))
     found: FoundConfig = from_file(args.config) if args.initdata is None else from_initdata_file(args.initdata)
     measured = config.parse(found.data).config
     _check_tee(image, measured)
+    # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
+    if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("gpu.switches"))
     model = _read_model(args, measured)
     plan = plan_of(measured)
     return Approved(
@@ -208,6 +222,8 @@ def _approved(args: argparse.Namespace) -> Approved:
         gpu_count=measured.gpu.count,
         gpu_ready_preset=measured.gpu.ready_state == "preset",
         gpus=gpus,
+        switches=tuple(device for device in devices if isinstance(device, SwitchVersions)),
+        switch_count=measured.gpu.switches,
         key_uri=measured.broker.key_uri,
         model_name=model.model_name,
         model_version=model.version,

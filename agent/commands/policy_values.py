@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem
-from agent.evidence import Tee
+from agent.evidence import SWITCH_ARCH, Tee
 
 MAX_FILE_BYTES = 1 << 20
 
@@ -73,6 +73,13 @@ class GpuVersions:
 
 
 @dataclass(frozen=True, slots=True)
+class SwitchVersions:
+    """Of an NVSwitch: it has no driver of its own."""
+
+    vbios_version: str
+
+
+@dataclass(frozen=True, slots=True)
 class Approved:
     """Everything a policy allows one key for.
 
@@ -80,6 +87,7 @@ class Approved:
         image: None for sample evidence, which measures nothing.
         tee: of the guest; None for sample evidence.
         init_data: digest of the configuration, of 32, 48 or 64 bytes, before it is fitted to the TEE's field.
+        switches: versions, where they are known; switch_count: the configured number, with which protected PCIe goes.
         gpu_ready_preset: an image's init sets the ready state before the first handshake.
     """
 
@@ -88,6 +96,8 @@ class Approved:
     gpu_count: int
     gpu_ready_preset: bool
     gpus: tuple[GpuVersions, ...]
+    switches: tuple[SwitchVersions, ...]
+    switch_count: int
     key_uri: str
     model_name: str
     model_version: int
@@ -127,13 +137,17 @@ def parse_image(data: bytes) -> Image:
     )
 
 
-def parse_gpu(data: bytes) -> GpuVersions:
+def parse_gpu(data: bytes) -> GpuVersions | SwitchVersions:
     """Versions of one GPU: `driver_version`, `vbios_version`, and `feature_flag` where it is known.
+
+    Where `arch` is LS10 it is an NVSwitch, of which only the second counts.
 
     Raises:
         ConfigError: with the name concerned, below `gpu`; never with a value.
     """
     values = _Values("gpu", _parse(data, "gpu"))
+    if values.members.get("arch") == SWITCH_ARCH:
+        return SwitchVersions(values.version("vbios_version"))
     flag = values.members.get("feature_flag")
     return GpuVersions(values.version("driver_version"), values.version("vbios_version"), None if flag is None else flag == 2)
 

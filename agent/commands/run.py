@@ -140,16 +140,21 @@ def open_runtime(cfg: "MeasuredConfig") -> "Runtime":
 
 
 def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
-    """The GPUs; None when there shall be none."""
+    """The GPUs, and with them the NVSwitches if there shall be any; None when there shall be no GPU."""
     if not cfg.gpu.count:
         return None
+    machine = _simulated_machine(cfg.simulation.machine) if cfg.simulation else None
     gpus: GpuSystem
-    if cfg.simulation is not None:
-        gpus = _simulated_machine(cfg.simulation.machine).gpu_system()
+    if machine:
+        gpus = machine.gpu_system()
     else:
         from agent.evidence.gpu import NvmlGpuSystem
 
         gpus = NvmlGpuSystem()
+    if cfg.gpu.switches:
+        from agent.evidence.nscq import GpusAndSwitches, NscqSwitches
+
+        gpus = GpusAndSwitches(gpus, machine.switch_system() if machine else NscqSwitches())
     if not cfg.tee.through_coco:
         return gpus
     from agent.evidence.coco import CocoGpus

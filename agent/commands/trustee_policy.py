@@ -32,9 +32,11 @@ class Call:
 
 
 def resource_policy(approved: Approved) -> str:
-    """The policy that releases this one key to this one image, configuration and number of GPUs."""
+    """The policy that releases this one key to this one image, configuration and number of GPUs and NVSwitches."""
     path = json.dumps(_resource(approved).split("/")[-3:])
-    devices = json.dumps(["cpu0", *(f"gpu{number}" for number in range(approved.gpu_count))])
+    gpus = (f"gpu{number}" for number in range(approved.gpu_count))
+    switches = (f"switch{number}" for number in range(approved.switch_count))
+    devices = json.dumps(["cpu0", *gpus, *switches, *(["ppcie0"] if approved.switch_count else [])])
     if approved.tee is None:
         evidence = "\tevidence.sample # UNSAFE: anybody can make sample evidence, and nothing in it is compared"
     else:
@@ -139,6 +141,11 @@ def hints(approved: Approved) -> tuple[str, ...]:
             found.append(
                 "The GPUs' versions are missing: allowed_driver_versions and allowed_vbios_versions must be registered."
             )
+    if approved.switch_count:
+        found.append(
+            "NVSwitches and their set (switch0 to switch3, ppcie0) appear only on claims of NVIDIA's remote service, and each "
+            "needs its attestation policy, `default_switch` and `default_ppcie`: until then nothing is released."
+        )
     return tuple(found)
 
 

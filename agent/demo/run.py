@@ -29,6 +29,7 @@ from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
 from agent.sim import api_server_rest
 from agent.sim.api_server_rest import Components
 from agent.sim.machine import SimulatedMachine
+from agent.verify.ppcie import SWITCHES
 
 TEXTS = ("a cat", "a kitten", "an annual tax report")
 BOOT_TIMEOUT_S = 180
@@ -46,6 +47,8 @@ class Options:
         configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
         coco: it reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
         broker: `grpc`, our own; `rcar`, a test KBS; or the URL of a Trustee KBS with an open admin API.
+        gpus: how many the machine has.
+        ppcie: with eight GPUs, and the four NVSwitches between them.
     """
 
     once: bool
@@ -54,6 +57,8 @@ class Options:
     configfs: bool = False
     coco: bool = False
     broker: str = "grpc"
+    gpus: int = 1
+    ppcie: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,8 +143,10 @@ def run(options: Options, view: View) -> Result:
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
         with view.preparing("simulated machine"):
+            switches = SWITCHES if options.ppcie else 0
             # A foreign KBS knows NVIDIA's roots and not our simulator's.
-            machine = SimulatedMachine.create(folder / "machine", gpus=0 if "://" in options.broker else 1)
+            gpus = 0 if "://" in options.broker else options.gpus
+            machine = SimulatedMachine.create(folder / "machine", gpus=gpus, switches=switches)
             user = site.choose_server_user()
         with view.preparing("sealed model") as progress:
             model = site.seal_minilm(folder, progress)

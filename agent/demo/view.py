@@ -226,8 +226,8 @@ def _notes(message: Message) -> list[str]:
             return [f"{evidence} accepted under policy {policy_version}, request {request_id}"]
         case ReleaseMeasured(rtmr_3=str()):
             return ["that the key was released stands in RTMR 3 from here on"]
-        case GatePassed(gpus):
-            return [f"{gpus} GPU ready"]
+        case GatePassed(gpus, switches=switches):
+            return [f"{gpus} GPU ready" + (f", {switches} NVSwitch locked" if switches else "")]
         case ServerStarted(own_uid=False) if os.geteuid() == 0:
             return ["the model server runs as root: no other user can execute the interpreter from here"]
         case _:

@@ -23,6 +23,9 @@ NO_REPORT_DATA = ReportData(bytes(REPORT_DATA_BYTES))
 """For a report that only tells us something and proves nothing to anybody."""
 GPU_NONCE_BYTES = 32
 
+SWITCH_ARCH = "LS10"
+"""The architecture of an NVSwitch that can attest, in Trustee's words."""
+
 
 class OpaqueNonce(bytes):
     """Trustee's nonce: a text, here its UTF-8, that is bound and sent back as it came, whatever it says. A `Nonce` holds it."""
@@ -125,7 +128,7 @@ class GpuEvidence:
 
     Attributes:
         arch: `HOPPER`, `BLACKWELL`, or `LS10` for an NVSwitch (Trustee's words).
-        uuid: NVML's UUID, `GPU-…`.
+        uuid: NVML's UUID, `GPU-…`; of an NVSwitch NSCQ's label, `SWX-…`.
         report: SPDM GET_MEASUREMENTS request and response, binary (about 4 KiB).
         certificate_chain: PEM, leaf first, five certificates.
     """
@@ -154,6 +157,13 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    uuid: str
+    arch: str
+    mode: int  # trusted NVLink: -1 unknown, 0 off, 1 on, 2 failed, 3 on and locked
+
+
+@dataclass(frozen=True, slots=True)
 class GpuInventory:
     """Everything the gate compares: read before attestation and again before the ready state is set."""
 
@@ -162,6 +172,7 @@ class GpuInventory:
     modes: GpuModes
     ready: bool
     persistent: bool  # every GPU stays initialised when nobody has it open
+    switches: tuple[Switch, ...] = ()  # where the configuration names any
 
 
 class GpuSystem(Protocol):
@@ -171,13 +182,26 @@ class GpuSystem(Protocol):
         """Inventory, modes and ready state as they are now. Raises DeviceError."""
 
     def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
-        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order. Raises DeviceError; never retried."""
+        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order, then of every NVSwitch.
+
+        Raises DeviceError; never retried.
+        """
 
     def check_faults(self) -> None:
         """Raises GpuFaultError when the kernel log shows a fatal XID or CC fault, or cannot be read."""
 
     def set_ready(self) -> None:
         """Set the ready state 0→1 and read it back. Once per VM, without compensation. Raises DeviceError, GpuFaultError."""
+
+
+class SwitchSystem(Protocol):
+    """All NVSwitches of this guest. Blocking, serial, never abandoned half-way."""
+
+    def inspect(self) -> tuple[Switch, ...]:
+        """Every NVSwitch and its mode as they are now. Raises DeviceError."""
+
+    def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
+        """Fresh Evidence of every NVSwitch over `nonce` (32 bytes), in the order of `inspect`. Raises DeviceError."""
 
 
 @dataclass(frozen=True, slots=True)

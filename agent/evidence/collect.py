@@ -7,7 +7,7 @@ with. Device calls run in the calling thread; the caller never abandons them (`w
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, replace
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError
+from agent.errors import ConfigNotMeasuredError, CountedDevice, GpuCountError
 from agent.evidence import (
     Attester,
     CompositeEvidence,
@@ -16,7 +16,7 @@ from agent.evidence import (
     GpuSystem,
     RuntimeData,
 )
-from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
+from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data, split
 from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
 from agent.evidence.runtime import MeasuredRelease, Runtime, release_event
 from agent.guest.initdata import fit
@@ -50,17 +50,23 @@ class Devices:
 
         Raises:
             DeviceError, MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError: a device misbehaved.
-            GpuCountError: a GPU gave no evidence, or two sign with one key.
+            GpuCountError: a GPU or NVSwitch gave no evidence, or two sign with one key.
         """
-        # 1. Every GPU, over the broker's nonce and our public key.
+        # 1. Every GPU and NVSwitch, over the broker's nonce and our public key.
         text = ""
         if self.gpus and self.inventory:
             evidence = self.gpus.collect(device_nonce(data))
+            gpus, switches = split(evidence)
             # refusal: test_a_missing_gpu_is_never_a_shorter_list
-            if len(evidence) != len(self.inventory.gpus):
-                raise GpuCountError(len(self.inventory.gpus), len(evidence))
+            if len(gpus) != len(self.inventory.gpus):
+                raise GpuCountError(len(self.inventory.gpus), len(gpus))
+            # refusal: test_a_missing_switch_is_never_a_shorter_list
+            if len(switches) != len(self.inventory.switches):
+                raise GpuCountError(len(self.inventory.switches), len(switches), CountedDevice.NVSWITCH)
             # refusal: test_no_evidence_is_made_of_one_gpu_that_answers_for_two
-            check_distinct(evidence)
+            check_distinct(gpus)
+            # refusal: test_no_evidence_is_made_of_one_switch_that_answers_for_two
+            check_distinct(switches, CountedDevice.NVSWITCH)
             modes = self.inventory.modes
             claims = KeyturnClaims(
                 cc_feature=modes.cc_feature,
@@ -141,6 +147,7 @@ def open_devices(
     runtime: Runtime,
     *,
     gpu_count: int,
+    switch_count: int = 0,
     architecture: str | None = None,
     expected_ready: ExpectedReady,
     manifest_digest: str,
@@ -153,6 +160,7 @@ def open_devices(
         gpus: None exactly when `gpu_count` is 0.
         runtime: of this guest.
         gpu_count: configured number of GPUs.
+        switch_count: configured number of NVSwitches.
         architecture: configured one of every GPU; None for any.
         expected_ready: the ready state of the GPUs, and whose work it is.
         manifest_digest: what the evidence says will be loaded.
@@ -166,20 +174,24 @@ def open_devices(
     if gpus:
         inventory = gpus.inspect()
         # refusal: test_ready_before_the_boot_is_found_when_devices_are_opened
-        check_inventory(inventory, gpu_count, expected_ready, architecture)
+        check_inventory(inventory, gpu_count, expected_ready, architecture, switches=switch_count)
         # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
     return Devices(guest.attester, runtime, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
-def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
-    """Every GPU signs with its own key: one device cannot stand for two.
+def check_distinct(evidence: Sequence[GpuEvidence], device: CountedDevice = CountedDevice.GPU) -> None:
+    """Every device signs with its own key: one cannot stand for two.
+
+    Args:
+        evidence: of devices of one kind.
+        device: which.
 
     Raises:
         GpuCountError: two chains have the same leaf key.
         MalformedEvidenceError: a chain does not parse.
     """
-    keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    keys = {parse_chain(each.certificate_chain).leaf_key_sha256 for each in evidence}
     # refusal: test_one_gpu_answering_for_two_is_refused
     if len(keys) != len(evidence):
-        raise GpuCountError(len(evidence), len(keys))
+        raise GpuCountError(len(evidence), len(keys), device)

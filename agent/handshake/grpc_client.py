@@ -151,7 +151,8 @@ class GrpcBroker:
         self._attempts += 1
         on_attempt(request_id, self._attempts)
         key = EphemeralKey.generate()
-        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, self._verify(tee))
+        challenges = self._machine.challenges if self._machine else 0
+        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, challenges, self._verify(tee))
         self._key_request = None
         asked: RuntimeData | None = None
         stream: _Stream = self._connect().stream_stream(grpc_wire.ATTEST_METHOD, bytes, bytes)(None)

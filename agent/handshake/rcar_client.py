@@ -195,7 +195,8 @@ class RcarBroker:
         on_attempt(request_id, self._attempts)
         self._cookies, self._token = {}, None
         verify = EarVerifier(tee, self._site.simulated)
-        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, verify)
+        challenges = self._machine.challenges if self._machine else 0
+        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, challenges, verify)
         asked: RuntimeData | None = None
         action: Action = machine.start()
         while True:
@@ -251,7 +252,7 @@ class RcarBroker:
             return await self._get_key()
         except _ForgottenError as forgotten:
             error = forgotten.error
-        # refusal: test_a_forgotten_session_is_made_anew_once
+        # refusal: test_a_session_that_is_forgotten_again_is_not_made_a_third_time
         if self._forgotten:
             raise error
         self._forgotten = True

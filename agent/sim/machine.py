@@ -29,7 +29,7 @@ from typing import Self
 
 from agent.closed import Ident
 from agent.errors import NoAttesterError, SimulationRefusal, SimulationRefusedError
-from agent.evidence import Attester, GpuSystem, Tee
+from agent.evidence import Attester, GpuSystem, SwitchSystem, Tee
 from agent.evidence.runtime import NoRegister, RuntimeMeasurement
 from agent.evidence.snp_abi import TcbVersion
 
@@ -55,6 +55,11 @@ class GpuKnobs:
         delay_calls: seconds by function name that such a call takes longer.
         architecture: NVML's number of it, the same for every GPU.
         persistent: persistence mode is on, as nvidia-persistenced sets it.
+        switches: number of NVSwitches, which go with protected PCIe.
+        switch_mode: trusted NVLink of all of them (`evidence.Switch`).
+        repeat_first_switch, wrong_switch_nonce, flip_switch_signature_bit: of NVSwitches, as without `switch`.
+        stray_switch: the last GPU is linked to an NVSwitch of another machine, instead of to the last one here.
+        stray_gpu: the last NVSwitch lists a GPU of another machine, instead of the last one here.
     """
 
     count: int = 1
@@ -75,6 +80,14 @@ class GpuKnobs:
     persistent: bool = True
     driver_version: str = "580.95.05"
     vbios_version: str = "96.00.74.00.1A"
+    switches: int = 0
+    switch_mode: int = 3
+    switch_vbios_version: str = "96.10.55.00.01"
+    repeat_first_switch: bool = False
+    wrong_switch_nonce: bool = False
+    flip_switch_signature_bit: bool = False
+    stray_switch: bool = False
+    stray_gpu: bool = False
 
 
 @dataclass
@@ -117,6 +130,7 @@ class SimulatedMachine:
         directory: Path,
         *,
         gpus: int = 1,
+        switches: int = 0,
         silicon: Path | None = None,
         measurement: bytes = MEASUREMENT,
         host_data: bytes = bytes(32),
@@ -128,7 +142,7 @@ class SimulatedMachine:
 
         Args:
             directory: empty or not there yet.
-            gpus: at most as many as the silicon has.
+            gpus, switches: at most as many as the silicon has; with NVSwitches it is in protected-PCIe mode.
             silicon: the folder of `create_silicon`; a new one in `directory` if None, which takes seconds.
             measurement: 48 bytes.
             host_data: 32 bytes.
@@ -145,7 +159,7 @@ class SimulatedMachine:
         directory.mkdir(parents=True, exist_ok=True)
         if silicon is None:
             silicon = directory / "silicon"
-            create_silicon(silicon, gpus)
+            create_silicon(silicon, gpus, switches)
         machine = cls(
             directory=directory,
             silicon=silicon,
@@ -154,7 +168,7 @@ class SimulatedMachine:
             host_data=host_data,
             policy=policy,
             tcb=tcb,
-            gpu=GpuKnobs(count=gpus),
+            gpu=GpuKnobs(count=gpus, switches=switches, cc_feature=int(not switches), multi_gpu_mode=int(bool(switches))),
         )
         snp.create_chip_key(machine)
         tdx.create_platform_key(machine)
@@ -259,14 +273,20 @@ class SimulatedMachine:
 
         return nvml.open_gpu_system(self)
 
+    def switch_system(self) -> SwitchSystem:
+        """Its NVSwitches, through the real NSCQ binding."""
+        from agent.sim import nscq
+
+        return nscq.open_switch_system(self)
+
     @property
     def roots_dir(self) -> Path:
         """Folder of `ark.pem`, `sgx-root.pem` and `nvidia-root.pem`: what a broker must trust to accept this machine."""
         return self.silicon / "roots"
 
 
-def create_silicon(directory: Path, gpus: int = 8) -> None:
-    """Vendors' keys and roots for any number of machines: AMD's, Intel's and NVIDIA's part, `gpus` GPUs."""
+def create_silicon(directory: Path, gpus: int = 8, switches: int = 4) -> None:
+    """Vendors' keys and roots for any number of machines: AMD's, Intel's and NVIDIA's part, so many GPUs and NVSwitches."""
     from agent.sim import snp, tdx
 
     roots = directory / "roots"
@@ -276,9 +296,9 @@ def create_silicon(directory: Path, gpus: int = 8) -> None:
     for name in (snp.ROOT_FILE, tdx.ROOT_FILE):
         write_file(roots / name, (directory / name).read_bytes(), mode=0o644)
     if gpus:
-        from agent.sim import nvml
+        from agent.sim import gpu_silicon
 
-        nvml.create_gpu_silicon(directory, gpus)
+        gpu_silicon.create_gpu_silicon(directory, gpus, switches)
         write_file(roots / "nvidia-root.pem", (directory / "nvidia-root.pem").read_bytes(), mode=0o644)
 
 

@@ -7,6 +7,8 @@ real devices is here.
 """
 
 import base64
+import ctypes
+import io
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any, ClassVar
 
 import urllib3
 from cryptography import x509
@@ -39,7 +42,7 @@ from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
 from agent.commands.policy import broker_policy
-from agent.commands.policy_values import Approved, parse_gpu, parse_image
+from agent.commands.policy_values import Approved, SwitchVersions, parse_gpu, parse_image
 from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
@@ -47,6 +50,7 @@ from agent.errors import (
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
+    EvidenceVerificationError,
     GuestApiError,
     MalformedEvidenceError,
 )
@@ -65,6 +69,7 @@ from agent.evidence import (
     coco,
     cpu,
     gpu_abi,
+    nscq,
     qgs_abi,
     snp_abi,
     tdx_abi,
@@ -73,6 +78,7 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
+from agent.fitness import parse_gpu_driver
 from agent.guest.api_server import ApiServer
 from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
@@ -96,8 +102,9 @@ from agent.publish import HandedModel
 from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import CRL_FILE
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
-from agent.verify import nvidia, pck, ppcie, snp, tdx
+from agent.verify import crl, nvidia, pck, ppcie, snp, tdx
 from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
 from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWITCH_SAYS, SimulatedSet
@@ -182,6 +189,14 @@ def snp_evidence(data: bytes) -> None:
 def snp_certificate(data: bytes) -> None:
     evidence, root, now = _snp()
     snp.verify_snp(replace(evidence, cert_chain=(data, *evidence.cert_chain)), [root], [], now)
+
+
+def amd_crl(data: bytes) -> None:
+    read = crl.parse_crl(data)
+    evidence, root, now = _snp()
+    with suppress(EvidenceVerificationError):
+        snp.verify_snp(evidence, [root], [], now, [read])
+        assert data == _silicon(CRL_FILE), "another list than the root's counts"
 
 
 def certificate_table(data: bytes) -> None:
@@ -348,6 +363,15 @@ def tdx_attest_conf_seeds() -> list[bytes]:
     return [b"# vsock\nport = 4050 # host\n"]
 
 
+def gpu_driver(data: bytes) -> None:
+    assert parse_gpu_driver(data).encode() in data
+
+
+def gpu_driver_seeds() -> list[bytes]:
+    line = b"NVRM version: NVIDIA UNIX %s  590.12  Release Build  (builder)  Tue\n"
+    return [line % b"Open Kernel Module for x86_64", line % b"x86_64 Kernel Module"]
+
+
 def gpu_report(data: bytes) -> None:
     assert gpu_abi.pack_report(gpu_abi.parse_report(data)) == data
 
@@ -425,6 +449,67 @@ def gpu_certificate(data: bytes) -> None:
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
 
 
+class _AnyNscq:
+    """An NSCQ that answers from fuzzed bytes: a byte each says whether an answer is the good one, then what it is instead."""
+
+    UUID = bytes(range(16))
+    GOOD: ClassVar = {"uuid": UUID, "arch": 2, "pcie_mode": 3}
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def nscq_session_create(self, _flags: int) -> nscq.SessionResult:
+        return nscq.SessionResult(self._code(), 1)
+
+    def nscq_session_set_input(self, *_: object) -> int:
+        return self._code()
+
+    def nscq_uuid_to_label(self, _uuid: Any, label: Any, _flags: int) -> int:
+        label.contents.data = self._stream.read(64) if self._spoils() else b"SWX-00010203-0405-0607-0809-0A0B0C0D0E0F"
+        return self._code()
+
+    def nscq_session_path_observe(self, _session: int, path: bytes, callback: Any, user: object, _flags: int) -> int:
+        for _ in range(self._byte() % 4 if self._spoils() else 1):
+            device = self._stream.read(16).ljust(16, b"\0") if self._spoils() else self.UUID
+            pointer = ctypes.pointer(nscq.Uuid.from_buffer_copy(device)) if device.strip(b"\xff") else None
+            callback(pointer, self._code(), self._value(path.decode().rpartition("/")[2]), user)
+        return self._code()
+
+    def _value(self, part: str) -> Any:
+        other = self._stream.read(self._byte() * 32 if self._spoils() else 0)
+        if part == "uuid":
+            return ctypes.pointer(nscq.Uuid.from_buffer_copy((other or self.UUID).ljust(16, b"\0")))
+        if part == "certificate":
+            chain = other or _silicon("gpu-chain.pem")
+            length = int.from_bytes(other[:4], "little") if other else len(chain)
+            return nscq.Certificate((ctypes.c_uint8 * 0x1400)(*chain[:0x1400]), length)
+        if part == "attestation_report":
+            report = other or _silicon("gpu-report.bin")
+            length = int.from_bytes(other[:4], "little") if other else len(report)
+            return nscq.Report(length, (ctypes.c_uint8 * 0x2000)(*report[:0x2000]))
+        return int.from_bytes(other[:1], "little", signed=True) if other else self.GOOD[part]
+
+    def _code(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little", signed=True) if self._spoils() else 0
+
+    def _byte(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little")
+
+    def _spoils(self) -> bool:
+        return self._byte() > 0xF0
+
+
+def nscq_answers(data: bytes) -> None:
+    switches = nscq.NscqSwitches(_AnyNscq(data))
+    assert all(switch.uuid.startswith("SWX-") and switch.arch == "LS10" for switch in switches.inspect())
+    for evidence in switches.collect(GPU_NONCE):
+        assert gpu_abi.parse_report(evidence.report).requester_nonce == GPU_NONCE
+
+
+def nscq_answers_seeds() -> list[bytes]:
+    return [b"", bytes(64), bytes(3) + b"\xff\x02" + bytes(200), bytes(9) + b"\xff\x05" + bytes(255)]
+
+
 CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 
 
@@ -435,7 +520,11 @@ def additional_evidence(data: bytes) -> None:
 
 
 def additional_evidence_seeds() -> list[bytes]:
-    gpus = (GpuEvidence("HOPPER", "GPU-a", b"r", b"c"), GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"))
+    gpus = (
+        GpuEvidence("HOPPER", "GPU-a", b"r", b"c"),
+        GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"),
+        GpuEvidence("LS10", "SWX-c", b"r", b"c"),
+    )
     text = binding.additional_evidence(gpus, CLAIMS)
     members = json.loads(text)
     del members["nvidia"]["keyturn"]
@@ -673,23 +762,31 @@ def given_to_explain_seeds() -> list[bytes]:
 def policy_values(data: bytes) -> None:
     """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
     image = parse_image(policy_values_seeds()[0])
-    known = Approved(image, bytes(48), 1, False, (), KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    known = Approved(image, bytes(48), 1, False, (), (), 0, KEY_URI, "tiny", 1, DIGEST, DIGEST)
     try:
         approved = replace(known, image=parse_image(data))
     except AgentError:
-        approved = replace(known, gpus=(parse_gpu(data),))
+        device = parse_gpu(data)
+        known = replace(known, switch_count=4 * isinstance(device, SwitchVersions))
+        approved = replace(known, **{"switches" if known.switch_count else "gpus": (device,)})  # type: ignore[arg-type]
     assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
     assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
 
 
 def policy_values_seeds() -> list[bytes]:
-    """SEV-SNP, Turin, TDX by hand, and a GPU."""
+    """SEV-SNP, Turin, TDX by hand, a GPU, and an NVSwitch."""
     levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
     snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
     turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
     tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
     gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
-    return [json.dumps(snp).encode(), json.dumps(turin).encode(), tdx.encode(), json.dumps(gpu).encode()]
+    switch = {"arch": "LS10", "vbios_version": "96.10.55.00.01"}
+    return [
+        json.dumps(snp).encode(),
+        json.dumps(turin).encode(),
+        tdx.encode(),
+        *(json.dumps(x).encode() for x in (gpu, switch)),
+    ]
 
 
 def json_object(data: bytes) -> None:
@@ -1092,6 +1189,7 @@ TARGETS = {
         Target("snp_report", snp_report, snp_report_seeds),
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
+        Target("amd_crl", amd_crl, _none),
         Target("certificate_table", certificate_table, _none),
         Target("trustee_evidence", trustee_evidence, trustee_evidence_seeds, (ValueError,)),  # another TEE's name
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
@@ -1105,12 +1203,14 @@ TARGETS = {
         Target("tdx_blob", tdx_blob, tdx_blob_seeds),
         Target("qgs_answer", qgs_answer, qgs_answer_seeds),
         Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
+        Target("gpu_driver", gpu_driver, gpu_driver_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_opaque", gpu_opaque, gpu_opaque_seeds),
         Target("gpu_topology", gpu_topology, gpu_topology_seeds),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
         Target("gpu_certificate", gpu_certificate, _none),
+        Target("nscq_answers", nscq_answers, nscq_answers_seeds),
         Target("additional_evidence", additional_evidence, additional_evidence_seeds, (UnicodeDecodeError,)),
         Target("attest_request", attest_request, attest_request_seeds),
         Target("attest_response", attest_response, attest_response_seeds),
@@ -1170,10 +1270,12 @@ def renew() -> None:
         tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
         measured = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
         log = ccel.join_event_log(ccel.pack_event_log(make_event_log(machine)), ccel.pack_event(measured))
+        amd_list = (machine.silicon / CRL_FILE).read_bytes()
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
         for root in machine.roots_dir.iterdir():
             (SILICON / root.name).write_bytes(root.read_bytes())
+    (SILICON / CRL_FILE).write_bytes(amd_list)
     (SILICON / "snp-report.bin").write_bytes(evidence.report)
     for number, der in enumerate(evidence.cert_chain):
         (SILICON / f"snp-{number}.der").write_bytes(der)
@@ -1189,6 +1291,7 @@ def renew() -> None:
         "snp_report": [evidence.report],
         "snp_evidence": [evidence.report],
         "snp_certificate": list(evidence.cert_chain),
+        "amd_crl": [amd_list],
         "certificate_table": [_table(evidence.cert_chain)],
         "tdx_quote": [quote],
         "tdx_evidence": [quote],
