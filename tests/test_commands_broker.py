@@ -18,6 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from agent import config
 from agent.broker.service import SERVICE
+from agent.commands import broker
 from agent.errors import EXIT_STATUS, EXIT_USAGE, KeyReleaseDeniedError, Owner, Step
 from agent.evidence import CompositeEvidence, RuntimeData
 from agent.sim.machine import SimulatedMachine
@@ -282,10 +283,19 @@ def usage(command: list[str]) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize("option", ["policy", "keys", "token-key", "endorsements", "tdx-collateral", "unsafe-simulation-roots"])
+@pytest.mark.parametrize(
+    "option", ["policy", "keys", "token-key", "endorsements", "tdx-collateral", "amd-crls", "unsafe-simulation-roots"]
+)
 def test_a_relay_takes_nothing_that_only_an_authority_has(relay: RelaySite, option: str) -> None:
     text = usage([*relay_arguments(relay), f"--{option}", "x"])
     assert f"not with --upstream, where a Trustee KBS decides and has the keys: --{option}\n" in text
+
+
+def test_every_option_is_an_authoritys_a_relays_or_both() -> None:
+    text = subprocess.run([*COMMAND, "--help"], capture_output=True, timeout=60, check=True, text=True).stdout
+    groups = (broker._REQUIRED, broker._OF_AN_AUTHORITY, broker._OPTIONS_OF_AN_AUTHORITY)
+    known = {name.replace("_", "-") for group in (*groups, broker._OF_A_RELAY, broker._OPTIONS_OF_A_RELAY) for name in group}
+    assert set(re.findall(r"^  --([a-z-]+)", text, re.MULTILINE)) == known
 
 
 def test_half_a_relay_is_a_usage_error(site: Site) -> None:

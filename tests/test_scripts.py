@@ -1,7 +1,9 @@
 """The project's own plumbing: locks, scripts and metadata hold together."""
 
+import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -76,6 +78,13 @@ def test_a_shell_script_parses_and_can_be_executed(script: Path) -> None:
         assert script.stat().st_mode & 0o111
     if "python" not in shell:
         subprocess.run(["bash" if "bash" in shell else "sh", "-n", str(script)], check=True)
+
+
+def test_guests_that_come_at_the_same_time_all_get_their_own_keys() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "load.py"), "--guests", "12", "--json"]
+    done = json.loads(subprocess.run(command, capture_output=True, check=True, timeout=120).stdout)
+    assert (done["guests"], done["lost"], done["wrong"]) == (12, 0, 0)
+    assert done["rate_per_s"] > 0 and done["p99_ms"] >= done["p50_ms"] > 0
 
 
 def test_no_machine_or_registry_is_named() -> None:
