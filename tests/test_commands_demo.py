@@ -46,6 +46,7 @@ except ModuleNotFoundError as error:
         ["--broker", "http://kbs/path"],
         ["--tee", "sample"],
         ["--broker", "http://kbs", "--tee", "snp"],
+        ["--broker", "relay", "--tee", "sample"],
         ["--broker", "rcar", "--tee", "sample", "--attester", "coco"],
         ["--broker", "rcar", "--tee", "sample", "--via", "configfs"],
         ["--broker", "http://127.0.0.1:1"],

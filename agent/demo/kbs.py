@@ -1,4 +1,5 @@
-"""Trustee around the demo's guest: the test KBS in this process, or one that runs somewhere with an open admin API.
+"""Trustee around the demo's guest: the test KBS in this process, behind a relay or not, or one that runs somewhere with an open
+admin API.
 
 Both are set up as an administrator sets up a real one, by its admin endpoints, each call told. Owns what is registered and the
 guest's `[broker]` section. A foreign KBS is trusted on first use (its certificate, the key that signs its tokens): it gets a
@@ -10,9 +11,10 @@ import base64
 import hashlib
 import json
 import ssl
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.broker import bootstrap
-from agent.demo.site import KEY_URI, SealedModel
+from agent.demo.site import KEY_URI, SealedModel, await_event, start_keyturn
 from agent.evidence import Tee
 from agent.sim import trustee
 from agent.sim.machine import SimulatedMachine
@@ -83,6 +85,33 @@ def run_test_kbs(folder: Path, machine: SimulatedMachine, called: Called) -> Ite
         http = urllib3.PoolManager(ca_cert_data=files.ca_pem, server_hostname="localhost", assert_hostname="localhost")
         identity = f'server_name = "localhost"\nca_pem = {json.dumps(files.ca_pem)}\n'
         yield Kbs(kbs.url, _section(kbs.url, identity, files.token_key_pem), http, called)
+
+
+@contextmanager
+def run_relay(folder: Path, machine: SimulatedMachine, called: Called) -> Iterator[Kbs]:
+    """The test KBS, and `keyturn broker --upstream` before it as a process of its own: guests know the relay alone."""
+    files = bootstrap.create(folder / "relay", "localhost", datetime.now(UTC))
+    home = files.directory
+    with run_test_kbs(folder, machine, called) as kbs:
+        arguments = {
+            "listen": "127.0.0.1:0",
+            "tls-cert": home / "tls.pem",
+            "tls-key": home / "tls.key",
+            "audit": home / "audit.jsonl",
+            "upstream": kbs.url,
+            "upstream-ca": folder / "kbs" / "ca.pem",
+            "upstream-server-name": "localhost",
+        }
+        command = [argument for name, value in arguments.items() for argument in (f"--{name}", str(value))]
+        with start_keyturn("broker", *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+            port = str(await_event(process, "listening")["address"]).rpartition(":")[2]
+            await_event(process, "upstream")
+            token_keys = kbs.section.partition("token_keys")[2]
+            section = (
+                f'endpoints = ["127.0.0.1:{port}"]\nserver_name = "localhost"\n'
+                f'ca_pem = {json.dumps(files.ca_pem)}\ntokens = "trustee"\ntoken_keys{token_keys}'
+            )
+            yield replace(kbs, section=section)
 
 
 @contextmanager

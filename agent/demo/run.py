@@ -46,7 +46,7 @@ class Options:
         flip_byte: damage one byte of ciphertext before the boot.
         configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
         coco: it reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
-        broker: `grpc`, our own; `rcar`, a test KBS; or the URL of a Trustee KBS with an open admin API.
+        broker: `grpc`, our own; `rcar`, a test KBS; `relay`, our own before one; or the URL of a KBS with an open admin API.
         gpus: how many the machine has.
         ppcie: with eight GPUs, and the four NVSwitches between them.
     """
@@ -190,6 +190,8 @@ def _broker(
             return site.run_broker(folder, machine, model.key)
         case "rcar":
             return kbs.run_test_kbs(folder, machine, view.called)
+        case "relay":
+            return kbs.run_relay(folder, machine, view.called)
         case url:
             return kbs.use_kbs(url, view.called)
 

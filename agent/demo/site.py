@@ -139,7 +139,7 @@ class Broker:
         """Replace the policy; when this returns, the broker decides by it."""
         (self.files.directory / "policy.toml").write_text(text)
         self._process.send_signal(signal.SIGHUP)
-        _await_event(self._process, "policy_loaded")
+        await_event(self._process, "policy_loaded")
 
 
 @contextmanager
@@ -163,12 +163,12 @@ def run_broker(folder: Path, machine: SimulatedMachine, key: bytes) -> Iterator[
     }
     command = [argument for name, value in arguments.items() for argument in (f"--{name}", str(value))]
     with start_keyturn("broker", *command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        address = str(_await_event(process, "listening")["address"])
-        _await_event(process, "policy_loaded")
+        address = str(await_event(process, "listening")["address"])
+        await_event(process, "policy_loaded")
         yield Broker(files, process, int(address.rpartition(":")[2]))
 
 
-def _await_event(process: subprocess.Popen[str], name: str) -> dict[str, object]:
+def await_event(process: subprocess.Popen[str], name: str) -> dict[str, object]:
     """The next event of that name."""
     assert process.stdout
     with killed_after(BROKER_START_S, process):
