@@ -38,6 +38,7 @@ from agent.artifact.sources import http
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
 from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
+from agent.broker.relay import pack_session, parse_session
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
@@ -83,6 +84,7 @@ from agent.guest.api_server import ApiServer
 from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
+    MAX_SESSION_BYTES,
     Accepted,
     Attestation,
     Challenge,
@@ -558,6 +560,7 @@ def attest_response_seeds() -> list[bytes]:
     messages = (
         Challenge(ID, NONCE, 180),
         Accepted(ID, "a.b.c", Ident("p1"), (Ident("rv-1"), Ident("rv-2"))),
+        Accepted(ID, "a.b.c", Ident("p1"), (), b"kbs-session-id=0"),
         Denied(ID, DenialReason.CLAIM, Ident("snp.measurement"), Ident("rv-1"), Ident("p1")),
     )
     return [grpc_wire.pack_attest_response(each) for each in messages]
@@ -569,7 +572,7 @@ def key_request(data: bytes) -> None:
 
 
 def key_request_seeds() -> list[bytes]:
-    return [grpc_wire.pack_key_request(KeyRequest(ID, "a.b.c", KEY_URI))]
+    return [grpc_wire.pack_key_request(KeyRequest(ID, "a.b.c", KEY_URI, b"kbs-session-id=0"))]
 
 
 def key_response(data: bytes) -> None:
@@ -608,6 +611,17 @@ def _sign(payload: bytes) -> str:
 
 RCAR_STATE = Ident("AWAIT_VERDICT")
 PUBLIC = TeePublicKey(b"x" * 32, b"y" * 32)
+
+
+def relay_session(data: bytes) -> None:
+    cookies = parse_session(data)
+    text = "; ".join(f"{name}={value}" for name, value in cookies.items())
+    assert len(cookies) <= 16 and not set(text) - set(map(chr, range(0x21, 0x7F))) - {" "}, "it goes into a header"
+    assert parse_session(pack_session(cookies)) == (cookies if len(text) <= MAX_SESSION_BYTES else {})
+
+
+def relay_session_seeds() -> list[bytes]:
+    return [b"", b"kbs-session-id=" + b"0" * 32, b"AWSALB=a+b/c=; kbs-session-id=" + b"0" * 32, b"a=b\r\nX-Evil: 1; c=d"]
 
 
 def rcar_challenge(data: bytes) -> None:
@@ -1217,6 +1231,7 @@ TARGETS = {
         Target("key_request", key_request, key_request_seeds),
         Target("key_response", key_response, key_response_seeds),
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
+        Target("relay_session", relay_session, relay_session_seeds),
         Target("rcar_challenge", rcar_challenge, rcar_challenge_seeds),
         Target("rcar_token", rcar_token, rcar_token_seeds),
         Target("rcar_failure", rcar_failure, rcar_failure_seeds, (ValueError,)),  # no number
