@@ -176,8 +176,7 @@ class World:
 
     def through_coco(self) -> Components:
         """Evidence and nothing else comes from an api-server-rest; gives what is behind it."""
-        gpus = self.machine.gpu_system() if self.gpu["count"] else None
-        components = Components(self.machine.attester(self.row_tee), gpus, self.machine.runtime(self.row_tee))
+        components = Components.of(self.machine, self.row_tee)
         url = self.undo.enter_context(serve(components))
         self.tee = {"attester": "simulated-coco", "coco_url": url}
         return components
