@@ -236,11 +236,11 @@ def _broker(guest: Guest) -> None:
 
     at = guest.config.broker
     endpoints = needed(at.endpoints or ((endpoint_of(at.url),) if at.url else None), Skip.OWN_COMPONENTS)
-    assert at.ca_pem and at.server_name, "the schema asks for them"
+    ca_pem, server_name = needed(at.ca_pem, Skip.NO_TLS), needed(at.server_name, Skip.NO_TLS)
     _stay_offline(guest)
     for number, endpoint in enumerate(endpoints, 1):
         try:
-            asyncio.run(check_peer(Peer(endpoint, at.ca_pem, at.server_name), LOOK_S))
+            asyncio.run(check_peer(Peer(endpoint, ca_pem, server_name), LOOK_S))
         except BrokerUnreachableError as error:
             error.attempts = number
             if number == len(endpoints):

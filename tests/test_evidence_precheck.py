@@ -78,9 +78,9 @@ def test_report_data_of_another_handshake_is_not_sent(machine: SimulatedMachine)
         evidence = machine.attester(tee).collect(DATA)
         with pytest.raises(EvidenceBindingError):
             check_before_sending(evidence, OTHER, None)
-    for nothing in (b"", bytes(48)):
+    for nothing, data in ((b"", DATA), (bytes(48), DATA), (b"", OTHER)):
         with pytest.raises(EvidenceBindingError):
-            check_before_sending(Evidence(Tee.SAMPLE, nothing), DATA, None)
+            check_before_sending(Evidence(Tee.SAMPLE, nothing), data, None)
 
 
 def test_initdata_that_the_tee_does_not_know_is_not_sent(machine: SimulatedMachine) -> None:

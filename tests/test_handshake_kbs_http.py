@@ -156,7 +156,8 @@ def test_a_peer_that_does_not_read_ends_at_the_limit() -> None:
     assert asyncio.run(run()) < 2
 
 
-def test_tls_without_a_measured_identity_is_a_bug() -> None:
-    http = KbsHttp("https://127.0.0.1:1", None, None)
+@pytest.mark.parametrize(("ca_pem", "name"), [(None, None), (None, NAME), (pem(CA).decode(), None)])
+def test_tls_without_a_measured_identity_is_a_bug(ca_pem: str | None, name: str | None) -> None:
+    http = KbsHttp("https://127.0.0.1:1", ca_pem, name)
     with pytest.raises(RuntimeError):
         asyncio.run(http.ask(POST, 1, STATE))

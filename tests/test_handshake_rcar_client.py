@@ -430,6 +430,14 @@ def test_a_forgotten_session_is_made_anew_once(word: str) -> None:
     assert (boot.kbs.times("attest"), boot.kbs.times("resource")) == (2, 2)
 
 
+def test_a_session_that_is_forgotten_again_is_not_made_a_third_time() -> None:
+    boot = Boot(Kbs().on("resource", refuses("TokenNotFound"), says(502), refuses("TokenNotFound")))
+    error = boot.failure()
+    assert isinstance(error, TrusteeRefusedError)
+    assert error.refusal is TrusteeRefusal.NO_SESSION
+    assert (boot.kbs.times("attest"), boot.kbs.times("resource")) == (2, 3)
+
+
 def test_a_second_attestation_that_is_cut_off_is_made_by_the_next_attempt() -> None:
     boot = Boot(Kbs().on("resource", refuses("TokenNotFound")))
     boot.kbs.on("attest", boot.kbs.good, says(502))

@@ -253,7 +253,7 @@ class RcarBroker:
             return await self._get_key()
         except _ForgottenError as forgotten:
             error = forgotten.error
-        # refusal: test_a_forgotten_session_is_made_anew_once
+        # refusal: test_a_session_that_is_forgotten_again_is_not_made_a_third_time
         if self._forgotten:
             raise error
         self._forgotten = True
