@@ -225,7 +225,7 @@ async def _open(
             gpu_count=cfg.gpu.count,
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
-            manifest_digest=cfg.artifact.manifest_digest,
+            manifest_digest=cfg.artifact.digest,
             server_command_digest=command_digest(plan.argv),
         )
 

@@ -125,7 +125,7 @@ def _open(measured: "Measured") -> "Devices":
         gpus,
         gpu_count=config.gpu.count,
         expected_ready=expected,
-        manifest_digest=config.artifact.manifest_digest,
+        manifest_digest=config.artifact.digest,
         server_command_digest=command_digest(plan.argv),
     )
 
