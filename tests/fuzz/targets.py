@@ -29,9 +29,8 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import http_policy, jose, keys
-from agent.artifact import DestinationKind
+from agent.artifact import DestinationKind, signature
 from agent.artifact import manifest as m
-from agent.artifact import signature
 from agent.artifact.sources import http
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
 from agent.broker import bootstrap, jwe
