@@ -14,7 +14,8 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     unhandled.py     what nobody caught becomes an event, never a traceback
     worker.py        the process around boot.py: its outcome, its one error
     boot.py          the worker's story, one step after the other
-    doctor.py        what a boot would meet here, check by check, without a boot
+    doctor.py        what a boot would meet here, check by check, without a boot;  examination.py  findings, and their order
+    fitness.py       kernel, driver and clock: is this guest one that a boot can use?
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
     http_policy.py   the one TLS context and redirect rule for HTTP
@@ -25,7 +26,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     server/          the model server: presets, spawn, readiness, restart policy
     guest/           what we ask of the kernel: mounts, memory, hardening, Landlock, routes, uevents; and its initdata
     broker/          the reference key broker
-    sim/             simulated silicon in the real formats; never in a guest image
+    sim/             simulated silicon in the real formats, a test KBS; never in a guest image
     demo/            one boot on simulated silicon with a real model, for people
 
 There is no public Python API. The interfaces are the command line, the protocol, the

@@ -1,14 +1,16 @@
 """The worker's story: one boot, step by step, and the renewal of its lease. This is the page to read first.
 
-Evidence of CPU and GPUs goes to the key broker; its signed Verdict comes back, then the model key, still sealed; the GPU
-gate is passed; only then is the key opened and the sealed model with it, into guest memory. Nothing that does not need
-the key waits for it: the manifest is authenticated and memory is made present while attestation is under way.
+Evidence of CPU and GPUs goes to the key broker; its signed Verdict comes back, then the model key, still sealed; its
+release is measured and the GPU gate passed; only then is the key opened and the sealed model with it, into guest memory.
+Nothing that does not need the key waits for it: the manifest is authenticated and memory is made present while attestation
+is under way.
 
 The order is enforced by types, each step returning what the next one asks for:
-`Devices` → `Verdict` → `SealedKey` + `SecuredDevices` → `ReleasedKey` → `LoadedArtifact`; the supervisor makes the
-`RunningServer` of it. Whatever fails cancels the rest, and `undo` takes back what was done, in reverse order; the gate
-alone cannot be taken back. Blocking work runs in threads that are always joined, because a device request that is
-abandoned half-way can cost the guest its attestation key.
+`Devices` → `Verdict` → `SealedKey` → `MeasuredRelease` → `SecuredDevices` → `ReleasedKey` → `LoadedArtifact`; the supervisor
+makes the `RunningServer` of it. Whatever fails cancels the rest, and `undo` takes back what was done, in reverse order; two
+steps cannot be taken back: the gate, and before it the measurement, after which the register says for good that a key was
+released. Blocking work runs in threads that are always joined, because a device request that is abandoned half-way can cost
+the guest its attestation key.
 
 A renewal is the first step once more, in another worker: a Verdict, and neither gate nor key.
 """
@@ -23,9 +25,11 @@ from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
 from agent.errors import LeaseEndedError, RollbackError
-from agent.events import DestinationChosen, GatePassed, Requested, Stage, VerdictAccepted
+from agent.events import DestinationChosen, GatePassed, ReleaseMeasured, Requested, Stage, VerdictAccepted
+from agent.evidence import CompositeEvidence, RuntimeData
 from agent.evidence.collect import Devices
 from agent.evidence.gate import ReadyState
+from agent.evidence.runtime import MeasuredRelease
 from agent.handshake import Verdict
 from agent.handshake.grpc_client import GrpcBroker
 from agent.stages import Notify, stage
@@ -62,7 +66,7 @@ async def boot(
         prepared = work.create_task(_prepare(cfg, store, undo, notify, gid))  # no key needed
 
         with stage(Stage.ATTEST, notify):
-            verdict, ephemeral = await _attest(cfg, devices, broker, notify)
+            verdict, ephemeral, evidence = await _attest(cfg, devices, broker, notify)
             claims = verdict.claims
             notify(_accepted(verdict))
 
@@ -72,10 +76,15 @@ async def boot(
 
             # refusal: test_what_the_store_lacks_ends_the_boot_before_the_gate
             (await prepared).check()  # what can fail without costing the VM fails before the gate
+            with stage(Stage.MEASURE, notify):
+                measured = await in_thread(lambda: devices.measure(verdict, sealed, evidence))
+                notify(_measured(measured))
+
             with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
-                secured = await in_thread(lambda: devices.secure(verdict))
+                secured = await in_thread(lambda: devices.secure(verdict, measured))
                 if secured.inventory:
-                    notify(GatePassed(len(secured.inventory.gpus), secured.ready_state is ReadyState.PRESET))
+                    now = secured.inventory
+                    notify(GatePassed(len(now.gpus), secured.ready_state is ReadyState.PRESET, len(now.switches)))
 
             with stage(Stage.UNWRAP, notify):
                 key = keys.unwrap(sealed, ephemeral, secured)
@@ -100,7 +109,7 @@ async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, serve
         RollbackError: the authority wants a newer model by now.
         AgentError: whatever else failed.
     """
-    verdict, ephemeral = await _attest(cfg, devices, broker, notify)
+    verdict, ephemeral, _ = await _attest(cfg, devices, broker, notify)
     ephemeral.destroy()
     if served_version < verdict.claims.min_model_version:
         raise RollbackError(served_version, verdict.claims.min_model_version)
@@ -109,13 +118,27 @@ async def renew(cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, serve
 
 async def _attest(
     cfg: MeasuredConfig, devices: Devices, broker: GrpcBroker, notify: Notify
-) -> tuple[Verdict, keys.EphemeralKey]:
-    return await broker.attest(
+) -> tuple[Verdict, keys.EphemeralKey, CompositeEvidence]:
+    evidence: CompositeEvidence | None = None
+
+    async def collect(data: RuntimeData) -> CompositeEvidence:
+        nonlocal evidence
+        evidence = await in_thread(lambda: devices.collect(data))
+        return evidence
+
+    verdict, ephemeral = await broker.attest(
         Ident(cfg.broker.key_uri),
         devices.attester.tee,
-        lambda data: in_thread(lambda: devices.collect(data)),
+        collect,
         lambda request_id, attempt: notify(Requested(request_id, attempt)),
     )
+    assert evidence is not None  # the machine makes no Verdict without
+    return verdict, ephemeral, evidence
+
+
+def _measured(measured: MeasuredRelease) -> ReleaseMeasured:
+    value, unsupported = measured.rtmr_3, measured.unsupported
+    return ReleaseMeasured(Ident(value.hex()) if value else None, Ident(unsupported.value) if unsupported else None)
 
 
 def _accepted(verdict: Verdict) -> VerdictAccepted:

@@ -18,6 +18,7 @@ from agent.config_source import MAX_CONFIG_BYTES
 from agent.errors import ConfigError, ConfigProblem
 
 SCHEMA = "keyturn/v1"
+GPUS_OF_PROTECTED_PCIE = 8
 
 _Parsed = TypeVar("_Parsed")
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -41,6 +42,7 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class TeeConfig(_Section, frozen=True, kw_only=True):
     attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
+    runtime_measurement: Literal["required", "if-supported"] = "if-supported"
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -50,6 +52,7 @@ class SimulationConfig(_Section, frozen=True, kw_only=True):
 
 class GpuConfig(_Section, frozen=True, kw_only=True):
     count: Annotated[int, msgspec.Meta(ge=0, le=16)]
+    switches: Literal[0, 4] = 0
     architecture: Literal["hopper", "blackwell"] | None = None
     ready_state: Literal["own", "preset"] = "own"
 
@@ -199,6 +202,13 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_every_mistake_names_its_key
     if config.artifact.unsafe_allow_swap and not simulated:
         raise wrong("artifact.unsafe_allow_swap")
+    # Protected PCIe is eight Hopper GPUs and the four NVSwitches between them, as a whole.
+    # refusal: test_every_mistake_names_its_key
+    if config.gpu.switches and config.gpu.count != GPUS_OF_PROTECTED_PCIE:
+        raise wrong("gpu.count")
+    # refusal: test_every_mistake_names_its_key
+    if config.gpu.switches and config.gpu.architecture == "blackwell":
+        raise wrong("gpu.architecture")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
     by_signature = bool(config.artifact.provider_keys)
@@ -264,10 +274,14 @@ EXPLAIN = {
     "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
     "in its place",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
+    "tee.runtime_measurement": "if-supported (default): the release of the key goes into RTMR 3 where this guest can extend it "
+    "(TDX, Linux 6.16), and the event release_measured says so. required: a guest that cannot ends before it asks for anything",
     "simulation.machine": "folder of the simulated machine; only with a simulated attester",
     "simulation.report_root": "where a configfs-tsm that answers for the simulated machine is mounted, as `keyturn demo --via "
     "configfs` does; default: the machine is asked inside the agent's process",
     "gpu.count": "how many GPUs must attest, 0..16; a missing, extra or doubled one is an error",
+    "gpu.switches": "how many NVSwitches must attest, 0 or 4, default 0. 4, with gpu.count = 8, is protected PCIe: there GPUs "
+    "talk to each other unencrypted, so that GPUs in that mode are refused without the NVSwitches between them",
     "gpu.architecture": "hopper or blackwell: every GPU must be of it; default: any that can attest",
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",

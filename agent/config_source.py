@@ -15,9 +15,9 @@ from agent.guest.initdata import DEVICE, MAX_DOCUMENT_BYTES, Initdata, find_devi
 
 MAX_CONFIG_BYTES = 1 << 20
 ENTRY = "keyturn.toml"
+INITDATA_FILE = Ident("initdata-file")
 
 _FILE = Ident("file")
-_INITDATA_FILE = Ident("initdata-file")
 _KATA = Ident("kata-initdata")
 _IMAGE = Ident("image")
 _KATA_PATH = "run/confidential-containers/initdata/initdata.toml"
@@ -62,6 +62,15 @@ def from_file(file: str) -> FoundConfig:
     return FoundConfig(data, hashlib.sha256(data).digest(), _FILE)
 
 
+def read_document(file: str) -> bytes:
+    """The bytes of an initdata document, `-` for standard input: at most one byte more than `parse_initdata` takes.
+
+    Raises:
+        ConfigError: not readable.
+    """
+    return _read(file, MAX_DOCUMENT_BYTES)
+
+
 def from_initdata_file(file: str) -> FoundConfig:
     """The entry `keyturn.toml` of an initdata document, `-` for standard input.
 
@@ -69,8 +78,8 @@ def from_initdata_file(file: str) -> FoundConfig:
         ConfigError: not readable, or the entry is above 1 MiB.
         InitdataError: not an initdata document of at most 4 MiB, or it has no such entry.
     """
-    initdata = parse_initdata(_read(file, MAX_DOCUMENT_BYTES), _INITDATA_FILE)
-    return _found_in(initdata, _INITDATA_FILE)
+    initdata = parse_initdata(read_document(file), INITDATA_FILE)
+    return _found_in(initdata, INITDATA_FILE)
 
 
 def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:

@@ -1,7 +1,7 @@
 """What a boot would meet in this guest, asked check by check, without a boot.
 
 Owns the checks, their order, and what each of them needs of the ones before. A check is one function here and one line in
-`CHECKS`: it returns, or raises the AgentError that names what is wrong. It asks through the boot's own code where there is
+`CHECKS`: see `examination.Check`. It asks through the boot's own code where there is
 some, so that the two cannot come to different results.
 
 Changes nothing outside this process: asks for no key, sets no ready state, takes no memory, wipes no folder. The CPU TEE is
@@ -9,143 +9,39 @@ asked for one report, and a GPU is opened only where that costs nothing. Prints 
 """
 
 import asyncio
-import enum
 import errno
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, TypeVar
 
+from agent import fitness
 from agent.closed import Ident
-from agent.config import Measured, MeasuredConfig, parse
-from agent.config_source import FoundConfig
+from agent.config import parse
 from agent.errors import (
-    EXIT_SERVED,
-    AgentError,
+    Absence,
     BrokerIdentityError,
     BrokerUnreachableError,
     ConfigError,
     ConfigProblem,
     IdentityProblem,
-    InternalError,
+    NoAttesterError,
     ServerStartError,
     SimulationRefusal,
     SimulationRefusedError,
-    error_to_record,
 )
-from agent.evidence import Attester, GpuSystem
+from agent.evidence import GpuSystem, Tee
+from agent.examination import Check, Guest, Skip, SkippedError, needed
+from agent.fitness import Seen
 from agent.guest import hardening, landlock
 from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
-from agent.server import ServerPlan
 from agent.threads import signals_wait
 from agent.worker import is_loopback, plan_server, token_keys
 
-if TYPE_CHECKING:
-    from agent.artifact.manifest import ModelConfig
-
 LOOK_S = 10
 """For one answer over a network. Nothing is tried again: a retry would hide what is looked for."""
-
-_T = TypeVar("_T")
-
-
-class Skip(enum.Enum):
-    """Why a check was not made."""
-
-    NO_CONFIGURATION = "there is no usable configuration"
-    OFFLINE = "it needs the network, and --offline was given"
-    NO_TEE = "the CPU TEE did not open"
-    NO_GPU = "the configuration asks for no GPU"
-    GPU_NOT_OPEN = "the GPUs were not opened"
-    GPU_NOT_HELD = (
-        "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
-        "reset: start nvidia-persistenced first"
-    )
-    NO_MANIFEST = "the size of the model is not known without its manifest"
-    NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
-    NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"
-
-
-class _SkippedError(Exception):
-    def __init__(self, reason: Skip) -> None:
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """What one check found: nothing amiss, a reason not to look, or what is wrong."""
-
-    check: str
-    skipped: Skip | None = None
-    error: AgentError | None = None
-
-    def to_record(self) -> dict[str, object]:
-        """`{"check", "outcome"}`, with "reason" when it is skipped and "error" when it is failed."""
-        if self.error is not None:
-            return {"check": self.check, "outcome": "failed", "error": error_to_record(self.error)}
-        if self.skipped is not None:
-            return {"check": self.check, "outcome": "skipped", "reason": self.skipped.value}
-        return {"check": self.check, "outcome": "ok"}
-
-
-@dataclass(slots=True)
-class Guest:
-    """Where to look, and what the checks so far have found.
-
-    Attributes:
-        find_config: looks for the one configuration; None while there is none.
-        open_tee: opens the CPU TEE that a configuration names.
-        open_gpus: likewise the GPUs.
-        offline: nothing is sent to anybody.
-        measured: the configuration, once it parses.
-        model: the model, once its manifest is authenticated.
-    """
-
-    find_config: Callable[[], FoundConfig | None]
-    open_tee: Callable[[MeasuredConfig], Attester]
-    open_gpus: Callable[[MeasuredConfig], GpuSystem | None]
-    offline: bool
-    measured: Measured | None = None
-    plan: ServerPlan | None = None
-    tee: Attester | None = None
-    gpus: GpuSystem | None = None
-    model: "ModelConfig | None" = None
-
-    @property
-    def config(self) -> MeasuredConfig:
-        return _needed(self.measured, Skip.NO_CONFIGURATION).config
-
-
-def _needed(value: _T | None, otherwise: Skip) -> _T:
-    """What an earlier check has found, or the reason why this one is not made."""
-    if value is None:
-        raise _SkippedError(otherwise)
-    return value
-
-
-def examine(guest: Guest) -> Iterator[Finding]:
-    """Every check in boot order, whatever the ones before it found."""
-    for name, check in CHECKS.items():
-        skipped: Skip | None = None
-        error: AgentError | None = None
-        try:
-            check(guest)
-        except _SkippedError as reason:
-            skipped = reason.reason
-        except AgentError as found:
-            error = found
-        except Exception as bug:  # noqa: BLE001  # as in a boot; here it must not hide what the other checks find
-            error = InternalError.of(bug)
-        yield Finding(name, skipped, error)
-
-
-def exit_status(findings: list[Finding]) -> int:
-    """Of the first failure in boot order, which is where a boot would end."""
-    return next((finding.error.exit_status for finding in findings if finding.error is not None), EXIT_SERVED)
 
 
 # --- the process and its configuration --------------------------------------------------------------------------------
@@ -160,7 +56,7 @@ def _hardening(guest: Guest) -> None:
 def _landlock(guest: Guest) -> None:
     abi = landlock.abi_version()
     if abi < landlock.ABI_NETWORK:
-        raise _SkippedError(Skip.NO_LANDLOCK_PORTS if abi else Skip.NO_LANDLOCK)
+        raise SkippedError(Skip.NO_LANDLOCK_PORTS if abi else Skip.NO_LANDLOCK)
 
 
 def _configuration(guest: Guest) -> None:
@@ -175,8 +71,16 @@ def _configuration(guest: Guest) -> None:
 # --- devices ----------------------------------------------------------------------------------------------------------
 
 
-def _tee(guest: Guest) -> None:
-    from agent.evidence import Tee
+def _kernel(guest: Guest) -> Seen:
+    from agent.evidence.detect import hinted
+
+    simulated = guest.measured is not None and guest.config.simulation is not None
+    if guest.measured is None or simulated:
+        return fitness.check_kernel(None if simulated else hinted(), guest.places)
+    return fitness.check_kernel(Tee(guest.config.tee.attester), guest.places)
+
+
+def _tee(guest: Guest) -> Seen:
     from agent.evidence.detect import hinted, open_interface
 
     with signals_wait():
@@ -184,15 +88,65 @@ def _tee(guest: Guest) -> None:
             guest.tee = open_interface(hinted() or Tee.SNP)
         else:
             guest.tee = guest.open_tee(guest.config)
+    return {"tee": Ident(guest.tee.tee.value), "interface": guest.tee.interface}
 
 
 def _host_data(guest: Guest) -> None:
     from agent.evidence.collect import check_measured
 
-    measured = _needed(guest.measured, Skip.NO_CONFIGURATION)
-    tee = _needed(guest.tee, Skip.NO_TEE)
+    measured = needed(guest.measured, Skip.NO_CONFIGURATION)
+    tee = needed(guest.tee, Skip.NO_TEE)
     with signals_wait():
         check_measured(tee, measured.digest)
+
+
+def _tdx(guest: Guest) -> Seen:
+    """What a TDX guest has beside its quotes. What is not there is told, and fails only where it is required; so does what is
+    broken.
+    """
+    from agent.evidence.ccel import MAX_LOG_BYTES, parse_event_log
+    from agent.evidence.rtmr import INTERFACE, REGISTER
+    from agent.evidence.tdx_guest import read_port
+
+    required = guest.measured is not None and guest.config.tee.runtime_measurement == "required"
+    if needed(guest.tee, Skip.NO_TEE).tee is not Tee.TDX:
+        if required:
+            raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
+        raise SkippedError(Skip.NO_TDX)
+    at = guest.places
+    try:
+        quote_service = f"vsock:{read_port(at.attest_conf)}"
+    except NoAttesterError:  # fatal only without configfs-tsm, as `tee` says
+        quote_service = "none-named"
+    try:
+        with at.event_log.open("rb") as file:
+            events = f"{len(parse_event_log(file.read(MAX_LOG_BYTES + 1)).events)}-events"
+    except OSError as error:
+        events = f"errno-{error.errno}"
+    register = "present" if (at.measurements / REGISTER).exists() else "absent"
+    if required and register == "absent" and guest.config.simulation is None:
+        raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
+    return {"quote-service": Ident(quote_service), "event-log": Ident(events), "rtmr3": Ident(register)}
+
+
+def _gpu_driver(guest: Guest) -> Seen:
+    _real_gpus(guest)
+    return fitness.check_gpu_driver(guest.places)
+
+
+def _gpu_parameters(guest: Guest) -> None:
+    """Without a GPU opened, so that it is told also where none may be. Of a driver that is not loaded there are none."""
+    from agent.evidence.gpu import check_registry_keys
+
+    _real_gpus(guest)
+    check_registry_keys(path for path in guest.places.gpu_parameters if path.exists())
+
+
+def _real_gpus(guest: Guest) -> None:
+    if not guest.config.gpu.count:
+        raise SkippedError(Skip.NO_GPU)
+    if guest.config.simulation is not None:  # their parameters are looked at with their inventory
+        raise SkippedError(Skip.SIMULATED)
 
 
 def _gpu(guest: Guest) -> None:
@@ -200,22 +154,40 @@ def _gpu(guest: Guest) -> None:
     from agent.evidence.gpu_watch import open_nvml
 
     if not guest.config.gpu.count:
-        raise _SkippedError(Skip.NO_GPU)
+        raise SkippedError(Skip.NO_GPU)
     if guest.config.simulation is None:
         open_nvml()  # touches no GPU
         if not is_held():
-            raise _SkippedError(Skip.GPU_NOT_HELD)
+            raise SkippedError(Skip.GPU_NOT_HELD)
     with signals_wait():
         guest.gpus = guest.open_gpus(guest.config)
 
 
-def _gpu_inventory(guest: Guest) -> None:
-    from agent.evidence.gate import ExpectedReady, check_inventory
+def _gpu_inventory(guest: Guest) -> Seen:
+    from agent.evidence.gate import ExpectedReady, check_gpus, check_ready
 
     gpus, config = _opened_gpus(guest), guest.config.gpu
     expected = ExpectedReady.PRESET if config.ready_state == "preset" else ExpectedReady.UNSET
     with signals_wait():
-        check_inventory(gpus.inspect(), config.count, expected, config.architecture and config.architecture.upper())
+        inventory = guest.inventory = gpus.inspect()
+    check_gpus(inventory, config.count, config.architecture and config.architecture.upper())
+    check_ready(inventory, expected)
+    first, modes = inventory.gpus[0], inventory.modes
+    mode = f"multi-gpu-{modes.multi_gpu_mode}" if modes.multi_gpu_mode else "cc"
+    said = {"driver": inventory.driver_version, "vbios": first.vbios_version, "architecture": first.arch, "mode": mode}
+    return {name: Ident.of_peer(text) for name, text in said.items()} | {"ready": Ident(str(int(inventory.ready)))}
+
+
+def _gpu_switches(guest: Guest) -> Seen:
+    """Also that GPUs in protected-PCIe mode are not used without them."""
+    from agent.evidence.gate import check_switches
+
+    _opened_gpus(guest)
+    inventory, count = needed(guest.inventory, Skip.NO_INVENTORY), guest.config.gpu.switches
+    check_switches(inventory, count)
+    if not count:
+        raise SkippedError(Skip.NO_SWITCH)
+    return {"count": Ident(str(count)), "architecture": Ident(inventory.switches[0].arch), "mode": Ident("locked")}
 
 
 def _gpu_faults(guest: Guest) -> None:
@@ -223,26 +195,28 @@ def _gpu_faults(guest: Guest) -> None:
 
 
 def _opened_gpus(guest: Guest) -> GpuSystem:
-    return _needed(guest.gpus, Skip.GPU_NOT_OPEN if guest.config.gpu.count else Skip.NO_GPU)
+    return needed(guest.gpus, Skip.GPU_NOT_OPEN if guest.config.gpu.count else Skip.NO_GPU)
 
 
 # --- broker and store -------------------------------------------------------------------------------------------------
 
 
-def _clock(guest: Guest) -> None:
+def _clock(guest: Guest) -> Seen:
     """Outside the life of the measured CA no handshake succeeds; found before anybody is asked, and without a network."""
     from cryptography import x509
 
     from agent.verify.roots import UNREADABLE
 
+    now = datetime.now(UTC)
+    seen = fitness.check_clock(now)
     try:
         authorities = x509.load_pem_x509_certificates(guest.config.broker.ca_pem.encode())
     except UNREADABLE:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
-    now = datetime.now(UTC)
     if not any(authority.not_valid_before_utc <= now <= authority.not_valid_after_utc for authority in authorities):
         ahead = any(now < authority.not_valid_before_utc for authority in authorities)
         raise BrokerIdentityError(IdentityProblem.NOT_YET_VALID if ahead else IdentityProblem.EXPIRED)
+    return seen
 
 
 def _route(guest: Guest) -> None:
@@ -294,7 +268,7 @@ def _store(guest: Guest) -> None:
 
 def _stay_offline(guest: Guest) -> None:
     if guest.offline:
-        raise _SkippedError(Skip.OFFLINE)
+        raise SkippedError(Skip.OFFLINE)
 
 
 # --- memory and server ------------------------------------------------------------------------------------------------
@@ -304,7 +278,7 @@ def _memory(guest: Guest) -> None:
     from agent.artifact.memory import check_memory
 
     headroom_bytes = guest.config.artifact.headroom_mib << 20
-    model = _needed(guest.model, Skip.NO_MANIFEST)
+    model = needed(guest.model, Skip.NO_MANIFEST)
     check_memory([file.size for file in model.files], headroom_bytes, MACHINE)
 
 
@@ -315,7 +289,7 @@ def _destination(guest: Guest) -> None:
     if guest.measured is None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
-    config, plan = guest.config.artifact, _needed(guest.plan, Skip.NO_CONFIGURATION)
+    config, plan = guest.config.artifact, needed(guest.plan, Skip.NO_CONFIGURATION)
     sizes = [file.size for file in guest.model.files] if guest.model else [0]
     allow_swap = config.unsafe_allow_swap
     check_destination(config.destination, config.directory, sizes, plan.gid, allow_swap=allow_swap, memory=MACHINE)
@@ -323,7 +297,7 @@ def _destination(guest: Guest) -> None:
 
 def _server_program(guest: Guest) -> None:
     """With our own rights: whether `server.uid` may execute it shows at its start."""
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = needed(guest.plan, Skip.NO_CONFIGURATION)
     program = plan.argv[0]
     if "/" in program:
         program = os.path.join("/", program)  # where the server starts
@@ -332,7 +306,7 @@ def _server_program(guest: Guest) -> None:
 
 
 def _server_address(guest: Guest) -> None:
-    plan = _needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = needed(guest.plan, Skip.NO_CONFIGURATION)
     with socket.socket(socket.AF_INET6 if ":" in plan.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers of old connections is no obstacle
         try:
@@ -343,14 +317,19 @@ def _server_address(guest: Guest) -> None:
 
 # --- the list ---------------------------------------------------------------------------------------------------------
 
-CHECKS: Mapping[str, Callable[[Guest], None]] = {
+CHECKS: Mapping[str, Check] = {
     "hardening": _hardening,
     "landlock": _landlock,
     "configuration": _configuration,
+    "kernel": _kernel,
     "tee": _tee,
     "host-data": _host_data,
+    "tdx": _tdx,
+    "gpu-driver": _gpu_driver,
+    "gpu-parameters": _gpu_parameters,
     "gpu": _gpu,
     "gpu-inventory": _gpu_inventory,
+    "gpu-switches": _gpu_switches,
     "gpu-faults": _gpu_faults,
     "clock": _clock,
     "route": _route,

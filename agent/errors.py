@@ -3,7 +3,7 @@
 AgentError
 ├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
 ├── InitdataError                                                         operator × config
-├── GuestInitError                                                        operator × guest
+├── GuestInitError · GuestUnfitError                                      operator × guest
 ├── NoAttesterError · SimulationRefusedError                              operator × devices
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── DeviceUnavailableError · AttestationKeyLostError
@@ -228,6 +228,33 @@ class GuestInitError(AgentError):
         return f"guest init: {self.part.value} {self.name} failed" + (f" (errno {self.code})" if self.code else "")
 
 
+class Unfit(enum.Enum):
+    KERNEL = "kernel is older than its interfaces to this TEE"
+    GPU_DRIVER_ABSENT = "NVIDIA driver is not loaded"
+    GPU_DRIVER_UNKNOWN = "NVIDIA driver tells no version that is one"
+    GPU_DRIVER_CLOSED = "NVIDIA driver is not of the open kernel modules, which alone know confidential computing"
+    GPU_DRIVER_OLD = "NVIDIA driver is older than what confidential computing needs"
+    CLOCK = "clock is before this program was made"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestUnfitError(AgentError):
+    """`keyturn doctor` found the guest's kernel, driver or clock to be none that a boot can use. `got` and `expected` are
+    versions or days, None where there are none.
+    """
+
+    owner = Owner.OPERATOR
+    step = Step.GUEST
+    next_step = "use an image with a newer kernel or driver; for the clock, see that host and guest agree about the time"
+    problem: Unfit
+    got: Ident | None = None
+    expected: Ident | None = None
+
+    def what(self) -> str:
+        got = f": got {self.got}" if self.got else ""
+        return f"guest: {self.problem.value}{got}" + (f", expected {self.expected}" if self.expected else "")
+
+
 # --- devices and evidence ---------------------------------------------------------------------------------------------
 
 
@@ -242,6 +269,7 @@ class Absence(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    NO_RUNTIME_REGISTER = "runtime measurement is required, and this guest has no register that the agent may extend"
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
 
 
@@ -313,6 +341,8 @@ class EvidenceFormat(enum.Enum):
     SNP_CHAIN = "snp-certificate-chain"
     NVIDIA_REPORT = "nvidia-report"
     NVIDIA_CHAIN = "nvidia-certificate-chain"
+    SWITCH_REPORT = "nvswitch-report"
+    SWITCH_CHAIN = "nvswitch-certificate-chain"
     TDX_REPORT = "tdx-report"
     TDX_QUOTE = "tdx-quote"
     TDX_CHAIN = "tdx-certificate-chain"
@@ -366,6 +396,8 @@ class EvidenceCheck(enum.Enum):
     REPORT_DATA = "report-data"
     REVOCATION = "revocation"
     REVOCATION_LIST = "revocation-list"
+    REVOCATION_LIST_SIGNATURE = "revocation-list-signature"
+    REVOCATION_LIST_VALIDITY = "revocation-list-validity"
     QE_VENDOR = "qe-vendor"
     QE_IDENTITY = "qe-identity"
     QE_REPORT_SIGNATURE = "qe-report-signature"
@@ -405,16 +437,23 @@ class EvidenceVerificationError(AgentError):
 # --- GPU --------------------------------------------------------------------------------------------------------------
 
 
+class CountedDevice(enum.Enum):
+    GPU = "GPU"
+    NVSWITCH = "NVSwitch"
+
+
 @dataclasses.dataclass(eq=False)
 class GpuCountError(AgentError):
     owner = Owner.HOST
     step = Step.GPU
-    next_step = "attach the configured number of GPUs to this guest, each of them once"
+    next_step = "attach the configured number of GPUs and NVSwitches to this guest, each of them once"
     expected: int
     got: int
+    device: CountedDevice = CountedDevice.GPU
 
     def what(self) -> str:
-        return f"expected {self.expected} distinct GPUs, got {self.got}"
+        plural = "es" if self.device is CountedDevice.NVSWITCH else "s"
+        return f"expected {self.expected} distinct {self.device.value}{plural}, got {self.got}"
 
 
 class GpuMode(enum.Enum):
@@ -424,6 +463,7 @@ class GpuMode(enum.Enum):
     MULTI_GPU = "multi-GPU mode"
     REGISTRY_KEYS = "registry keys that weaken confidential computing"
     PERSISTENCE = "persistence mode"
+    SWITCH = "trusted NVLink mode of an NVSwitch (3 is locked)"
 
 
 @dataclasses.dataclass(eq=False)
@@ -546,6 +586,7 @@ class ProtocolProblem(enum.Enum):
     REQUEST_ID = "answer carries another request id"
     CLOSED = "stream ended before the answer"
     VERSION = "protocol version is not supported"
+    TOO_MANY_CHALLENGES = "more challenges than this guest answers in one boot"
 
 
 @dataclasses.dataclass(eq=False)

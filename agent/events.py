@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
     ATTEST = "attest"  # Hello … Verdict, token verified
     RELEASE_KEY = "release-key"  # the JWE arrives, still sealed
+    MEASURE = "measure"  # the release goes into the runtime register
     SECURE = "secure"  # the GPU gate
     UNWRAP = "unwrap"  # the key is opened
     LOAD = "load"  # segments opened into guest memory
@@ -164,11 +165,23 @@ class LeaseRenewalFailed(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReleaseMeasured(Event):
+    """That this key was released stands in the runtime register from here on; this is the value of it.
+
+    Or it stands nowhere, and `unsupported` says why: `no-register` (SEV-SNP), `no-driver`, `read-only` or `foreign-log`.
+    """
+
+    rtmr_3: Ident | None
+    unsupported: Ident | None
+
+
+@dataclasses.dataclass(frozen=True)
 class GatePassed(Event):
     """`preset`: the ready state had been set by this guest's image before the verdict, as its configuration says."""
 
     gpus: int
     preset: bool
+    switches: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

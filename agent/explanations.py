@@ -161,6 +161,26 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The value of `ip=` is not repeated: it is the host's word, which could be anything. What kernel modules print "
         "stays in the kernel log.",
     ),
+    errors.GuestUnfitError: Explanation(
+        "`keyturn doctor` found that kernel, GPU driver or clock of this guest are none with which a boot could succeed. A "
+        "boot itself does not look at versions: it would end where a device does not open or a certificate does not hold, with "
+        "less to go by.",
+        (
+            (
+                "Kernel: 5.19 or newer for SEV-SNP and 6.2 for TDX; 6.7 has configfs-tsm, which both should have. "
+                "`uname -r` in the guest, not on the host."
+            ),
+            (
+                "NVIDIA driver: the open kernel modules of 550 or newer, loaded before the agent starts "
+                "(`/proc/driver/nvidia/version`); without them look for NVRM lines in the kernel log."
+            ),
+            (
+                "Clock: a confidential guest takes the time from its host when it starts. Compare the host with a time "
+                "server, or run one in the guest's image before the agent."
+            ),
+        ),
+        "Versions and days are told as the guest's own kernel has them; nothing is held back.",
+    ),
     # --- devices and evidence -----------------------------------------------------------------------------------------
     errors.NoAttesterError: Explanation(
         "The device that must give evidence is not there: no interface of the configured CPU TEE, no NVML library for "
@@ -186,7 +206,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
                 "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
-            "A driver that loads late: raise `tee.wait_s`.",
+            (
+                "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "
+                "takes a TDX guest with Linux 6.16 or newer, its sysfs writable, and no event log of CoCo's attestation agent "
+                "(`/run/attestation-agent/eventlog`). Else set it to if-supported."
+            ),
         ),
         "Nothing is held back here. Which paths were tried stands in `agent/evidence/detect.py` and `agent/evidence/gpu.py`.",
     ),
@@ -218,11 +242,15 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     errors.DeviceError: Explanation(
         "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
-        "tdx-guest, rtmr and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from "
-        "0x12001 on the quote service's, and an NVML return code for nvml. It is final, because a second try can latch a "
-        "GPU in a fatal state or cost an SNP guest its attestation key.",
+        "tdx-guest, rtmr, event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of "
+        "qgs from 0x12001 on the quote service's, and of nvml and nscq their own return codes. It is final, because a second "
+        "try can latch a GPU or cost an SNP guest its attestation key.",
         (
-            "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only.",
+            (
+                "configfs-tsm or a device node with code 1 or 13: the agent is not root, or its container has them read-only. "
+                "rtmr: the release of the key did not get into RTMR 3; at read-back something else in this guest extends it "
+                "too. event-log at write: `/run/keyturn` must be writable memory."
+            ),
             (
                 "configfs-tsm with code 22 at outblob, or sev-firmware: look for `sev-guest` lines in the guest's kernel "
                 "log, then update firmware and kernel of the host. Status 22 is a privilege level below the guest's own."
@@ -237,7 +265,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "capability is not enabled` (set its mode on the host), `expects LKCA but found stubs` (the image's kernel "
                 "lacks crypto), `Session establishment failed`, `RmInitAdapter failed` (reset the GPU)."
             ),
-            "Restart the guest when a device has failed; if it fails again, take the machine out of service.",
+            (
+                "nscq with code 1: the image's libnvidia-nscq is not of the driver's version. After any other failure restart "
+                "the guest; if it fails again, take the machine out of service."
+            ),
         ),
         "Only numbers and names of calls are told. What the driver prints or returns as text can be chosen by the host.",
     ),
@@ -300,6 +331,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "nvidia-report and nvidia-certificate-chain: update VBIOS and driver to versions that NVIDIA lists for "
                 "confidential computing."
             ),
+            (
+                "cc-event-log: the ACPI table CCEL that the host's TDX firmware left is no event log, or one of more than "
+                "256 KiB without its padding; `keyturn verify event-log` looks at it alone. Update the TD's firmware."
+            ),
             "Report the format, the field and both numbers of the text to us together with the firmware and driver versions.",
         ),
         "Evidence bodies are never logged. A report holds chip identity and measured values, and a malformed one holds "
@@ -331,6 +366,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`keyturn verify`: certificate-chain also means that a certificate is missing, and certificate-validity "
                 "that evidence is older or newer than its certificates; it can be told another time than now."
             ),
+            (
+                "revocation: AMD or Intel took the chain back, so move the guest to another machine. The other words with "
+                "revocation are about a list: fetch it anew from its issuer, a broker's into the folder of `--amd-crls`."
+            ),
             "Reset the GPU on the host and start a new guest.",
             "Compare VBIOS and driver with versions that NVIDIA lists for confidential computing (`nvidia-smi -q`).",
             "Boot the same image on another machine: if it passes there, take this one out of service.",
@@ -340,17 +379,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
     ),
     # --- GPU ----------------------------------------------------------------------------------------------------------
     errors.GpuCountError: Explanation(
-        "The guest does not have exactly as many distinct GPUs as `gpu.count` says: one is missing, extra, listed "
-        "twice, of another architecture than `gpu.architecture`, or two of them sign their evidence with the same key. A GPU "
-        "that is not in the evidence could read what is sent to it, so more than expected is as wrong as fewer.",
+        "The guest does not have exactly as many distinct GPUs as `gpu.count` says, or NVSwitches as `gpu.switches` says: one "
+        "is missing, extra, listed twice, of another architecture than `gpu.architecture`, or two of them sign their evidence "
+        "with the same key. A device that is not in the evidence could read what is sent to it, so more than expected is as "
+        "wrong as fewer.",
         (
             (
                 "On the host: `lspci -d 10de:` and the devices that are bound to vfio-pci; then what the pod or machine "
                 "was given."
             ),
             (
-                "Do the measured `gpu.count` and `gpu.architecture` fit this kind of machine? A change to them is a new "
-                "HOST_DATA or MRCONFIGID."
+                "Do the measured `gpu.count`, `gpu.switches` and `gpu.architecture` fit this kind of machine? A change to "
+                "them is a new HOST_DATA or MRCONFIGID."
             ),
             (
                 "Fewer than given: look for NVRM lines in the guest's kernel log; a GPU whose driver failed to start is "
@@ -386,7 +426,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Multi-GPU mode: all GPUs of one guest need the same mode (single, protected PCIe or NVLE), set on the "
-                "host together."
+                "host together. Protected PCIe goes with `gpu.switches` = 4 in the configuration, and no other mode does. "
+                "There each NVSwitch must be locked (3) before the agent starts, after the fabric manager: until then its "
+                "setup can still change."
             ),
         ),
         "How a registry key is set is not repeated, only how many were found: the kernel command line is the host's text.",
@@ -537,6 +579,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Stream ended before the answer: the broker was stopped or killed in the middle; see its stderr for an "
                 "error line."
             ),
+            (
+                "More challenges than are answered: the broker took the evidence ten times and gave no verdict, or its "
+                "challenges ran out before the devices had answered; see its log, and how long they take."
+            ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
     ),
@@ -586,7 +632,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "`claim` with snp.measurement or snp.host_data, tdx.mr_td, tdx.rtmr or tdx.mr_config_id: a new image or a "
                 "new configuration. `keyturn config check` prints HOST_DATA or MRCONFIGID; after the change send SIGHUP to "
-                "the broker. With policy.tee: the row is for guests of the other TEE."
+                "the broker. With policy.tee: the row is for guests of the other TEE. tdx.rtmr_3 when a lease is renewed: the "
+                "release was measured, so take the register out of the row."
             ),
             (
                 "`claim` with snp.tcb or tdx.tee_tcb_svn: the host's firmware or TDX module is below the row's minimum; have "
@@ -595,7 +642,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "`collateral`: certificates are missing, foreign or out of date; supply AMD's with `--endorsements`. "
-                "`device`: a report does not verify; that is the host's. `policy`: no row, revoked, or past "
+                "`device`: a report does not verify; that is the host's; event-log.rtmr: the TD's log is not that of its "
+                "registers; restart the guest, and look for what else extends them. `policy`: no row, revoked, or past "
                 "`not_after`; with token.policy_version the policy was replaced after the verdict, so boot again."
             ),
         ),

@@ -16,8 +16,14 @@ from agent.handshake import TeePublicKey
 COORDINATE_BYTES = 32
 
 
-def parse_object(text: bytes, max_bytes: int) -> dict[str, object]:
+def parse_object(text: bytes, max_bytes: int, *, fractions_become_none: bool = False) -> dict[str, object]:
     """One JSON object of at most `max_bytes` bytes of UTF-8.
+
+    Args:
+        text: the object.
+        max_bytes: its bound.
+        fractions_become_none: for an object that carries other people's values beside the members we read: a fraction among
+            them is nobody's error, and no member of ours.
 
     Raises:
         ValueError: too large, not UTF-8, not JSON, not an object, a member twice, or nested too deeply.
@@ -26,7 +32,12 @@ def parse_object(text: bytes, max_bytes: int) -> dict[str, object]:
     if len(text) > max_bytes:
         raise ValueError("too large")
     try:
-        value = json.loads(text.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_refuse)
+        value = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_object,
+            parse_constant=_refuse,
+            parse_float=_forget if fractions_become_none else _refuse,
+        )
     except (ValueError, RecursionError):
         raise ValueError("not a strict JSON object") from None  # the parser's text quotes the input
     if not isinstance(value, dict):
@@ -45,6 +56,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _refuse(_: str) -> NoReturn:
     raise ValueError("not an integer")  # nothing we read has fractions, NaN or Infinity
+
+
+def _forget(_: str) -> None:
+    return None
 
 
 def string(members: dict[str, object], name: str) -> str:

@@ -4,12 +4,13 @@ A lease comes with the Verdict and is counted from before the request for it. At
 is under way, and a server that goes on is killed after its `stop_timeout_s`. From half of the lease on it is renewed: a new
 attestation, which ends in a new lease, in none (the key may be used without end), or in an error. An authority that was not
 reached, and a worker that was lost, may answer another attempt; any other error is an answer, and everything is asked to stop
-at once. A denial is never asked again.
+at once. A denial is never asked again. No attempt begins within 2 s of the end of the worker before: each asks the CPU's
+firmware for a report, and hosts throttle guests that ask too often.
 
 Owns these rules. Starts nothing, reads no clock: `now` is CLOCK_BOOTTIME in seconds, which goes on while the guest sleeps.
 Every event is answered by one action; `Wait` is answered by `Look` when its time is over.
 
->>> policy = RenewalPolicy(Lease(60, since=100.0))
+>>> policy = RenewalPolicy(Lease(60, since=100.0), 105.0)
 >>> policy.decide(Look(), 110.0), policy.decide(Look(), 130.0), policy.decide(Renewed(3600), 131.5)
 (Wait(seconds=1.0), Renew(), Wait(seconds=1.0))
 >>> policy.lease
@@ -24,7 +25,8 @@ from agent.errors import AgentError, LeaseEndedError, Step, WorkerLostError
 
 LOOK_S = 1.0
 """No wait is longer: a timer stands still while the guest sleeps, and the lease does not."""
-FIRST_BACKOFF_S = 1.0
+FIRST_BACKOFF_S = 2.0
+"""Also the least distance between two workers."""
 MAX_BACKOFF_S = 60.0
 
 
@@ -105,12 +107,13 @@ class RenewalPolicy:
         next_attempt: when the next attempt begins, on the same clock; None while one is under way, and when there is no more.
     """
 
-    def __init__(self, lease: Lease) -> None:
+    def __init__(self, lease: Lease, now: float) -> None:
+        """A worker that ended `now` at the latest brought the lease."""
         self.state = State.HELD
         self.next_attempt: float | None = None
         self._asked_at = 0.0
         self._end = End(LeaseEndedError(lease.seconds))
-        self._hold(lease)
+        self._hold(lease, now)
 
     def decide(self, event: Event, now: float) -> Action:
         """What to do about `event`.
@@ -137,24 +140,27 @@ class RenewalPolicy:
                 self.state = State.LIFTED
                 return Wait(None)
             case State.RENEWING, Renewed(int(seconds)):
-                self._hold(Lease(seconds, self._asked_at))
+                self._hold(Lease(seconds, self._asked_at), now)
                 return self.decide(Look(), now)
             case State.RENEWING, RenewalFailed():
                 return self._back_off(now)
         raise RuntimeError(f"{type(event).__name__} while {self.state.value}")
 
-    def _hold(self, lease: Lease) -> None:
+    def _hold(self, lease: Lease, now: float) -> None:
         self.lease = lease
         self.state = State.HELD
-        self.next_attempt = lease.since + lease.seconds / 2
+        self._plan(max(lease.since + lease.seconds / 2, now + FIRST_BACKOFF_S))
         self._failures = 0
 
     def _back_off(self, now: float) -> Wait:
         again = now + min(FIRST_BACKOFF_S * 2.0 ** min(self._failures, 32), MAX_BACKOFF_S)
         self._failures += 1
         self.state = State.HELD
-        self.next_attempt = again if again < self.lease.ends_at else None
+        self._plan(again)
         return self._wait(now)
+
+    def _plan(self, moment: float) -> None:
+        self.next_attempt = moment if moment < self.lease.ends_at else None
 
     def _wait(self, now: float) -> Wait:
         next_moment = self.lease.ends_at if self.next_attempt is None else self.next_attempt

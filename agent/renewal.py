@@ -57,7 +57,7 @@ class Renewal:
 
     def obey(self, lease: Lease) -> None:
         """From now on. Calls `on_end` before it returns when the lease is over."""
-        self._policy = RenewalPolicy(lease)
+        self._policy = RenewalPolicy(lease, _now())
         self._tell(LeaseStarted(lease.seconds, _utc_of(lease.ends_at)))
         self._look()
 

@@ -115,7 +115,7 @@ class BootReport:
             case LeaseStarted(lease_s, ends_at) | LeaseRenewed(lease_s, ends_at):
                 self.lease_s, self.lease_ends_at = lease_s, ends_at
                 self.lease_renewals += isinstance(message, LeaseRenewed)
-            case GatePassed(_, preset):
+            case GatePassed(preset=preset):
                 self.gate_preset = preset
             case ServerStarted(pid, start):
                 self.server_pid, self.server_starts = pid, start

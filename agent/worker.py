@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
+    from agent.evidence.runtime import RuntimeMeasurement
     from agent.handshake.grpc_client import GrpcBroker
 
 STORE_TIMEOUT_S = 60
@@ -44,7 +45,7 @@ CONFIG_WAIT_S = 10
 """For the disk with the initdata to appear: nothing that is measured can say how long, before it is read."""
 FindConfig = Callable[[], FoundConfig | None]
 """Looks for the one configuration; None while there is none."""
-OpenHardware = Callable[[MeasuredConfig], tuple[Attester, GpuSystem | None]]
+OpenHardware = Callable[[MeasuredConfig], "tuple[Attester, GpuSystem | None, RuntimeMeasurement]"]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
@@ -201,7 +202,7 @@ async def _open(
     cfg = measured.config
     absent: list[NoAttesterError] = []
 
-    def look() -> tuple[Attester, GpuSystem | None] | None:
+    def look() -> "tuple[Attester, GpuSystem | None, RuntimeMeasurement] | None":
         try:
             return open_hardware(cfg)
         except NoAttesterError as error:
@@ -211,18 +212,22 @@ async def _open(
     hardware = await appears(look, cfg.tee.wait_s, lambda: notify(WaitingFor(Ident("tee"), cfg.tee.wait_s)))
     if hardware is None:
         raise absent[-1]
-    attester, gpus = hardware
+    attester, gpus, runtime = hardware
     notify(AttesterOpened(Ident(attester.tee.value), attester.interface))
 
     def look_at_them() -> "Devices":
         guest = check_measured(attester, measured.digest)
+        if cfg.tee.runtime_measurement == "required" and expected_ready is not ExpectedReady.OURS:  # a renewal measures nothing
+            runtime.require()
         if cfg.artifact.directory is not None and expected_ready is not ExpectedReady.OURS:
             with translated():  # now, because a boot after a dead agent's ends at the gate
                 given.wipe(cfg.artifact.directory)
         return open_devices(
             guest,
             gpus,
+            runtime,
             gpu_count=cfg.gpu.count,
+            switch_count=cfg.gpu.switches,
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
             manifest_digest=cfg.artifact.digest,

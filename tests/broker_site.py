@@ -32,6 +32,7 @@ from agent.handshake.token import parse_token_key
 from agent.keys import EphemeralKey
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
+from tests.gpus import gpu_system_of
 
 URI, OTHER_URI = Ident("kbs:///models/tiny/1"), Ident("kbs:///models/tiny/2")
 KEY, OTHER_KEY = b"\x11" * 32, b"\x22" * 32
@@ -74,7 +75,8 @@ def policy_for(machine: SimulatedMachine, version: str = "1", **changes: str) ->
         "gpu.count": str(machine.gpu.count),
         "gpu.driver_versions": f'[{{ id = "driver-1", value = "{machine.gpu.driver_version}" }}]',
         "gpu.vbios_versions": f'[{{ id = "vbios-1", value = "{machine.gpu.vbios_version}" }}]',
-        "gpu.modes": '["cc"]',
+        "gpu.switch_vbios_versions": f'[{{ id = "switch-1", value = "{machine.gpu.switch_vbios_version}" }}]',
+        "gpu.modes": '["ppcie"]' if machine.gpu.switches else '["cc"]',
         "gpu.ready": "false",
     } | {name.replace("__", "."): value for name, value in changes.items()}
     row = "\n".join(f"{name} = {value}" for name, value in fields.items())
@@ -152,8 +154,10 @@ class Site:
         machine = self.machine
         devices = open_devices(
             check_measured(machine.attester(self.tee), machine.host_data),
-            machine.gpu_system() if machine.gpu.count else None,
+            gpu_system_of(machine) if machine.gpu.count else None,
+            machine.runtime(self.tee),
             gpu_count=machine.gpu.count,
+            switch_count=machine.gpu.switches,
             expected_ready=ExpectedReady.UNSET,
             manifest_digest=MANIFEST,
             server_command_digest=COMMAND,

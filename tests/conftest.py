@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from agent.sim.machine import SimulatedMachine, create_silicon
-from tests import nvml_emulation
+from tests import nscq_emulation, nvml_emulation
 from tests.gpus import gpu_machine
 
 # gRPC restarts its poller in whatever a test forks. Between fork and exec that thread meets closed descriptors, and says so on
@@ -40,9 +40,9 @@ def hardware(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture(scope="session")
 def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Keys and roots of simulated vendors, with eight GPUs. Once per session: two RSA-4096 keys take seconds."""
+    """Keys and roots of simulated vendors, eight GPUs and four NVSwitches. Once per session: two RSA-4096 keys take seconds."""
     directory = tmp_path_factory.mktemp("silicon")
-    create_silicon(directory, gpus=8)
+    create_silicon(directory, gpus=8, switches=4)
     return directory
 
 
@@ -60,6 +60,23 @@ def gpus(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SimulatedMa
         yield machine
     else:
         with nvml_emulation.answered(machine, request.getfixturevalue("nvml_library")) as reached:
+            yield reached
+
+
+@pytest.fixture(scope="session")
+def nscq_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Likewise for the NVSwitches."""
+    return nscq_emulation.build(tmp_path_factory.mktemp("nscq"))
+
+
+@pytest.fixture(params=["in this process", "as a library"])
+def switched(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[SimulatedMachine]:
+    """Eight GPUs and four NVSwitches, no CPU TEE; the NVSwitches as `gpus` has the GPUs."""
+    machine = gpu_machine(tmp_path / "machine", 8, switches=4)
+    if request.param == "in this process":
+        yield machine
+    else:
+        with nscq_emulation.answered(machine, request.getfixturevalue("nscq_library")) as reached:
             yield reached
 
 

@@ -11,10 +11,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.errors import EvidenceCheck
-from agent.evidence import GpuEvidence, GpuNonce
+from agent.evidence import GpuEvidence, GpuNonce, GpuSystem
 from agent.evidence.gpu_abi import GpuReport
-from agent.sim.machine import GpuKnobs, SimulatedMachine
-from agent.sim.nvml import (
+from agent.evidence.nscq import GpusAndSwitches
+from agent.sim.gpu_silicon import (
     BLACKWELL,
     FWID,
     HOPPER,
@@ -26,19 +26,29 @@ from agent.sim.nvml import (
     issue_device,
     sign_report,
 )
+from agent.sim.machine import GpuKnobs, SimulatedMachine
 from tests.shared import shared_data
 
 NONCE = GpuNonce(bytes(range(32)))
 
 
-def gpu_machine(directory: Path, count: int = 2) -> SimulatedMachine:
-    """A machine with GPUs and no CPU TEE, whose silicon takes milliseconds to make."""
+def gpu_machine(directory: Path, count: int = 2, switches: int = 0) -> SimulatedMachine:
+    """A machine with GPUs and no CPU TEE, whose silicon takes milliseconds to make; protected PCIe with NVSwitches."""
     silicon = directory / "silicon"
     silicon.mkdir(parents=True)
-    create_gpu_silicon(silicon, count)
-    machine = SimulatedMachine(directory=directory, silicon=silicon, chip_id=bytes(64), gpu=GpuKnobs(count=count))
+    create_gpu_silicon(silicon, count, switches)
+    knobs = GpuKnobs(count=count)
+    if switches:
+        knobs = GpuKnobs(count=count, switches=switches, multi_gpu_mode=1, cc_feature=0)
+    machine = SimulatedMachine(directory=directory, silicon=silicon, chip_id=bytes(64), gpu=knobs)
     machine.save()
     return machine
+
+
+def gpu_system_of(machine: SimulatedMachine) -> GpuSystem:
+    """Its GPUs, with its NVSwitches if it has any."""
+    gpus = machine.gpu_system()
+    return GpusAndSwitches(gpus, machine.switch_system()) if machine.gpu.switches else gpus
 
 
 def simulated_root(machine: SimulatedMachine) -> x509.Certificate:

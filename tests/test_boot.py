@@ -3,6 +3,7 @@
 Every test runs the real broker and the real agent as processes of their own.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -16,10 +17,14 @@ from pathlib import Path
 
 import pytest
 
-from agent.evidence import Tee
+from agent.evidence import NO_REPORT_DATA, Tee
+from agent.evidence.ccel import parse_event_log, parse_runtime_event, replay
+from agent.server.presets import command_digest
+from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_td_report
 from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
-from tests.world import Agent, World, ask, ask_until
+from tests.world import KEY_URI, Agent, World, ask, ask_until
 
 
 @pytest.fixture
@@ -90,12 +95,65 @@ def test_a_td_boots_as_an_snp_guest_does(tmp_path: Path, silicon: Path) -> None:
         assert released["decision"] == "allowed"
 
 
+def test_a_td_measures_the_release_into_its_register_and_a_log_that_explains_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=Tee.TDX)
+        world.tee["runtime_measurement"], world.row_tdx["event_log"] = "required", "required"
+        agent = world.start()
+        measured = agent.wait_for("release_measured")
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
+
+        machine = SimulatedMachine.load(world.machine.directory)
+        assert measured["unsupported"] is None
+        assert measured["rtmr_3"] == make_td_report(machine, NO_REPORT_DATA).body.rtmr_3.hex()
+        log = parse_event_log(machine.runtime(Tee.TDX).event_log())
+        assert replay(log)[3].hex() == measured["rtmr_3"]
+        event = parse_runtime_event(log.events[-1])
+        assert event is not None
+        assert (event.domain, event.operation) == ("keyturn", "release-key")
+        content = json.loads(event.content)
+        assert (content["key_uri"], content["policy_version"]) == (KEY_URI, "7")
+        assert content["manifest_digest"] == world.manifest_digest
+        assert content["server_command_digest"] == command_digest(tuple(world.server["command"]))
+        released = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[1])
+        assert (content["key_id"], content["key_version"]) == (released["key_id"], released["key_version"])
+
+
+@pytest.mark.parametrize(("tee", "why"), [(Tee.SNP, "no-register"), (Tee.TDX, "no-driver")])
+def test_a_guest_that_cannot_measure_says_why_and_boots(tmp_path: Path, silicon: Path, tee: Tee, why: str) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=tee)
+        world.machine.register_errno = errno.ENOENT
+        agent = world.start()
+        measured = agent.wait_for("release_measured")
+        assert (measured["rtmr_3"], measured["unsupported"]) == (None, why)
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
+
+
+@pytest.mark.parametrize("ready_state", ["own", "preset"])
+def test_eight_gpus_boot_with_the_switches_between_them(tmp_path: Path, silicon: Path, ready_state: str) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        preset = ready_state == "preset"
+        world.gpu["ready_state"], world.row_gpu["ready"], world.machine.gpu.ready = ready_state, preset, int(preset)
+        agent = world.start()
+        agent.wait_for("server_ready")
+        outcome = agent.stop()
+        assert outcome.status == 0
+        passed = next(event for event in outcome.events if event["event"] == "gate_passed")
+        assert (passed["gpus"], passed["switches"], passed["preset"]) == (8, 4, preset)
+        attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert "switch-1" in attested["reference_value_ids"]
+
+
 def test_the_key_comes_after_the_gate_and_the_gate_after_the_verdict(world: World) -> None:
     agent = world.start()
     agent.wait_for("server_ready")
     outcome = agent.stop()
     stages = [event["stage"] for event in outcome.events if event["event"] == "stage_ended"]
-    order = ["attest", "release-key", "secure", "unwrap", "load", "publish", "server"]
+    order = ["attest", "release-key", "measure", "secure", "unwrap", "load", "publish", "server"]
     assert [stage for stage in stages if stage in order] == order
 
 

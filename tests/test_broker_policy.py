@@ -9,9 +9,10 @@ from agent.broker.policy import Appraisal, Claim, appraise, parse_policy
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, DenialReason, KeyReleaseDeniedError
 from agent.evidence.binding import KeyturnClaims
+from agent.evidence.gpu_abi import Pdi
 from agent.evidence.snp_abi import FirmwareVersion, GuestPolicy, Product, SigningKey, SnpReport, TcbVersion
 from agent.evidence.tdx_abi import TdAttributes, TdBody
-from agent.verify.nvidia import GpuClaims
+from agent.verify.nvidia import GpuClaims, SwitchClaims
 from agent.verify.pck import PckExtension
 from agent.verify.snp import SnpClaims
 from agent.verify.tdx import TcbStatus, TdxClaims
@@ -133,6 +134,17 @@ GPU = GpuClaims(
     simulated=False,
 )
 OTHER_GPU = replace(GPU, leaf_key_sha256="02" * 32, ueid="2")
+PPCIE_GPUS = tuple(replace(gpu, feature_flag=2, protected_pcie=True) for gpu in (GPU, OTHER_GPU))
+SWITCH = SwitchClaims(
+    vbios_version="96.10.55.00.01",
+    leaf_key_sha256="03" * 32,
+    ueid="3",
+    hwmodel="LS_10 A01 FSP BROM",
+    simulated=False,
+    pdi=Pdi(bytes(8)),
+    gpu_pdis=(),
+)
+SWITCH_ROW = '[{ id = "switch-1", value = "96.10.55.00.01" }]'
 KEYTURN = KeyturnClaims(
     cc_feature=1,
     environment=2,
@@ -160,12 +172,14 @@ def judge(
     product: Product = Product.GENOA,
     td: TdxClaims | None = None,
     gpus: tuple[GpuClaims, ...] = (GPU, OTHER_GPU),
+    switches: tuple[SwitchClaims, ...] = (),
     keyturn: KeyturnClaims | None = KEYTURN,
     key_uri: Ident = URI,
     now: datetime = NOW,
 ) -> Appraisal:
-    cpu = td or SnpClaims(report=report, product=product, chip_id_hash="00" * 32, simulated=False)
-    return appraise(parse_policy(data or policy()), key_uri, cpu=cpu, gpus=gpus, keyturn=keyturn, now=now)
+    cpu = td or SnpClaims(report=report, product=product, chip_id_hash="00" * 32, simulated=False, revocation_checked=False)
+    table = parse_policy(data or policy())
+    return appraise(table, key_uri, cpu=cpu, gpus=gpus, switches=switches, keyturn=keyturn, now=now)
 
 
 def tdx_policy(**changes: str | None) -> bytes:
@@ -192,6 +206,13 @@ def test_a_row_for_tds_allows_and_names_what_matched() -> None:
 
 def tcb(**changes: int) -> SnpReport:
     return replace(REPORT, reported_tcb=replace(TCB, **changes))
+
+
+def ppcie(**changes: object) -> dict[str, object]:
+    """A case in protected-PCIe mode, whose topology is not this module's business."""
+    data = policy(gpu__modes='["ppcie"]', gpu__switch_vbios_versions=SWITCH_ROW)
+    keyturn = replace(KEYTURN, cc_feature=0, multi_gpu_mode=1)
+    return {"data": data, "gpus": PPCIE_GPUS, "switches": (SWITCH,), "keyturn": keyturn} | changes
 
 
 TURIN = replace(TCB, fmc=2)
@@ -235,6 +256,7 @@ WRONG_CLAIMS = [
             ({}, {"rtmr_1": bytes(48)}, Claim.RTMR_1, "loader-1"),
             ({}, {"rtmr_2": bytes(48)}, Claim.RTMR_2, "kernel-1"),
             ({"tdx__rtmr_3": f'[{{ id = "rtmr", value = "{"00" * 48}" }}]'}, {}, Claim.RTMR_3, "rtmr"),
+            ({"tdx__event_log": '"required"'}, {}, Claim.EVENT_LOG, None),
             ({}, {"td_attributes": TdAttributes(1 << 28 | 1 << 29)}, Claim.TD_MIGRATABLE, None),
             ({}, {"td_attributes": TdAttributes(0)}, Claim.TD_SEPT_VE, None),
             ({}, {"tee_tcb_svn": bytes((5, 1, 3)).ljust(16, b"\0")}, Claim.TEE_TCB_SVN, "module-1"),
@@ -258,6 +280,13 @@ WRONG_CLAIMS = [
     ({"keyturn": replace(KEYTURN, multi_gpu_mode=2)}, Claim.MODES, None),
     ({"gpus": (GPU, replace(OTHER_GPU, feature_flag=2))}, Claim.MODES, None),
     ({"gpus": (GPU, replace(OTHER_GPU, feature_flag=3))}, Claim.MODES, None),
+    ({"gpus": (GPU, replace(OTHER_GPU, protected_pcie=True))}, Claim.MODES, None),
+    (ppcie(gpus=(PPCIE_GPUS[0], replace(PPCIE_GPUS[1], protected_pcie=False))), Claim.MODES, None),
+    (ppcie(gpus=(PPCIE_GPUS[0], replace(PPCIE_GPUS[1], feature_flag=0))), Claim.MODES, None),
+    (ppcie(switches=()), Claim.MODES, None),
+    (ppcie(keyturn=KEYTURN), Claim.MODES, None),
+    ({"switches": (SWITCH,), "data": policy(gpu__switch_vbios_versions=SWITCH_ROW)}, Claim.MODES, None),
+    (ppcie(switches=(SWITCH, replace(SWITCH, vbios_version="96.10.55.00.02"))), Claim.SWITCH_VBIOS_VERSION, "switch-1"),
     ({"keyturn": replace(KEYTURN, ready=True)}, Claim.READY, None),
     ({"data": policy(gpu__ready="true")}, Claim.READY, None),
     ({"keyturn": replace(KEYTURN, renewal=True)}, Claim.READY, None),
@@ -371,6 +400,12 @@ def test_every_status_but_revoked_can_be_allowed_by_its_name() -> None:
     assert denied(data=tdx_policy(), td=td(TcbStatus.REVOKED)).claim == Claim.TCB_STATUS.value
 
 
+def test_an_event_log_may_be_required_and_may_always_come() -> None:
+    with_log = replace(td(), event_log=True)
+    for row in (tdx_policy(), tdx_policy(tdx__event_log='"required"')):
+        assert judge(row, td=with_log)
+
+
 def test_a_module_that_is_newer_in_every_component_is_accepted() -> None:
     newer = bytes((7, 1, 4)).ljust(16, b"\0")
     assert judge(tdx_policy(), td=td(tee_tcb_svn=newer, tee_tcb_svn_2=newer, mr_service_td=bytes(48)))
@@ -401,8 +436,15 @@ def test_a_turin_guest_is_held_against_the_turin_minimum() -> None:
 
 
 def test_protected_pcie_is_allowed_where_the_row_says_so() -> None:
-    gpus = (replace(GPU, feature_flag=2), replace(OTHER_GPU, feature_flag=2))
-    assert judge(policy(gpu__modes='["ppcie"]'), gpus=gpus, keyturn=replace(KEYTURN, cc_feature=0, multi_gpu_mode=1))
+    assert "switch-1" in judge(**ppcie()).reference_value_ids  # type: ignore[arg-type]
+    older = tuple(replace(gpu, feature_flag=None) for gpu in PPCIE_GPUS)
+    assert judge(**ppcie(gpus=older))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("versions", [None, "[]"])
+def test_switches_without_a_reference_value_match_nothing(versions: str | None) -> None:
+    error = denied(**ppcie(data=policy(gpu__modes='["ppcie"]', gpu__switch_vbios_versions=versions)))
+    assert (error.reason, error.claim) == (DenialReason.REFERENCE_VALUE, Claim.SWITCH_VBIOS_VERSION.value)
 
 
 @pytest.mark.parametrize("ready", ["false", "true"])

@@ -159,6 +159,7 @@ BAD_VALUE, NOT_FOUND = "value is out of range or malformed", "file not found or 
         ("audit", "/nonexistent/audit", ("audit", NOT_FOUND)),
         ("endorsements", "/nonexistent", ("endorsements", NOT_FOUND)),
         ("tdx_collateral", "/nonexistent", ("tdx-collateral", NOT_FOUND)),
+        ("amd_crls", "/nonexistent", ("amd-crls", NOT_FOUND)),
         ("unsafe_simulation_roots", "{}", ("unsafe-simulation-roots", NOT_FOUND)),
     ],
 )

@@ -3,17 +3,25 @@
 import subprocess
 import sys
 
+import pytest
+
 KEYTURN = [sys.executable, "-I", "-m", "agent"]
 
 
 def test_help_names_every_option() -> None:
     shown = subprocess.run([*KEYTURN, "demo", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    assert all(option in shown.stdout for option in ("--once", "--json", "--flip-byte", "--tee", "--via"))
+    options = ("--once", "--json", "--flip-byte", "--tee", "--via", "--gpus", "--ppcie")
+    assert all(option in shown.stdout for option in options)
 
 
 def test_an_unknown_option_is_a_usage_error() -> None:
     assert subprocess.run([*KEYTURN, "demo", "--skip-gate"], stderr=subprocess.DEVNULL).returncode == 2
+
+
+@pytest.mark.parametrize("words", [["--gpus", "0"], ["--gpus", "9"], ["--gpus", "x"], ["--ppcie"], ["--gpus", "4", "--ppcie"]])
+def test_a_set_is_eight_gpus_and_a_machine_has_one_to_eight(words: list[str]) -> None:
+    assert subprocess.run([*KEYTURN, "demo", *words], stderr=subprocess.DEVNULL).returncode == 2
 
 
 def test_an_installation_without_the_demos_packages_names_the_missing_one() -> None:

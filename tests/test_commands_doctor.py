@@ -16,14 +16,16 @@ from typing import Any
 
 import pytest
 
-from agent.doctor import CHECKS, Skip
+from agent.doctor import CHECKS
+from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
 from tests.range_server import RangeServer
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
-MAY_BE_SKIPPED = {"landlock"}  # as the kernel is
+# As the kernel is, what silicon alone has, and what most worlds have not.
+MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters", "gpu-switches"}
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,38 @@ ROWS = (
     Row("server not on the path", server_not_on_path, {"server-program": "ServerStartError"}, 30),
     Row("port taken", port_taken, {"server-address": "ConfigError"}, 10),
 )
+
+
+def test_the_switches_are_a_line_of_their_own(world: World) -> None:
+    assert diagnosed("--offline", *guest(world)).reason("gpu-switches") == Skip.NO_SWITCH.value
+    world.machine.gpu.multi_gpu_mode, world.machine.gpu.cc_feature = 1, 0
+    found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == ({"gpu-switches": "GpuModeError"}, 13)
+
+
+@pytest.mark.parametrize(
+    ("knob", "value", "failures", "status"),
+    [
+        ("switches", 4, {}, 0),
+        ("switches", 3, {"gpu-switches": "GpuCountError"}, 13),
+        ("switch_mode", 1, {"gpu-switches": "GpuModeError"}, 13),
+        ("multi_gpu_mode", 2, {"gpu-switches": "GpuModeError"}, 13),
+        ("fail_calls", {"nscq_session_create": 1}, {"gpu": "DeviceError"}, 12),
+        ("fail_calls", {"config/pcie_mode": -7}, {"gpu-inventory": "DeviceError"}, 12),
+    ],
+)
+def test_a_machine_with_switches(
+    tmp_path: Path, silicon: Path, knob: str, value: object, failures: dict[str, str], status: int
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        setattr(world.machine.gpu, knob, value)
+        found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == (failures, status)
+    assert found.outcome("gpu-switches") == ("skipped" if status == 12 else "failed" if failures else "ok")
+    if not failures:
+        seen = next(entry["seen"] for entry in found.checks if entry["check"] == "gpu-switches")
+        assert seen == {"count": "4", "architecture": "LS10", "mode": "locked"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

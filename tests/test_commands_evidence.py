@@ -25,11 +25,13 @@ from agent.commands.evidence import MAX_RUNTIME_DATA_BYTES, check_held
 from agent.errors import Absence, DenialReason, NoAttesterError
 from agent.evidence import CompositeEvidence, Evidence, Nonce, Tee
 from agent.evidence.binding import parse_additional_evidence
+from agent.evidence.ccel import RuntimeEvent
 from agent.handshake import Accepted, Attestation, Denied, Hello, TeePublicKey
 from agent.jose import pack_b64, pack_jwk, parse_point
 from agent.keys import EphemeralKey
 from agent.sim.machine import MACHINE_FILE, SimulatedMachine
 from agent.sim.nvml import CALL_LOG
+from agent.sim.tdx import CCEL_FILE
 from tests.world import DEADLINE_S, KEY_URI, World
 
 NONCE = Nonce(bytes(range(32)))
@@ -127,6 +129,39 @@ def test_without_gpus_there_is_no_additional_evidence(tmp_path: Path, silicon: P
         world = World(tmp_path, silicon, undo, gpus=0)
         found = printed(*launched(world))
         assert found["additional_evidence"] == ""
+        assert isinstance(appraise(world, found, NONCE), Accepted)
+
+
+def test_a_td_shows_its_log_which_explains_its_quote_before_and_after_a_release(
+    tmp_path: Path, silicon: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=0, tee=Tee.TDX)
+        config = world.prepare()
+        for text in (None, '{"key_uri":"kbs:///a/b/c"}'):
+            if text:
+                world.machine.runtime(Tee.TDX).measure(RuntimeEvent("keyturn", "release-key", text))
+            primary = printed("--config", str(config))["primary_evidence"]
+            assert set(primary) == {"quote", "event_log"}
+            for name in primary:
+                (tmp_path / name).write_bytes(base64.b64decode(primary[name]))
+            against = ["--against", str(tmp_path / "quote"), "--unsafe-simulation-roots", str(world.machine.roots_dir)]
+            assert main(["verify", "event-log", str(tmp_path / "event_log"), *against, "--json"]) == 0
+            said = json.loads(capsys.readouterr().out)
+            runtime = said["events"][-1]["runtime_event"]
+            assert runtime == (text and {"domain": "keyturn", "operation": "release-key", "content": text})
+        (world.machine.directory / CCEL_FILE).write_bytes(b"")
+        assert printed("--config", str(config))["primary_evidence"]["event_log"] is None
+
+
+def test_a_machine_with_switches_gives_their_evidence_too(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        found = printed(*launched(world))
+        devices, claims = parse_additional_evidence(found["additional_evidence"])
+        assert [device.arch for device in devices] == ["HOPPER"] * 8 + ["LS10"] * 4
+        assert claims is not None
+        assert (claims.multi_gpu_mode, claims.cc_feature) == (1, 0)
         assert isinstance(appraise(world, found, NONCE), Accepted)
 
 

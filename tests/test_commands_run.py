@@ -32,10 +32,10 @@ def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path)
 
 def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMachine) -> None:
     simulated = EXAMPLE.replace('"snp"', '"simulated-snp"') + f'[simulation]\nmachine = "{machine.directory}"\n'
-    attester, gpus = open_hardware(parse(simulated.encode()).config)
+    attester, gpus, _ = open_hardware(parse(simulated.encode()).config)
     assert type(attester).__name__ == "SimulatedSnp"
     assert gpus is not None
-    attester, _ = open_hardware(parse(simulated.replace("ed-snp", "ed-tdx").encode()).config)
+    attester, _, _ = open_hardware(parse(simulated.replace("ed-snp", "ed-tdx").encode()).config)
     assert type(attester).__name__ == "SimulatedTdx"
     with pytest.raises(NoAttesterError):  # no other way is taken where nothing is mounted
         open_hardware(parse(f'{simulated}report_root = "{machine.directory}/report"\n'.encode()).config)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
 
 from agent.cli import main
 from agent.commands.verify import kds_urls
@@ -20,6 +21,7 @@ from agent.evidence.ccel import pack_event_log
 from agent.evidence.snp_abi import CertificateKind, TcbVersion, parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport, parse_quote, quote_length
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import CRL_FILE, make_crl
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_td_report
 from agent.verify.snp import load_certificate
 from tests.certificates import pem, table
@@ -316,9 +318,17 @@ def test_a_recorded_report_with_the_chain_of_another_gpu_is_refused(verify: Veri
     refused(verify(*words), "EvidenceVerificationError", "report-signature")
 
 
-def test_a_recorded_switch_is_no_gpu(verify: Verify, tmp_path: Path) -> None:
-    _, words = gpu_files("ls10_96.10.55", tmp_path)
-    refused(verify(*words), "EvidenceVerificationError", "certificate-chip-id")
+def test_a_recorded_switch_says_that_it_is_one(verify: Verify, tmp_path: Path) -> None:
+    expected, words = gpu_files("ls10_96.10.55", tmp_path)
+    said = verify(*words, "--json", "--nonce", expected["nonce"])
+    assert (said.status, said.err) == (0, "")
+    claims = said.claims
+    same = ("nonce", "ueid", "hwmodel", "project", "project_sku", "chip_sku")
+    assert {key: claims[key] for key in same} == {key: expected[key] for key in same}
+    assert (claims["arch"], claims["vbios_version"], claims["simulated"]) == ("LS10", expected["vbios"], False)
+    assert (claims["pdi"], len(claims["gpu_pdis"]), len(claims["measurements"])) == ("203eb31ad9ed0008", 8, 31)
+    assert verify(*words).out.startswith("verified: report of a genuine LS10 NVSwitch, of unknown age\n")
+    refused(verify(*words, "--nonce", "00" * 32), "EvidenceVerificationError", "nonce")
 
 
 # --- simulated silicon ------------------------------------------------------------------------------------------------
@@ -351,6 +361,12 @@ class Files:
         chain = self.write("gpu-chain", gpu.certificate_chain)
         return ["nvidia", self.write("gpu-report", gpu.report), "--chain", chain]
 
+    def switch(self) -> list[object]:
+        self.machine.gpu.switches = 1
+        (switch,) = self.machine.switch_system().collect(NONCE)
+        chain = self.write("switch-chain", switch.certificate_chain)
+        return ["nvidia", self.write("switch-report", switch.report), "--chain", chain]
+
     def log(self) -> Path:
         return self.write("log", pack_event_log(make_event_log(self.machine)) + b"\xff" * 64)
 
@@ -365,13 +381,34 @@ def test_simulated_evidence_verifies_under_its_roots_says_so_and_is_nothing_with
     snp = ["snp", report, "--endorsement", files.write("chain.pem", pem(*chain))]
     tdx = ["tdx", files.quote(), "--no-collateral"]
     log = ["event-log", files.log(), "--against", tdx[1]]
-    for words in (snp, tdx, files.gpu(), log):
+    for words in (snp, tdx, files.gpu(), files.switch(), log):
         said = verify(*words, *files.trust, "--json")
         assert (said.status, said.err, said.claims["simulated"]) == (0, "", True)
         for_people = verify(*words, *files.trust)
         assert "SIMULATED" in for_people.out.splitlines()[0]
         refused(verify(*words), "EvidenceVerificationError", "certificate-chain")
         assert verify(*words, *files.trust, "--at", 0).refusal == ("EvidenceVerificationError", "certificate-validity")
+
+
+def test_a_report_is_held_against_a_revocation_list(files: Files, verify: Verify, tmp_path: Path) -> None:
+    report, chain = files.snp()
+    words = ["snp", report, "--endorsement", files.write("chain.pem", pem(*chain)), *files.trust, "--json"]
+    assert verify(*words).claims["revocation_checked"] is False
+    own = files.machine.silicon / CRL_FILE
+    assert verify(*words, "--crl", own).claims["revocation_checked"] is True
+    other = make_crl(load_certificate(chain[0]).subject, rsa.generate_private_key(65537, 2048), [])
+    foreign = files.write("foreign.crl", other)
+    assert verify(*words, "--crl", foreign, "--crl", own).status == 0
+    refused(verify(*words, "--crl", foreign), "EvidenceVerificationError", "revocation-list")
+    forged = make_crl(load_certificate(chain[2]).subject, rsa.generate_private_key(65537, 2048), [])
+    refused(
+        verify(*words, "--crl", files.write("forged.crl", forged)), "EvidenceVerificationError", "revocation-list-signature"
+    )
+    until = int(x509.load_der_x509_crl(own.read_bytes()).next_update_utc.timestamp())  # type: ignore[union-attr]
+    said = verify(*words, "--crl", own, "--at", until + 1)
+    refused(said, "EvidenceVerificationError", "certificate-validity")  # the chip's certificate ends first
+    refused(verify(*words, "--crl", report), "MalformedEvidenceError", "revocation_list")
+    assert verify(*words, "--crl", tmp_path / "none").refusal == ("ConfigError", "crl")
 
 
 def test_the_claims_are_those_of_the_evidence(files: Files, verify: Verify) -> None:

@@ -52,6 +52,9 @@ NEEDS = ConfigProblem.NEEDS_OTHER_KEY
         (change("port = 8080", "port = 65536"), BAD, "server.port"),
         (change("count = 1 ", "count = 17 "), BAD, "gpu.count"),
         (change("count = 1 ", "count = -1 "), BAD, "gpu.count"),
+        (change("count = 1 ", "count = 8\nswitches = 3 "), BAD, "gpu.switches"),
+        (change("count = 1 ", "count = 4\nswitches = 4 "), NEEDS, "gpu.count"),
+        (change("count = 1 ", 'count = 8\nswitches = 4\narchitecture = "blackwell" '), NEEDS, "gpu.architecture"),
         (change("kbs.example.com:8443", "kbs.example.com"), BAD, "broker.endpoints[0]"),
         (change("kbs.example.com:8443", "kbs.example.com:65536"), BAD, "broker.endpoints[0]"),
         (change("kbs.example.com:8443", "kbs..com:8443"), BAD, "broker.endpoints[0]"),
@@ -139,6 +142,12 @@ def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:
     assert parse(EXAMPLE.encode()).config.broker.allow_simulated is False
     config = parse(change("timeout_s = 180", "allow_simulated = true").encode()).config
     assert (config.tee.attester, config.broker.allow_simulated) == ("snp", True)
+
+
+def test_eight_hoppers_may_have_four_switches() -> None:
+    assert parse(EXAMPLE.encode()).config.gpu.switches == 0
+    for more in ("", 'architecture = "hopper"'):
+        assert parse(change("count = 1 ", f"count = 8\nswitches = 4\n{more} ").encode()).config.gpu.switches == 4
 
 
 def test_waits_have_a_default_and_zero_is_no_wait() -> None:

@@ -83,6 +83,21 @@ def test_without_fuse_the_demo_says_what_it_takes_and_leaves_nothing() -> None:
     assert "modprobe fuse" in result["error"]["text"]
 
 
+@pytest.mark.parametrize("tee", ["snp", "tdx"])
+def test_eight_gpus_boot_with_the_four_switches_between_them(tee: str) -> None:
+    status, result, events = demo("--once", "--gpus", "8", "--ppcie", "--tee", tee)
+    check_good(status, result)
+    passed = next(event for event in events if event["event"] == "gate_passed")
+    assert (passed["gpus"], passed["switches"], passed["preset"]) == (8, 4, False)
+
+
+def test_several_gpus_boot_without_switches() -> None:
+    status, result, events = demo("--once", "--gpus", "3")
+    check_good(status, result)
+    passed = next(event for event in events if event["event"] == "gate_passed")
+    assert (passed["gpus"], passed["switches"]) == (3, 0)
+
+
 def test_one_flipped_byte_of_ciphertext_ends_with_the_artifact_status_and_no_server() -> None:
     status, result, events = demo("--once", "--flip-byte")
     assert (status, result["ok"], result["exit_status"]) == (19, False, 19)

@@ -73,6 +73,19 @@ def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
     assert row.manifest_digests[0].value == model.manifest_digest
 
 
+def test_a_machine_with_switches_is_configured_and_wanted_as_one(
+    tmp_path: Path, silicon: Path, model: site.SealedModel
+) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
+    with site.run_broker(tmp_path, machine, model.key) as broker:
+        text = site.configuration_text(machine, Tee.SNP, model, broker, "http://127.0.0.1:1/", 8080, None)
+    gpu = config.parse(text.encode()).config.gpu
+    assert (gpu.count, gpu.switches) == (8, 4)
+    row = parse_policy(site.policy_text(machine, Tee.SNP, model).encode()).rows[site.KEY_URI].gpu
+    assert (row.count, [mode.value for mode in row.modes]) == (8, ["ppcie"])
+    assert [version.value for version in row.switch_vbios_versions] == ["96.10.55.00.01"]
+
+
 def test_the_server_gets_a_user_of_its_own_only_from_root() -> None:
     user = site.choose_server_user()
     assert (user is None) == (os.geteuid() != 0)

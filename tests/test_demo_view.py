@@ -57,6 +57,11 @@ def test_people_see_which_stage_failed_and_who_must_act() -> None:
     assert "status 19" in shown and "(provider)" in shown and error.next_step in shown
 
 
+def test_people_see_how_many_devices_passed_the_gate() -> None:
+    shown = watch((370, GatePassed(8, preset=False, switches=4)), result=Result(DIGEST))
+    assert "8 GPU ready, 4 NVSwitch locked" in shown
+
+
 def test_people_see_when_the_weights_are_not_what_was_sealed() -> None:
     result = Result(DIGEST, exit_status=0, similarity=(0.77, 0.15), weights=Weights("tmpfs", "6" * 64))
     shown = watch(result=result)

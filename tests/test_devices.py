@@ -1,4 +1,4 @@
-"""What holds of a guest's devices on emulation and on silicon alike: every interface of SNP, TDX, RTMR and NVML.
+"""What holds of a guest's devices on emulation and on silicon alike: every interface of SNP, TDX, RTMR, NVML and NSCQ.
 
     .venv/bin/python -m pytest --device=hardware tests/test_devices.py     # as root, in a guest
 
@@ -21,9 +21,13 @@ from cryptography import x509
 
 from agent.broker.anchors import load_simulation_roots
 from agent.errors import NoAttesterError
-from agent.evidence import Attester, GpuNonce, GpuSystem, ReportData, Tee
+from agent.evidence import Attester, GpuNonce, GpuSystem, ReportData, SwitchSystem, Tee
+from agent.evidence.ccel import RuntimeEvent, pack_runtime_event, parse_event_log, parse_runtime_event, replay
+from agent.evidence.cpu import Distance
 from agent.evidence.gpu import NvmlGpuSystem, is_held
-from agent.evidence.rtmr import DIGEST_BYTES, MEASUREMENTS, REGISTER, Extended, extend
+from agent.evidence.nscq import NscqSwitches
+from agent.evidence.rtmr import REGISTER, Rtmr
+from agent.evidence.runtime import RuntimeMeasurement
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import quote_report_data
@@ -31,21 +35,24 @@ from agent.evidence.tdx_guest import TdxGuest
 from agent.evidence.tsm import REPORT_ROOT, TsmSnp, TsmTdx
 from agent.sim.configfs import machine_firmware
 from agent.sim.machine import SimulatedMachine
-from agent.verify.nvidia import verify_gpu
+from agent.sim.tdx import CCEL_FILE
+from agent.verify.nvidia import verify_gpu, verify_switch
+from agent.verify.ppcie import verify_ppcie
 from agent.verify.snp import verify_snp
 from agent.verify.tdx import verify_tdx
+from tests import nscq_emulation, nvml_emulation
 from tests.fake_configfs import machine_configfs
 from tests.fake_fuse_node import fuse_node
 from tests.fake_nodes import FakeQgs, FakeSevGuest, FakeTdxGuest
+from tests.fake_rtmr import fake_rtmr
 from tests.gpus import gpu_machine, simulated_root
-from tests.nvml_emulation import answered
 
 pytestmark = pytest.mark.hardware
 
 DATA = ReportData(bytes(range(64)))
 OTHER = ReportData(bytes(reversed(DATA)))
 NONCE = GpuNonce(bytes(range(32)))
-DIGEST = hashlib.sha384(b"keyturn device test").digest()
+EVENT = RuntimeEvent("keyturn", "device-test", "{}")
 
 _Device = TypeVar("_Device")
 
@@ -73,7 +80,7 @@ def snp(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
             assert holds_none_of_ours(REPORT_ROOT)
         case "configfs-tsm", False:
             with machine_configfs(tmp_path, request.getfixturevalue("machine"), Tee.SNP) as root:
-                yield TsmSnp(root)
+                yield TsmSnp(root, distance=Distance(pause=lambda _: True))  # a simulated host throttles nobody
                 assert holds_none_of_ours(root)
         case _, True:
             yield opened(SevGuest)
@@ -82,7 +89,7 @@ def snp(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
             driver = FakeSevGuest(lambda data, vmpl: firmware(data, vmpl)[0], certificates=firmware(DATA, 0)[1])
             (tmp_path / "node").touch()
             with fuse_node(tmp_path / "node", driver) as node:
-                yield SevGuest(node, tmp_path / "vmpl", wait=lambda _: True)  # a simulated host throttles nobody
+                yield SevGuest(node, tmp_path / "vmpl", wait=lambda _: True)
 
 
 @pytest.fixture(params=["configfs-tsm", "tdx-guest"])
@@ -106,14 +113,25 @@ def tdx(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Itera
 
 
 @pytest.fixture
-def measurements(hardware: bool, tmp_path: Path) -> Path:
-    """Where the register is. Emulated it is a file, which keeps what is written: to extend is the TDX module's."""
+def register(hardware: bool, request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[Rtmr, RuntimeMeasurement]]:
+    """The runtime register and the log beside it."""
     if hardware:
-        if not (MEASUREMENTS / REGISTER).exists():
-            pytest.skip("this guest's kernel has no runtime register")
-        return MEASUREMENTS
-    (tmp_path / REGISTER).write_bytes(bytes(DIGEST_BYTES))
-    return tmp_path
+        runtime = RuntimeMeasurement.of(Tee.TDX)
+        if unsupported := runtime.unsupported():
+            pytest.skip(f"nothing is measured in this guest: {unsupported.value}")
+        yield Rtmr(), runtime
+        return
+    machine: SimulatedMachine = request.getfixturevalue("machine")
+    machine.runtime(Tee.TDX)  # leaves the firmware's table
+    (tmp_path / REGISTER).touch()
+    with fake_rtmr(tmp_path / REGISTER) as (path, _):
+        rtmr = Rtmr(path.parent)
+        yield (
+            rtmr,
+            RuntimeMeasurement(
+                rtmr, firmware_log=machine.directory / CCEL_FILE, folder=tmp_path / "run", foreign_log=tmp_path / "none"
+            ),
+        )
 
 
 @pytest.fixture
@@ -122,7 +140,7 @@ def emulated_gpus(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path
     if hardware:
         yield None
     else:
-        with answered(gpu_machine(tmp_path / "machine"), request.getfixturevalue("nvml_library")) as machine:
+        with nvml_emulation.answered(gpu_machine(tmp_path / "machine"), request.getfixturevalue("nvml_library")) as machine:
             yield machine
 
 
@@ -133,6 +151,21 @@ def gpu_system(emulated_gpus: SimulatedMachine | None) -> GpuSystem:
     if not is_held():
         pytest.skip("no other process holds a GPU open: start nvidia-persistenced first")
     return opened(NvmlGpuSystem)
+
+
+@pytest.fixture
+def emulated_switches(request: pytest.FixtureRequest, hardware: bool, tmp_path: Path) -> Iterator[SimulatedMachine | None]:
+    if hardware:
+        yield None
+    else:
+        machine = gpu_machine(tmp_path / "machine", 8, switches=4)
+        with nscq_emulation.answered(machine, request.getfixturevalue("nscq_library")) as reached:
+            yield reached
+
+
+@pytest.fixture
+def switch_system(emulated_switches: SimulatedMachine | None) -> SwitchSystem:
+    return emulated_switches.switch_system() if emulated_switches else opened(NscqSwitches)
 
 
 @pytest.fixture
@@ -182,10 +215,21 @@ def test_a_tdx_quote_verifies_and_says_the_modules_mrconfigid(
 # --- runtime register -------------------------------------------------------------------------------------------------
 
 
-def test_the_runtime_register_is_extended_by_a_digest(measurements: Path, hardware: bool) -> None:
-    before = (measurements / REGISTER).read_bytes()
-    after = hashlib.sha384(before + DIGEST).digest() if hardware else DIGEST
-    assert extend(Tee.TDX, DIGEST, measurements) == Extended(after)
+def test_the_runtime_register_is_extended_by_an_event_which_its_log_explains(
+    register: tuple[Rtmr, RuntimeMeasurement], hardware: bool
+) -> None:
+    rtmr, runtime = register
+    before = rtmr.read()
+    assert isinstance(before, bytes)
+    measured = runtime.measure(EVENT)
+    digest = pack_runtime_event(EVENT, 3).digests[0][1]
+    assert measured.rtmr_3 == rtmr.read() == hashlib.sha384(before + digest).digest()
+    if not (data := runtime.event_log()):
+        assert hardware
+        pytest.skip("the firmware left no log, so that the register alone was looked at")
+    log = parse_event_log(data)
+    assert parse_runtime_event(log.events[-1]) == EVENT
+    assert replay(log)[3] == measured.rtmr_3
 
 
 # --- GPUs -------------------------------------------------------------------------------------------------------------
@@ -207,3 +251,31 @@ def test_every_gpu_answers_with_a_report_over_our_nonce_that_verifies(
     trusted = [simulated_root(emulated_gpus)] if emulated_gpus else []
     for gpu in evidence:
         assert verify_gpu(gpu, NONCE, trusted, datetime.now(UTC)).simulated is (emulated_gpus is not None)
+
+
+# --- NVSwitches -------------------------------------------------------------------------------------------------------
+
+
+def test_every_switch_can_attest_and_is_locked(switch_system: SwitchSystem) -> None:
+    switches = switch_system.inspect()
+    assert len({switch.uuid for switch in switches}) == len(switches) >= 1
+    assert {(switch.arch, switch.mode) for switch in switches} == {("LS10", 3)}
+
+
+def test_every_switch_answers_with_a_report_over_our_nonce_that_verifies(
+    switch_system: SwitchSystem, emulated_switches: SimulatedMachine | None
+) -> None:
+    evidence = switch_system.collect(NONCE)
+    assert [switch.uuid for switch in evidence] == [switch.uuid for switch in switch_system.inspect()]
+    trusted = [simulated_root(emulated_switches)] if emulated_switches else []
+    for switch in evidence:
+        assert verify_switch(switch, NONCE, trusted, datetime.now(UTC)).simulated is (emulated_switches is not None)
+
+
+def test_gpus_and_switches_are_one_set(switch_system: SwitchSystem, emulated_switches: SimulatedMachine | None) -> None:
+    if emulated_switches is None and not is_held():
+        pytest.skip("no other process holds a GPU open: start nvidia-persistenced first")
+    gpus = emulated_switches.gpu_system() if emulated_switches else opened(NvmlGpuSystem)
+    trusted = [simulated_root(emulated_switches)] if emulated_switches else []
+    claims = verify_ppcie(gpus.collect(NONCE), switch_system.collect(NONCE), NONCE, trusted, datetime.now(UTC))
+    assert (len(claims.gpus), len(claims.switches)) == (8, 4)

@@ -1,15 +1,33 @@
-"""The rules of the examination; what each check finds is `test_commands_doctor.py`."""
+"""What the checks ask of devices and kernel; what each check finds in a guest is `test_commands_doctor.py`."""
 
+from dataclasses import replace
 from pathlib import Path
+
+import pytest
 
 from agent.closed import Ident
 from agent.commands.run import open_gpus, open_tee
 from agent.config import EXAMPLE, MeasuredConfig
 from agent.config_source import FoundConfig
-from agent.doctor import CHECKS, Finding, Guest, Skip, examine, exit_status
-from agent.errors import GpuCountError, InternalError, NoAttesterError, VmRestartRequiredError
-from agent.evidence import Attester, Evidence, ReportData
+from agent.doctor import CHECKS
+from agent.errors import (
+    Absence,
+    AgentError,
+    EvidenceFormat,
+    GpuMode,
+    GpuModeError,
+    GuestUnfitError,
+    MalformedEvidenceError,
+    NoAttesterError,
+    Unfit,
+)
+from agent.evidence import Attester, Evidence, ReportData, Tee
+from agent.evidence.ccel import pack_event_log
+from agent.evidence.rtmr import REGISTER
+from agent.examination import Finding, Guest, Skip, examine
+from agent.fitness import Places
 from agent.sim.machine import SimulatedMachine
+from agent.sim.tdx import make_event_log
 from tests.children import in_child
 
 
@@ -35,14 +53,6 @@ def configured(machine: SimulatedMachine) -> FoundConfig:
     return FoundConfig(text.encode(), bytes(32), Ident("file"))
 
 
-def test_the_status_is_that_of_the_first_failure_in_boot_order() -> None:
-    ok, skipped = Finding("hardening"), Finding("gpu", skipped=Skip.NO_GPU)
-    assert exit_status([]) == exit_status([ok, skipped]) == 0
-    failed = [Finding("gpu-inventory", error=GpuCountError(2, 1)), Finding("gpu-faults", error=VmRestartRequiredError())]
-    assert exit_status([ok, *failed]) == 13
-    assert exit_status([skipped, *reversed(failed)]) == 31
-
-
 def test_the_cpu_is_asked_for_one_report(machine: SimulatedMachine) -> None:
     opened: list[Counting] = []
 
@@ -51,25 +61,107 @@ def test_the_cpu_is_asked_for_one_report(machine: SimulatedMachine) -> None:
         return opened[-1]
 
     def asked() -> int:
-        findings = list(examine(Guest(lambda: configured(machine), open_counting, open_gpus, offline=True)))
+        findings = list(examine(Guest(lambda: configured(machine), open_counting, open_gpus, offline=True), CHECKS))
         assert next(finding for finding in findings if finding.check == "host-data") == Finding("host-data")
         return sum(attester.asked for attester in opened)
 
     assert in_child(asked) == 1
 
 
-def test_a_bug_in_one_check_is_told_by_its_place_and_hides_no_other_finding(tmp_path: Path) -> None:
-    def broken() -> FoundConfig:
-        raise ZeroDivisionError("secret")
+# --- where the kernel has it ------------------------------------------------------------------------------------------
 
-    def findings() -> list[dict[str, object]]:
-        return [finding.to_record() for finding in examine(Guest(broken, open_tee, open_gpus, offline=True))]
 
-    found = in_child(findings)
-    assert [finding["check"] for finding in found] == list(CHECKS)
-    errors = {finding["check"]: finding["error"] for finding in found if "error" in finding}
-    assert {name: error["class"] for name, error in errors.items()} == {  # type: ignore[index]
-        "configuration": InternalError.__name__,
-        "tee": NoAttesterError.__name__,
-    }
-    assert "secret" not in str(errors)
+def finding(check: str, guest: Guest) -> Finding:
+    """Of one check, after the configuration was read and, for simulated machines, the TEE opened."""
+    wanted = ("configuration", "tee", check) if guest.measured is None else (check,)
+    return list(examine(guest, {name: CHECKS[name] for name in dict.fromkeys(wanted)}))[-1]
+
+
+def guest_with(text: str, **places: object) -> Guest:
+    """A guest with this configuration, whose kernel has these places."""
+    found = FoundConfig(text.encode(), bytes(32), Ident("file"))
+    return Guest(lambda: found, open_tee, open_gpus, offline=True, places=replace(Places(), **places))  # type: ignore[arg-type]
+
+
+def failed(finding: Finding) -> AgentError:
+    assert finding.error is not None
+    return finding.error
+
+
+def test_the_kernel_is_held_against_the_tee_that_is_configured() -> None:
+    error = failed(finding("kernel", guest_with(EXAMPLE.replace('"snp"', '"tdx"'), release=lambda: "6.1.99")))
+    assert isinstance(error, GuestUnfitError)
+    assert (error.problem, error.expected) == (Unfit.KERNEL, "6.2")
+    assert finding("kernel", guest_with(EXAMPLE, release=lambda: "6.1.99")).seen["release"] == "6.1.99"
+
+
+def test_a_simulated_machine_runs_on_any_kernel_and_has_no_gpu_driver(machine: SimulatedMachine) -> None:
+    text = configured(machine).data.decode()
+    assert finding("kernel", guest_with(text, release=lambda: "4.0.0")).error is None
+    for check in ("gpu-driver", "gpu-parameters"):
+        assert finding(check, guest_with(text)).skipped is Skip.SIMULATED
+
+
+def test_the_gpu_driver_is_looked_at_where_gpus_are_configured(tmp_path: Path) -> None:
+    error = failed(finding("gpu-driver", guest_with(EXAMPLE, gpu_driver=tmp_path / "none")))
+    assert isinstance(error, GuestUnfitError)
+    assert error.problem is Unfit.GPU_DRIVER_ABSENT
+    without = EXAMPLE.replace("count = 1", "count = 0")
+    assert without != EXAMPLE
+    assert finding("gpu-driver", guest_with(without)).skipped is Skip.NO_GPU
+    assert finding("gpu-parameters", guest_with(without)).skipped is Skip.NO_GPU
+
+
+def test_keys_that_weaken_the_gpus_are_found_without_opening_any(tmp_path: Path) -> None:
+    """On the kernel command line, though no driver is loaded that could have parameters."""
+    files = (tmp_path / "cmdline", tmp_path / "params")
+    files[0].write_text("console=ttyS0 nvidia.NVreg_RegistryDwords=RmConfidentialCompute=1\n")
+    error = failed(finding("gpu-parameters", guest_with(EXAMPLE, gpu_parameters=files)))
+    assert isinstance(error, GpuModeError)
+    assert (error.mode, error.got) == (GpuMode.REGISTRY_KEYS, 1)
+    files[0].write_text("console=ttyS0\n")
+    assert finding("gpu-parameters", guest_with(EXAMPLE, gpu_parameters=files)) == Finding("gpu-parameters")
+
+
+def tdx_guest(machine: SimulatedMachine, tmp_path: Path) -> Guest:
+    text = configured(machine).data.decode().replace("simulated-snp", "simulated-tdx")
+    names = ("measurements", "event_log", "attest_conf")
+    return guest_with(text, **{name: tmp_path / name for name in names})
+
+
+def test_a_tdx_guest_tells_what_else_it_has(machine: SimulatedMachine, tmp_path: Path) -> None:
+    at = tdx_guest(machine, tmp_path).places
+    nothing = finding("tdx", tdx_guest(machine, tmp_path)).seen
+    assert nothing == {"quote-service": "none-named", "event-log": "errno-2", "rtmr3": "absent"}
+    log = make_event_log(machine)
+    at.event_log.write_bytes(pack_event_log(log) + b"\xff" * 64)
+    at.attest_conf.write_text("port = 4050\n")
+    at.measurements.mkdir()
+    (at.measurements / REGISTER).touch()
+    everything = finding("tdx", tdx_guest(machine, tmp_path)).seen
+    assert everything == {"quote-service": "vsock:4050", "event-log": f"{len(log.events)}-events", "rtmr3": "present"}
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_a_guest_that_must_measure_and_has_no_register_is_a_failure(
+    machine: SimulatedMachine, tmp_path: Path, tee: Tee
+) -> None:
+    text = EXAMPLE.replace('attester = "snp"', f'attester = "{tee.value}"\nruntime_measurement = "required"')
+    guest = replace(tdx_guest(machine, tmp_path), open_tee=lambda _: machine.attester(tee))
+    guest.find_config = lambda: FoundConfig(text.encode(), bytes(32), Ident("file"))
+    error = failed(finding("tdx", guest))
+    assert isinstance(error, NoAttesterError)
+    assert error.reason is Absence.NO_RUNTIME_REGISTER
+    if tee is Tee.TDX:
+        guest.places.measurements.mkdir()
+        (guest.places.measurements / REGISTER).touch()
+        assert finding("tdx", guest).error is None
+
+
+def test_an_event_log_that_is_none_is_a_failure_and_another_tee_has_none(machine: SimulatedMachine, tmp_path: Path) -> None:
+    guest = tdx_guest(machine, tmp_path)
+    guest.places.event_log.write_bytes(b"junk")
+    error = failed(finding("tdx", guest))
+    assert isinstance(error, MalformedEvidenceError)
+    assert error.format is EvidenceFormat.EVENT_LOG
+    assert finding("tdx", guest_with(configured(machine).data.decode())).skipped is Skip.NO_TDX

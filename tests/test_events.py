@@ -27,7 +27,8 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "lease_renewal_started": [],
         "lease_renewed": ["lease_s", "ends_at"],
         "lease_renewal_failed": ["error", "retry_in_ms"],
-        "gate_passed": ["gpus", "preset"],
+        "release_measured": ["rtmr_3", "unsupported"],
+        "gate_passed": ["gpus", "preset", "switches"],
         "gpu_watch_lost": ["status", "signal"],
         "destination_chosen": ["kind", "bytes", "noswap", "swap_active"],
         "server_started": ["pid", "start", "own_uid", "landlock"],
@@ -45,7 +46,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
 
 
 def test_the_stages_are_frozen() -> None:
-    stages = "config devices network prepare attest release-key secure unwrap load publish server"
+    stages = "config devices network prepare attest release-key measure secure unwrap load publish server"
     assert [stage.value for stage in Stage] == stages.split()
 
 

@@ -11,8 +11,20 @@ from hypothesis import strategies as st
 
 from agent.errors import EvidenceFormat, MalformedEvidenceError
 from agent.evidence import GpuEvidence, Nonce, RuntimeData, binding
-from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, parse_additional_evidence, report_data
-from agent.jose import parse_b64, parse_b64url
+from agent.evidence.binding import (
+    MAX_GPUS,
+    MAX_SWITCHES,
+    KeyturnClaims,
+    additional_evidence,
+    device_nonce,
+    parse_additional_evidence,
+    report_data,
+    split,
+)
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
+from agent.handshake import MAX_ADDITIONAL_EVIDENCE_BYTES, MAX_MESSAGE_BYTES
+from agent.jose import pack_b64, parse_b64, parse_b64url
+from tests.gpus import recorded
 from tests.shared import shared_data
 
 DIGEST = "sha256:" + "ab" * 32
@@ -36,6 +48,24 @@ def changed(change: object) -> str:
     value = json.loads(additional_evidence((GPU,), CLAIMS))
     change(value["nvidia"])  # type: ignore[operator]
     return json.dumps(value)
+
+
+def listed(architectures: list[str]) -> list[dict[str, str]]:
+    """Devices of these architectures, in Trustee's JSON."""
+    devices = tuple(device_of(arch, number) for number, arch in enumerate(architectures))
+    return [
+        {
+            "arch": each.arch,
+            "uuid": each.uuid,
+            "evidence": pack_b64(each.report),
+            "certificate": pack_b64(each.certificate_chain),
+        }
+        for each in devices
+    ]
+
+
+def device_of(arch: str, number: int, report_bytes: int = 1, chain_bytes: int = 1) -> GpuEvidence:
+    return GpuEvidence(arch, f"{'SWX' if arch == 'LS10' else 'GPU'}-{number}", bytes(report_bytes), bytes(chain_bytes))
 
 
 def test_the_docstring_example_runs() -> None:
@@ -91,6 +121,23 @@ def test_device_evidence_comes_back_as_it_was() -> None:
     assert list(json.loads(text)["nvidia"]) == ["device_evidence_list", "keyturn"]
 
 
+def test_as_many_devices_as_are_allowed_fit_however_long_their_drivers_buffers_are() -> None:
+    gpus = tuple(device_of("HOPPER", number, MAX_REPORT_BYTES, MAX_CHAIN_BYTES) for number in range(MAX_GPUS))
+    switches = tuple(device_of("LS10", number, MAX_REPORT_BYTES, MAX_CHAIN_BYTES) for number in range(MAX_SWITCHES))
+    text = additional_evidence((*gpus, *switches), CLAIMS)
+    assert 340 << 10 < len(text) < MAX_ADDITIONAL_EVIDENCE_BYTES < MAX_MESSAGE_BYTES
+    devices, _ = parse_additional_evidence(text)
+    assert split(devices) == (gpus, switches)
+
+
+def test_the_recorded_sizes_of_eight_gpus_and_four_switches_are_a_quarter_of_that() -> None:
+    gpu, switch = recorded("hopper_590.12_ppcie_0").evidence, recorded("ls10_96.10.55").evidence
+    switch = dataclasses.replace(switch, uuid="SWX-recorded")
+    text = additional_evidence((gpu,) * 8 + (switch,) * 4, CLAIMS)
+    assert 120 << 10 < len(text) < 150 << 10
+    assert parse_additional_evidence(text)[0] == (gpu,) * 8 + (switch,) * 4
+
+
 def test_trustees_own_text_has_no_claims() -> None:
     text = changed(lambda nvidia: nvidia.pop("keyturn"))
     assert parse_additional_evidence(text) == ((GPU,), None)
@@ -112,6 +159,12 @@ def test_trustees_own_text_has_no_claims() -> None:
         ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=[]))),
         ("device_evidence_list", changed(lambda n: n.update(device_evidence_list={}))),
         ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=n["device_evidence_list"] * 17))),
+        ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=listed(["LS10"])))),
+        ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=listed(["HOPPER"] * 8 + ["LS10"] * 5)))),
+        ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=listed(["HOPPER"] * 17 + ["LS10"] * 3)))),
+        ("device_evidence_list", changed(lambda n: n.update(device_evidence_list=listed(["HOPPER"] * 16 + ["LS10"] * 5)))),
+        ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(arch="LS10"))),
+        ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="SWX-1"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(arch="VOLTA"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="GPU 1"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(evidence="AA"))),

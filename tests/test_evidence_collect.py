@@ -5,17 +5,30 @@ from pathlib import Path
 
 import pytest
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError, GpuFaultError, MalformedEvidenceError, VmRestartRequiredError
+from agent.closed import Ident
+from agent.errors import (
+    ConfigNotMeasuredError,
+    CountedDevice,
+    GpuCountError,
+    GpuFaultError,
+    MalformedEvidenceError,
+    VmRestartRequiredError,
+)
 from agent.evidence import GpuEvidence, GpuInventory, GpuNonce, GpuSystem, Nonce, RuntimeData, Tee
-from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
+from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data, split
 from agent.evidence.collect import Devices, check_distinct, check_measured, open_devices
 from agent.evidence.gate import ExpectedReady
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
+from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
-from tests.gpus import NONCE, gpu_machine, recorded
+from tests.gpus import NONCE, gpu_machine, gpu_system_of, recorded
 
+CLAIMS = TokenClaims(
+    Nonce(bytes(32)), TeePublicKey(bytes(32), bytes(32)), Ident("kbs:///a/b/c"), Ident("1"), 1, None, True, 0, 1
+)
+VERDICT = Verdict(Ident("request-1"), "token", CLAIMS, ())
 DATA = RuntimeData(Nonce(bytes(range(32))), b"x" * 32, b"y" * 32)
 DIGEST = bytes(32)
 
@@ -28,8 +41,10 @@ def devices_of(
 ) -> Devices:
     return open_devices(
         check_measured(machine.attester(), digest),
-        gpus or machine.gpu_system(),
+        gpus or gpu_system_of(machine),
+        machine.runtime(),
         gpu_count=machine.gpu.count,
+        switch_count=machine.gpu.switches,
         expected_ready=expected_ready,
         manifest_digest="sha256:" + "0" * 64,
         server_command_digest="sha256:" + "1" * 64,
@@ -44,6 +59,12 @@ def test_one_cpu_report_covers_nonce_key_and_every_gpu(machine: SimulatedMachine
     assert claims is not None
     assert claims.manifest_digest == "sha256:" + "0" * 64
     assert (claims.ready, claims.renewal) == (False, False)
+
+
+def test_the_gate_comes_after_the_measurement(machine: SimulatedMachine) -> None:
+    with pytest.raises(RuntimeError):
+        devices_of(machine).secure(VERDICT, None)  # type: ignore[arg-type]
+    assert "nvmlSystemSetConfComputeGpusReadyState" not in nvml_calls(machine)
 
 
 def test_a_configuration_the_guest_was_not_launched_with_decides_nothing(machine: SimulatedMachine) -> None:
@@ -160,6 +181,33 @@ def test_no_evidence_is_made_of_one_gpu_that_answers_for_two(silicon: Path, tmp_
     with pytest.raises(GpuCountError) as caught:
         devices_of(machine).collect(DATA)
     assert (caught.value.expected, caught.value.got) == (2, 1)
+
+
+@pytest.fixture
+def protected(silicon: Path, tmp_path: Path) -> SimulatedMachine:
+    """Eight GPUs and four NVSwitches in a confidential machine."""
+    return SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
+
+
+def test_one_cpu_report_covers_every_switch(protected: SimulatedMachine) -> None:
+    evidence = devices_of(protected).collect(DATA)
+    gpus, switches = split(parse_additional_evidence(evidence.additional_evidence)[0])
+    assert (len(gpus), len(switches)) == (8, 4)
+    assert {parse_gpu_report(device.report).requester_nonce for device in (*gpus, *switches)} == {device_nonce(DATA)}
+    assert parse_report(evidence.primary.report).report_data == report_data(DATA, evidence.additional_evidence)
+
+
+def test_a_missing_switch_is_never_a_shorter_list(protected: SimulatedMachine) -> None:
+    with pytest.raises(GpuCountError) as caught:
+        devices_of(protected, Forgetful(gpu_system_of(protected))).collect(DATA)
+    assert (caught.value.expected, caught.value.got, caught.value.device) == (4, 3, CountedDevice.NVSWITCH)
+
+
+def test_no_evidence_is_made_of_one_switch_that_answers_for_two(protected: SimulatedMachine) -> None:
+    protected.gpu.repeat_first_switch = True
+    with pytest.raises(GpuCountError) as caught:
+        devices_of(protected).collect(DATA)
+    assert (caught.value.expected, caught.value.got, caught.value.device) == (4, 1, CountedDevice.NVSWITCH)
 
 
 def test_a_chain_that_does_not_parse_is_no_distinct_gpu() -> None:

@@ -7,6 +7,7 @@ import pytest
 
 from agent.closed import Ident
 from agent.errors import (
+    CountedDevice,
     DeviceError,
     GpuCountError,
     GpuFault,
@@ -15,11 +16,12 @@ from agent.errors import (
     GpuModeError,
     VmRestartRequiredError,
 )
-from agent.evidence import Gpu, GpuInventory, GpuModes, Nonce
+from agent.evidence import Gpu, GpuInventory, GpuModes, Nonce, Switch
 from agent.evidence.gate import ExpectedReady, ReadyState, SecuredDevices, check_inventory, check_unchanged, secure
 from agent.handshake import TeePublicKey, TokenClaims, Verdict
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import nvml_calls
+from tests.gpus import gpu_system_of
 
 SET_CALL = "nvmlSystemSetConfComputeGpusReadyState"
 ON = GpuModes(cc_feature=1, environment=2, devtools=0, multi_gpu_mode=0)
@@ -46,7 +48,6 @@ def with_gpus(*uuids: str) -> GpuInventory:
     "inventory",
     [
         INVENTORY,
-        with_modes(multi_gpu_mode=1, cc_feature=0),
         with_modes(multi_gpu_mode=2),
         with_modes(multi_gpu_mode=2, cc_feature=0),
     ],
@@ -100,6 +101,75 @@ def test_a_gpu_of_another_architecture_is_refused() -> None:
         with pytest.raises(GpuCountError) as caught:
             check_inventory(inventory, 2, ExpectedReady.UNSET, "BLACKWELL")
         assert (caught.value.expected, caught.value.got) == (2, got)
+
+
+def with_switches(*uuids: str, mode: int = 3, multi_gpu_mode: int = 1) -> GpuInventory:
+    switches = tuple(Switch(uuid, "LS10", mode) for uuid in uuids)
+    return dataclasses.replace(with_modes(multi_gpu_mode=multi_gpu_mode, cc_feature=0), switches=switches)
+
+
+FOUR = ("SWX-1", "SWX-2", "SWX-3", "SWX-4")
+
+
+def test_gpus_in_protected_pcie_mode_pass_with_their_switches() -> None:
+    check_inventory(with_switches(*FOUR), 2, ExpectedReady.UNSET, switches=4)
+    check_inventory(dataclasses.replace(with_switches(*FOUR), ready=True), 2, ExpectedReady.OURS, switches=4)
+
+
+@pytest.mark.parametrize(
+    ("inventory", "switches", "got", "expected"),
+    [
+        (with_modes(multi_gpu_mode=1, cc_feature=0), 0, 1, 0),  # nobody would attest what lies between the GPUs
+        (with_switches(*FOUR), 0, 1, 0),
+        (INVENTORY, 4, 0, 1),
+        (with_switches(*FOUR, multi_gpu_mode=2), 4, 2, 1),
+    ],
+)
+def test_protected_pcie_goes_with_switches_and_nothing_else_does(
+    inventory: GpuInventory, switches: int, got: int, expected: int
+) -> None:
+    with pytest.raises(GpuModeError) as caught:
+        check_inventory(inventory, 2, ExpectedReady.UNSET, switches=switches)
+    assert (caught.value.mode, caught.value.got, caught.value.expected) == (GpuMode.MULTI_GPU, got, expected)
+
+
+@pytest.mark.parametrize(
+    ("uuids", "got"), [((), 0), (FOUR[:3], 3), ((*FOUR, "SWX-5"), 5), ((*FOUR[:3], "SWX-1"), 3), ((*FOUR, "SWX-1"), 5)]
+)
+def test_a_missing_extra_or_repeated_switch_is_refused(uuids: tuple[str, ...], got: int) -> None:
+    with pytest.raises(GpuCountError) as caught:
+        check_inventory(with_switches(*uuids), 2, ExpectedReady.UNSET, switches=4)
+    error = caught.value
+    assert (error.expected, error.got, error.device) == (4, got, CountedDevice.NVSWITCH)
+    assert str(error) == f"expected 4 distinct NVSwitches, got {got} (host)"
+
+
+@pytest.mark.parametrize("mode", [-1, 0, 1, 2, 4])
+def test_a_switch_that_is_not_locked_is_refused(mode: int) -> None:
+    locked = with_switches(*FOUR)
+    last = dataclasses.replace(locked.switches[3], mode=mode)
+    with pytest.raises(GpuModeError) as caught:
+        check_inventory(dataclasses.replace(locked, switches=(*locked.switches[:3], last)), 2, ExpectedReady.UNSET, switches=4)
+    assert (caught.value.mode, caught.value.got, caught.value.expected) == (GpuMode.SWITCH, mode, 3)
+
+
+@pytest.mark.parametrize(("knob", "value"), [("switch_mode", 1), ("switches", 3)])
+def test_a_switch_that_changed_since_attestation_does_not_pass(switched: SimulatedMachine, knob: str, value: int) -> None:
+    system = gpu_system_of(switched)
+    before = system.inspect()
+    setattr(switched.gpu, knob, value)
+    with pytest.raises(GpuFaultError) as caught:
+        secure(VERDICT, system, before, ExpectedReady.UNSET)
+    assert caught.value.fault is GpuFault.INVENTORY_CHANGED
+    assert SET_CALL not in nvml_calls(switched)
+
+
+def test_gpus_and_switches_pass_the_gate_together(switched: SimulatedMachine) -> None:
+    system = gpu_system_of(switched)
+    secured = secure(VERDICT, system, system.inspect(), ExpectedReady.UNSET)
+    assert secured.inventory is not None
+    assert (len(secured.inventory.gpus), len(secured.inventory.switches)) == (8, 4)
+    assert nvml_calls(switched)[-2:] == [SET_CALL, "nvmlSystemGetConfComputeGpusReadyState"]
 
 
 def test_a_ready_state_somebody_else_set_needs_a_new_vm() -> None:

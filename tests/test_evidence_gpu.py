@@ -25,6 +25,7 @@ from agent.errors import (
     GpuModeError,
     MalformedEvidenceError,
     NoAttesterError,
+    Owner,
 )
 from agent.evidence import GpuModes
 from agent.evidence.gpu import MAX_PARAMETER_BYTES, NvmlGpuSystem, is_held
@@ -123,6 +124,24 @@ def test_a_failing_initialisation_is_a_device_error(gpus: SimulatedMachine) -> N
     with pytest.raises(DeviceError) as caught:
         gpus.gpu_system()
     assert (caught.value.call, caught.value.code) == ("nvmlInit", pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+
+
+NVML_CODES = (1, 2, 3, 4, 9, 10, 15, 16, 18, 19, 20, 25, 27, 28, 29, 999)
+"""What NVML may say of any call; 12 and 13, no library and no such function, have tests of their own."""
+
+
+@pytest.mark.parametrize("code", NVML_CODES)
+@pytest.mark.parametrize("function", ["nvmlInitWithFlags", CERTIFICATE_CALL, REPORT_CALL, SET_CALL])
+def test_whatever_nvml_says_is_told_to_the_host_and_final(gpus: SimulatedMachine, function: str, code: int) -> None:
+    gpus.gpu.fail_calls = {function: code}
+    with pytest.raises(DeviceError) as caught:
+        system = gpus.gpu_system()
+        system.collect(NONCE)
+        system.set_ready()
+    error = caught.value
+    assert (error.interface, error.call, error.code) == ("nvml", function.replace("WithFlags", ""), code)
+    assert (error.owner, error.exit_status, error.retryable) == (Owner.HOST, 12, False)
+    assert nvml_calls(gpus).count(function) == 1
 
 
 @pytest.mark.parametrize("function", [CERTIFICATE_CALL, REPORT_CALL])

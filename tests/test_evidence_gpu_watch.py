@@ -17,7 +17,7 @@ import pytest
 from agent.channel import Channel
 from agent.errors import AgentError, DeviceError, GpuFault, GpuFaultError, NoAttesterError
 from agent.events import message_from_record
-from agent.evidence.gpu_watch import NVML_LIBRARIES, watch
+from agent.evidence.gpu_watch import FATAL_XIDS, NVML_LIBRARIES, watch
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, nvml_calls
 from tests.children import in_child, readable
@@ -77,7 +77,7 @@ def append(machine: SimulatedMachine, line: str) -> Callable[[], None]:
     return happens
 
 
-@pytest.mark.parametrize("xid", [48, 79, 94, 95, 151])
+@pytest.mark.parametrize("xid", sorted(FATAL_XIDS))
 def test_a_fatal_xid_is_told(serving: SimulatedMachine, xid: int) -> None:
     line = f"4,9,9,-;NVRM: Xid (PCI:0000:06:00): {xid}, pid='<unknown>', name=<unknown>, a description\n"
     assert fault_of(told_by(serving, append(serving, line))) == (GpuFault.FATAL_XID, xid)

@@ -19,7 +19,8 @@ from agent.errors import (
     Owner,
 )
 from agent.evidence import Evidence, ReportData, Tee
-from agent.evidence.sev_guest import DEVICE, MAX_REQUESTS, REQUEST_DISTANCE_S, SevGuest
+from agent.evidence.cpu import REQUEST_DISTANCE_S
+from agent.evidence.sev_guest import DEVICE, MAX_REQUESTS, SevGuest
 from agent.evidence.snp_abi import (
     REPORT_RESPONSE_BYTES,
     SNP_GET_EXT_REPORT,

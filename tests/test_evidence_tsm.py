@@ -25,7 +25,7 @@ from agent.errors import (
     Owner,
 )
 from agent.evidence import NO_REPORT_DATA, Evidence, ReportData, Tee
-from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Patience
+from agent.evidence.cpu import REQUEST_DISTANCE_S, SNP_PATIENCE, TDX_PATIENCE, Distance, Patience
 from agent.evidence.snp_abi import REPORT_BYTES, CertificateKind, parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport
 from agent.evidence.tsm import MAX_SNP_BLOB_BYTES, REPORT_ROOT, TsmSnp, TsmTdx
@@ -80,7 +80,7 @@ def impatient(patience: Patience) -> Patience:
 
 def opened(fake: FakeConfigfs, faults: Faults) -> TsmSnp:
     """A device that fails from its first request on, and not before."""
-    device = TsmSnp(fake.root, impatient(SNP_PATIENCE))
+    device = TsmSnp(fake.root, impatient(SNP_PATIENCE), Distance(pause=lambda _: True))
     fake.set(faults)
     fake.calls()
     return device
@@ -341,6 +341,62 @@ def test_somebody_else_who_always_writes_is_told_as_a_stale_generation(fake: Fak
     check_device_error(error, "generation", errno.EWOULDBLOCK)
 
 
+# --- distance ---------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds that pass only in pauses."""
+
+    def __init__(self) -> None:
+        self.time = 50.0
+        self.pauses: list[float] = []
+        self.wanted = True
+
+    def now(self) -> float:
+        return self.time
+
+    def pause(self, seconds: float) -> bool:
+        self.pauses.append(seconds)
+        self.time += seconds
+        return self.wanted
+
+
+def test_requests_keep_their_distance_whatever_came_of_the_one_before(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    patience = replace(SNP_PATIENCE, now=clock.now, pause=clock.pause)
+    device = TsmSnp(fake.root, patience, Distance(clock.now, clock.pause))
+    fake.calls()
+    device.launch_digest()  # as a boot does first of all
+    clock.time += 0.5
+    device.collect(DATA)
+    assert clock.pauses == [REQUEST_DISTANCE_S - 0.5]
+    fake.set(Faults(errors=(("outblob", errno.EINVAL),)))
+    refused(DeviceError, device)
+    device.collect(DATA)
+    assert clock.pauses[1:] == [REQUEST_DISTANCE_S] * 2
+    clock.time += REQUEST_DISTANCE_S
+    device.collect(DATA)
+    assert len(clock.pauses) == 3
+
+
+def test_a_request_that_is_made_again_keeps_it_too(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    device = TsmSnp(fake.root, replace(SNP_PATIENCE, now=clock.now, pause=clock.pause), Distance(clock.now, clock.pause))
+    fake.set(Faults(errors=(("outblob", errno.EBUSY),)))
+    device.collect(DATA)
+    assert clock.pauses == [REQUEST_DISTANCE_S]
+
+
+def test_nothing_more_is_asked_when_nobody_wants_the_answer(fake: FakeConfigfs) -> None:
+    clock = Clock()
+    device = TsmSnp(fake.root, SNP_PATIENCE, Distance(clock.now, clock.pause))
+    device.collect(DATA)
+    clock.wanted = False
+    fake.calls()
+    check_device_error(refused(DeviceError, device), "outblob", errno.ECANCELED)
+    assert fake.calls() == []
+
+
 # --- TDX --------------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +437,33 @@ def test_an_empty_quote_is_a_failure_of_the_host(fake_tdx: FakeConfigfs) -> None
     error = refused(DeviceUnavailableError, opened_tdx(fake_tdx, replace(TDX, report=b"")))
     check_device_error(error, "outblob", errno.ENODATA)
     assert fake_tdx.requests() == TDX_REQUESTS
+
+
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [
+        ("mkdir", errno.EEXIST),
+        ("provider", errno.ENOENT),
+        ("generation", errno.ENOENT),
+        ("outblob", errno.ENOENT),
+        ("outblob", errno.EWOULDBLOCK),
+        ("outblob", errno.ENOMEM),
+    ],
+)
+def test_a_quote_that_was_interfered_with_starts_over_and_that_ends(fake_tdx: FakeConfigfs, call: str, code: int) -> None:
+    device = opened_tdx(fake_tdx, replace(TDX, errors=((call, code),) * (TDX_REQUESTS - 1)))
+    assert device.collect(DATA).report == quote(DATA)
+    assert fake_tdx.calls().count("mkdir") == TDX_REQUESTS
+    fake_tdx.set(replace(TDX, errors=((call, code),) * ALWAYS))
+    check_device_error(refused(DeviceUnavailableError, device), call, code)
+    assert fake_tdx.calls().count("mkdir") == TDX_REQUESTS
+
+
+@pytest.mark.parametrize("call", ["mkdir", "provider", "generation", "outblob"])
+def test_every_call_of_a_tdx_guest_that_fails_is_named_and_final(fake_tdx: FakeConfigfs, call: str) -> None:
+    device = opened_tdx(fake_tdx, replace(TDX, errors=((call, errno.EPERM),)))
+    check_device_error(refused(DeviceError, device), call, errno.EPERM)
+    assert fake_tdx.calls().count("mkdir") == 1
 
 
 def test_an_interrupted_read_is_repeated_by_the_interpreter(fake_tdx: FakeConfigfs) -> None:

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from agent.closed import Ident
 from agent.errors import AgentError, ConfigConflictError, InitdataError, InitdataProblem
 from agent.guest.initdata import (
+    ALGORITHMS,
     MAX_DOCUMENT_BYTES,
     MAX_GZIP_BYTES,
     find_device,
     fit,
     pack_device,
+    pack_document,
     pack_gzip,
     parse_initdata,
     read_device,
@@ -102,6 +104,28 @@ def test_any_document_is_parsed_or_an_error_of_ours(noise: bytes, at: int, lengt
             parse_initdata(document, SOURCE)
         except InitdataError as error:
             assert error.source == SOURCE
+
+
+@given(st.dictionaries(st.text(max_size=20), st.text(max_size=50), max_size=4), st.sampled_from(ALGORITHMS))
+def test_a_packed_document_has_exactly_its_entries(entries: dict[str, str], algorithm: str) -> None:
+    document = pack_document(entries, algorithm)
+    parsed = parse_initdata(document, SOURCE)
+    assert list(parsed.entries.items()) == list(entries.items())
+    assert parsed.digest == hashlib.new(algorithm, document).digest()
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "a", "a\n", "\na", "it's", "'", "''", "'''", "a\r\nb", '"', "\\n", "\x7f", "\x00", "ü"]
+)
+def test_every_text_comes_back_from_its_document(text: str) -> None:
+    assert parse_initdata(pack_document({"a": text}, "sha256"), SOURCE).entries == {"a": text}
+
+
+def test_a_configuration_stands_in_the_document_as_it_is() -> None:
+    entries = {"keyturn.toml": 'schema = "keyturn/v1"\n', "aa.toml": "token = 'hunter2'"}
+    document = pack_document(entries, "sha384")
+    assert b"'''\nschema = \"keyturn/v1\"\n'''" in document
+    assert parse_initdata(document, SOURCE).entries == entries
 
 
 # --- the field of the TEE ---------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, Key
 from agent.handshake import grpc_status as status
 from agent.handshake import grpc_wire as wire
 from agent.handshake.grpc_client import Collect, GrpcBroker
-from agent.handshake.machine import Trust
+from agent.handshake.machine import MAX_CHALLENGES, Trust
 from agent.keys import EphemeralKey, open_jwe
 from tests.hostile_broker import (
     AUTHORITY,
@@ -334,6 +334,43 @@ def test_a_challenge_that_aged_while_evidence_was_collected_is_replaced_on_the_s
     assert [type(message) for message in broker.seen] == [Hello, Hello, Attestation]
     assert {message.request_id for message in broker.seen} == {verdict.request_id}
     assert asked[0] != asked[1] == verdict.claims.nonce
+
+
+def test_a_broker_that_never_comes_to_a_verdict_is_asked_for_so_many_challenges_in_all_attempts() -> None:
+    """On one stream, because the devices were too slow, and in an attempt each, because the broker went away."""
+
+    class Clock(asyncio.SelectorEventLoop):
+        ahead_s = 0.0
+
+        def time(self) -> float:
+            return super().time() + self.ahead_s
+
+    async def going(requests: Reads, context: Stream) -> AsyncIterator[bytes]:
+        yield challenge(wire.parse_attest_request(await anext(requests), SERVER))
+        await anext(requests)
+        await context.abort(grpc.StatusCode.UNAVAILABLE)
+
+    broker, clock, asked = Broker(), Clock(), 0
+    broker.attests = [broker.good, *[going] * MAX_CHALLENGES]
+    on_the_stream = MAX_CHALLENGES - 2
+
+    async def collecting(_: RuntimeData) -> CompositeEvidence:
+        nonlocal asked
+        asked += 1
+        if asked < on_the_stream:
+            clock.ahead_s += 180.0
+        elif asked == on_the_stream:
+            raise BrokerUnreachableError(Unreachable.RESET)  # the stream of the first attempt ends
+        return EVIDENCE
+
+    async def run() -> None:
+        async with served(broker) as endpoint:
+            await boot(endpoint, timeout_s=100_000, collect=collecting)
+
+    with asyncio.Runner(loop_factory=lambda: clock) as runner, pytest.raises(RemoteProtocolError) as raised:
+        runner.run(run())
+    assert raised.value.problem is ProtocolProblem.TOO_MANY_CHALLENGES
+    assert asked == MAX_CHALLENGES
 
 
 def test_a_denial_is_final() -> None:

@@ -1,6 +1,7 @@
 """The gRPC wire: what is packed parses to the same, and nothing else than the documented form is accepted."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from hypothesis import strategies as st
 from agent.closed import Ident
 from agent.errors import AgentError, DenialReason, MalformedEvidenceError, ProtocolProblem, RemoteProtocolError
 from agent.evidence import CompositeEvidence, Evidence, Nonce, Tee, tdx_abi
+from agent.evidence.binding import KeyturnClaims, additional_evidence
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.handshake import (
+    MAX_MESSAGE_BYTES,
     MAX_QUOTE_BYTES,
     Accepted,
     Attestation,
@@ -24,6 +28,8 @@ from agent.handshake import (
 )
 from agent.handshake import grpc_wire as wire
 from agent.handshake.pb import kbs_pb2 as pb
+from agent.sim.machine import SimulatedMachine
+from tests.gpus import NONCE, gpu_system_of
 
 STATE = Ident("AWAIT_X")
 ID = Ident("request-1")
@@ -31,7 +37,7 @@ URI = Ident("kbs:///models/demo/key.v1")
 KEY = TeePublicKey(b"x" * 32, b"y" * 32)
 EVIDENCE = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
 HELLO, ATTESTATION = Hello(ID, URI, Tee.SNP), Attestation(ID, KEY, EVIDENCE)
-OF_A_TD = Attestation(ID, KEY, CompositeEvidence(Evidence(Tee.TDX, b"q" * (128 << 10)), ""))
+OF_A_TD = Attestation(ID, KEY, CompositeEvidence(Evidence(Tee.TDX, b"q" * (128 << 10), event_log=b"l" * (256 << 10)), ""))
 CHALLENGE = Challenge(ID, Nonce(b"n" * 32), 180)
 ACCEPTED = Accepted(ID, "a.b.c", Ident("p1"), (Ident("rv-1"), Ident("rv-2")))
 DENIALS = [
@@ -91,6 +97,18 @@ def test_a_quote_that_a_device_gives_fits_into_an_attestation() -> None:
     assert MAX_QUOTE_BYTES == tdx_abi.MAX_QUOTE_BYTES
 
 
+def test_eight_gpus_and_four_switches_fit_into_an_attestation(silicon: Path, tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
+    devices = gpu_system_of(machine).collect(NONCE)
+    longest = [replace(each, report=bytes(MAX_REPORT_BYTES), certificate_chain=bytes(MAX_CHAIN_BYTES)) for each in devices]
+    claims = KeyturnClaims(0, 2, 0, 1, False, False, "580.95.05", *["sha256:" + "0" * 64] * 2)
+    for sent in (devices, tuple(longest)):
+        evidence = replace(ATTESTATION.evidence, additional_evidence=additional_evidence(sent, claims))
+        data = wire.pack_attest_request(replace(ATTESTATION, evidence=evidence))
+        assert len(data) < MAX_MESSAGE_BYTES / 4
+        assert wire.parse_attest_request(data, STATE) == replace(ATTESTATION, evidence=evidence)
+
+
 def test_key_request_and_response_come_back() -> None:
     assert wire.parse_key_request(wire.pack_key_request(KEY_REQUEST), STATE) == KEY_REQUEST
     assert wire.parse_key_response(wire.pack_key_response(KEY_RESPONSE), STATE) == KEY_RESPONSE
@@ -135,6 +153,10 @@ def test_the_method_names_are_the_protos() -> None:
         (ProtocolProblem.MALFORMED, attestation(snp=pb.SnpEvidence(report=b"r" * 1184, cert_chain=[b""]))),
         (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence())),
         (ProtocolProblem.MALFORMED, attestation(snp=None, tdx=pb.TdxEvidence(quote=b"q" * ((128 << 10) + 1)))),
+        (
+            ProtocolProblem.OVERSIZED,
+            attestation(snp=None, tdx=pb.TdxEvidence(quote=b"q", event_log=b"l" * ((256 << 10) + 1))),
+        ),
         (ProtocolProblem.MALFORMED, attestation(additional_evidence=b"\xff")),
         (ProtocolProblem.OVERSIZED, attestation(additional_evidence=b"a" * ((512 << 10) + 1))),
     ],

@@ -25,6 +25,7 @@ from agent.errors import (
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
 from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, KeyResponse, SealedKey, TeePublicKey
 from agent.handshake.machine import (
+    MAX_CHALLENGES,
     Closed,
     Collected,
     Done,
@@ -217,6 +218,22 @@ def test_a_stale_challenge_leads_to_a_fresh_hello_and_voids_the_old_nonce() -> N
     made.receive(Collected(EVIDENCE), NOW)
     with pytest.raises(TokenError):
         made.receive(ACCEPTED, NOW)
+
+
+def test_a_boot_answers_so_many_challenges_and_no_more() -> None:
+    """Whether one stream brings them, or each handshake of the boot one."""
+    made = machine(State.AWAIT_CHALLENGE)
+    for _ in range(MAX_CHALLENGES):
+        assert isinstance(made.receive(CHALLENGE, NOW), NeedEvidence)
+        made.receive(Expired(), NOW)
+    later = Handshake(ID, URI, Tee.SNP, PUBLIC, Trust((AUTHORITY.public_key(),), False), made.challenges)
+    later.start()
+    for refusing in (made, later):
+        with pytest.raises(RemoteProtocolError) as raised:
+            refusing.receive(CHALLENGE, NOW)
+        assert (raised.value.problem, raised.value.state) == (ProtocolProblem.TOO_MANY_CHALLENGES, "AWAIT_CHALLENGE")
+        assert not raised.value.retryable
+        assert refusing.state is State.FAILED
 
 
 @pytest.mark.parametrize("state", [State.AWAIT_CHALLENGE, State.AWAIT_VERDICT, State.AWAIT_KEY])

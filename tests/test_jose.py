@@ -107,3 +107,14 @@ def test_the_jwk_is_trustees_and_its_point_comes_back() -> None:
 def test_another_jwk_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError):
         parse_point(pack_jwk(TeePublicKey(b"x" * 32, b"y" * 32)) | change)
+
+
+def test_fractions_of_others_are_none_and_nothing_else_is_let_through() -> None:
+    assert parse_object(b'{"a":1.5,"b":1e9,"c":[0.1,2]}', 100, fractions_become_none=True) == {
+        "a": None,
+        "b": None,
+        "c": [None, 2],
+    }
+    for text in (b'{"a":NaN}', b'{"a":-Infinity}', b'{"a":1.5,"a":1}', b"1.5"):
+        with pytest.raises(ValueError):
+            parse_object(text, 100, fractions_become_none=True)

@@ -11,6 +11,7 @@ ELSEWHERE = {
     "artifact.sources.http": "test_artifact_sources",
     "sim.fuse": "test_sim_configfs",  # its one file system
     "artifact.sources.layout": "test_artifact_signature",
+    **dict.fromkeys(("sim.trustee_as", "sim.trustee_knobs", "sim.trustee_sessions"), "test_sim_trustee"),
 }
 # Test files that are about more than one module.
 WHOLE = {

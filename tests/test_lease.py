@@ -28,6 +28,7 @@ from agent.errors import (
     Unreachable,
     WorkerLostError,
 )
+from agent.evidence.cpu import REQUEST_DISTANCE_S
 from agent.lease import Action, End, Event, Lease, Look, Renew, RenewalFailed, RenewalPolicy, Renewed, Wait
 
 UNREACHABLE = RenewalFailed(BrokerUnreachableError(Unreachable.REFUSED))
@@ -43,7 +44,6 @@ STORIES: dict[str, list[tuple[float, Event, object]]] = {
         (1049.5, Look(), Wait(0.5)),
         (1050, Look(), Renew()),
     ],
-    "boot that took longer than half of the lease renews at once": [(1080, Look(), Renew())],
     "boot that took all of it is over": [(1100, Look(), OVER)],
     "lease ends to the second and stays ended": [
         (1050, Look(), Renew()),
@@ -78,10 +78,11 @@ STORIES: dict[str, list[tuple[float, Event, object]]] = {
     "attempts without an answer are made again, later each time, and not after the end": [
         (1050, Look(), Renew()),
         (1060, UNREACHABLE, Wait(1)),
-        (1061, Look(), Renew()),
-        (1061, LOST, Wait(1)),
-        (1062, Look(), Wait(1)),
-        (1063, Look(), Renew()),
+        (1061, Look(), Wait(1)),
+        (1062, Look(), Renew()),
+        (1062, LOST, Wait(1)),
+        (1065, Look(), Wait(1)),
+        (1066, Look(), Renew()),
         (1096, UNREACHABLE, Wait(1)),
         (1099.5, Look(), Wait(0.5)),
         (1100, Look(), OVER),
@@ -89,11 +90,11 @@ STORIES: dict[str, list[tuple[float, Event, object]]] = {
     "answer begins the count of failures anew": [
         (1050, Look(), Renew()),
         (1051, LOST, Wait(1)),
-        (1052, Look(), Renew()),
-        (1053, Renewed(100), Wait(1)),
-        (1102, Look(), Renew()),
-        (1103, LOST, Wait(1)),
-        (1104, Look(), Renew()),
+        (1053, Look(), Renew()),
+        (1054, Renewed(100), Wait(1)),
+        (1103, Look(), Renew()),
+        (1104, LOST, Wait(1)),
+        (1106, Look(), Renew()),
     ],
     "denial stops at once and for good": [
         (1050, Look(), Renew()),
@@ -114,7 +115,7 @@ def told(action: Action) -> object:
 
 @pytest.mark.parametrize("name", STORIES)
 def test_story(name: str) -> None:
-    policy = RenewalPolicy(Lease(100, 1000.0))
+    policy = RenewalPolicy(Lease(100, 1000.0), 1000.0)
     for now, event, expected in STORIES[name]:
         assert told(policy.decide(event, now)) == expected, (now, event)
 
@@ -133,7 +134,7 @@ def test_story(name: str) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_any_answer_but_silence_is_final(error: AgentError) -> None:
-    policy = RenewalPolicy(Lease(100, 1000.0))
+    policy = RenewalPolicy(Lease(100, 1000.0), 1000.0)
     policy.decide(Look(), 1050)
     assert policy.decide(RenewalFailed(error), 1051) == End(error)
 
@@ -151,14 +152,14 @@ def test_any_answer_but_silence_is_final(error: AgentError) -> None:
     ids=lambda error: type(error).__name__,
 )
 def test_an_authority_that_was_not_reached_is_asked_again(error: AgentError) -> None:
-    policy = RenewalPolicy(Lease(100, 1000.0))
+    policy = RenewalPolicy(Lease(100, 1000.0), 1000.0)
     policy.decide(Look(), 1050)
     assert isinstance(policy.decide(RenewalFailed(error), 1051), Wait)
-    assert policy.next_attempt == 1052
+    assert policy.next_attempt == 1053
 
 
 def test_the_wait_between_attempts_is_bounded_and_told() -> None:
-    policy = RenewalPolicy(Lease(10**6, 0.0))
+    policy = RenewalPolicy(Lease(10**6, 0.0), 0.0)
     now = 500_000.0
     waits: list[float] = []
     for _ in range(50):
@@ -168,12 +169,25 @@ def test_the_wait_between_attempts_is_bounded_and_told() -> None:
         assert policy.next_attempt is not None
         waits.append(policy.next_attempt - now)
         now = policy.next_attempt
-    assert waits[:7] == [1, 2, 4, 8, 16, 32, 60]
-    assert set(waits[7:]) == {lease.MAX_BACKOFF_S}
+    assert waits[:6] == [2, 4, 8, 16, 32, 60]
+    assert set(waits[6:]) == {lease.MAX_BACKOFF_S}
+
+
+def test_two_workers_keep_their_distance() -> None:
+    """Each asks the firmware, and does so first of all: after a boot that used up half of the lease, and after an attempt."""
+    policy = RenewalPolicy(Lease(100, 1000.0), 1080.0)
+    assert policy.next_attempt == 1080 + REQUEST_DISTANCE_S
+    assert policy.decide(Look(), 1082) == Renew()
+    policy.decide(UNREACHABLE, 1083)
+    assert policy.next_attempt == 1083 + REQUEST_DISTANCE_S
+    assert policy.decide(Look(), 1085) == Renew()
+    policy.decide(Renewed(4), 1086)  # of which half is nearly over
+    assert policy.next_attempt == 1086 + REQUEST_DISTANCE_S
+    assert RenewalPolicy(Lease(100, 1000.0), 1098.0).next_attempt is None
 
 
 def test_no_attempt_is_announced_beyond_the_end() -> None:
-    policy = RenewalPolicy(Lease(100, 1000.0))
+    policy = RenewalPolicy(Lease(100, 1000.0), 1000.0)
     assert policy.decide(Look(), 1099.5) == Renew()
     assert policy.decide(UNREACHABLE, 1099.75) == Wait(0.25)
     assert policy.next_attempt is None
@@ -182,7 +196,7 @@ def test_no_attempt_is_announced_beyond_the_end() -> None:
 @pytest.mark.parametrize("event", [Renewed(5), LOST])
 def test_an_outcome_without_an_attempt_is_a_bug(event: Event) -> None:
     with pytest.raises(RuntimeError):
-        RenewalPolicy(Lease(100, 1000.0)).decide(event, 1010)
+        RenewalPolicy(Lease(100, 1000.0), 1000.0).decide(event, 1010)
 
 
 @pytest.mark.parametrize(("seconds", "since"), [(0, 0.0), (-1, 0.0), (1, float("nan")), (1, float("inf"))])

@@ -17,6 +17,7 @@ from agent.channel import Channel
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerUnreachableError, DenialReason, KeyReleaseDeniedError, Unreachable
 from agent.events import Message, Requested, VerdictAccepted, message_to_record
+from agent.evidence import Tee
 from agent.lease import Lease
 from agent.loop import Loop
 from agent.renewal import Renewal
@@ -92,7 +93,7 @@ def test_a_lease_that_ends_during_an_attempt_waits_for_nobody() -> None:
         return 0
 
     began = time.monotonic()
-    assert told_by(hang, "", passed_s=99) == ["lease_started", "lease_renewal_started", "LeaseEndedError"]
+    assert told_by(hang, "", passed_s=97) == ["lease_started", "lease_renewal_started", "LeaseEndedError"]
     assert time.monotonic() - began < 30
 
 
@@ -181,6 +182,21 @@ def test_a_guest_whose_image_sets_the_ready_state_renews_all_the_same(world: Wor
     assert agent.stop().status in (0, 21)  # 21: it was renewed before the server was ready
 
 
+def test_a_guest_in_protected_pcie_renews_with_its_switches_and_a_lost_one_stops_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=8, switches=4)
+        world.row["lease_s"] = 10
+        agent = world.start()
+        agent.wait_for("server_ready")
+        agent.wait_for("lease_renewed")
+        world.machine.reread()
+        world.machine.gpu.switches = 3
+        world.machine.save()
+        outcome = agent.wait()
+        assert (outcome.status, outcome.failure["class"]) == (13, "GpuCountError")
+        assert outcome.failure["fields"] == {"expected": 4, "got": 3, "device": "NVSwitch"}
+
+
 def test_a_guest_without_gpus_renews_on_cpu_evidence_alone(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)
@@ -189,6 +205,29 @@ def test_a_guest_without_gpus_renews_on_cpu_evidence_alone(tmp_path: Path, silic
         agent = world.start()
         agent.wait_for("lease_renewed")
         assert agent.stop().status in (0, 21)
+
+
+def test_a_td_whose_register_was_extended_renews_with_the_log_that_explains_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=0, tee=Tee.TDX)
+        del world.row["manifest_digests"]
+        world.row["lease_s"], world.row_tdx["event_log"] = 10, "required"
+        agent = world.start()
+        assert agent.wait_for("release_measured")["rtmr_3"]
+        agent.wait_for("lease_renewed")
+        assert agent.stop().status in (0, 21)
+        names = [event["event"] for event in agent.events]
+        assert names.count("release_measured") == 1, "a renewal releases nothing"
+
+
+def test_a_row_that_lists_the_register_as_it_was_before_the_release_renews_nothing(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=0, tee=Tee.TDX)
+        del world.row["manifest_digests"]
+        world.row["lease_s"], world.row_tdx["rtmr_3"] = 10, [{"id": "nothing-yet", "value": "00" * 48}]
+        outcome = world.boot()
+        assert (outcome.failure["class"], outcome.failure["fields"]["claim"]) == ("KeyReleaseDeniedError", "tdx.rtmr_3")
+        assert world.audit()[:2] == [ATTESTED, RELEASED]
 
 
 def test_a_verdict_without_a_lease_lifts_it(world: World) -> None:
@@ -265,7 +304,7 @@ def test_a_renewal_whose_worker_is_killed_is_tried_again(world: World) -> None:
     os.kill(worker_of(agent), signal.SIGKILL)
     world.broker_process.send_signal(signal.SIGCONT)
     failed = agent.wait_for("lease_renewal_failed")
-    assert (failed["error"], failed["retry_in_ms"]) == ("WorkerLostError", 1000)
+    assert (failed["error"], failed["retry_in_ms"]) == ("WorkerLostError", 2000)
     agent.wait_for("lease_renewed")
     assert agent.stop().status == 0
 

@@ -1,16 +1,14 @@
 """The simulated driver: structs as in nvml.h, the latch as in the driver, names that nobody can mistake."""
 
 import ctypes
-import stat
 from pathlib import Path
 
 import pynvml
 import pytest
-from cryptography import x509
 
-from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, parse_report
+from agent.evidence.gpu_abi import parse_report
 from agent.sim.machine import SimulatedMachine
-from agent.sim.nvml import SimulatedNvml, create_gpu_silicon, nvml_calls
+from agent.sim.nvml import SimulatedNvml, nvml_calls
 from tests.gpus import NONCE, gpu_machine
 
 READY = "nvmlSystemGetConfComputeGpusReadyState"
@@ -84,21 +82,6 @@ def test_structs_have_the_size_and_offsets_of_the_driver(
 ) -> None:
     assert ctypes.sizeof(struct) == size
     assert {name: getattr(struct, name).offset for name in offsets} == offsets
-
-
-def test_every_name_in_the_chain_says_simulated(gpus: SimulatedMachine) -> None:
-    chain = (gpus.silicon / "gpu-1.pem").read_bytes()
-    names = [certificate.subject.rfc4514_string() for certificate in x509.load_pem_x509_certificates(chain)]
-    assert len(names) == 5
-    assert all("SIMULATED" in name for name in names)
-    assert len(chain) <= MAX_CHAIN_BYTES
-
-
-def test_keys_are_private_and_the_root_is_where_a_broker_looks_for_it(tmp_path: Path) -> None:
-    create_gpu_silicon(tmp_path, 3)
-    assert stat.S_IMODE((tmp_path / "gpu-2.key").stat().st_mode) == 0o600
-    root = x509.load_pem_x509_certificate((tmp_path / "nvidia-root.pem").read_bytes())
-    assert x509.load_pem_x509_certificates((tmp_path / "gpu-2.pem").read_bytes())[-1] == root
 
 
 def test_nothing_answers_before_initialisation(gpus: SimulatedMachine) -> None:

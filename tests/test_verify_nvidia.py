@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
-from agent.sim.nvml import BLACKWELL, FWID, HOPPER, LS10, Chip, issue, issue_authority, issue_device
+from agent.sim.gpu_silicon import BLACKWELL, FWID, HOPPER, LS10, Chip, issue, issue_authority, issue_device
 from agent.verify.nvidia import (
     COMPOSITE_DEVICE_ID,
     CompositeDeviceId,

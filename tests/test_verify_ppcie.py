@@ -84,21 +84,21 @@ def test_a_set_has_four_switches(
 
 
 def test_every_device_of_a_set_is_verified(devices: SimulatedSet, gpus: list[GpuEvidence], switches: list[GpuEvidence]) -> None:
-    signature = (EvidenceFormat.NVIDIA_REPORT, EvidenceCheck.REPORT_SIGNATURE)
     for place in range(12):
+        where = EvidenceFormat.NVIDIA_REPORT if place < 8 else EvidenceFormat.SWITCH_REPORT
         evidence = (*gpus, *switches)
         broken = replace(evidence[place], report=evidence[place].report[:-1] + b"\0")
         evidence = (*evidence[:place], broken, *evidence[place + 1 :])
-        assert refusal(devices, evidence[:8], evidence[8:]) == signature
+        assert refusal(devices, evidence[:8], evidence[8:]) == (where, EvidenceCheck.REPORT_SIGNATURE)
     assert refusal(devices, gpus, switches, GpuNonce(bytes(32))) == (EvidenceFormat.NVIDIA_REPORT, EvidenceCheck.NONCE)
 
 
 def test_a_switch_in_the_place_of_a_gpu_is_none(
     devices: SimulatedSet, gpus: list[GpuEvidence], switches: list[GpuEvidence]
 ) -> None:
-    chip = (EvidenceFormat.NVIDIA_CHAIN, EvidenceCheck.CERTIFICATE_CHIP_ID)
-    assert refusal(devices, [*gpus[:7], switches[0]], switches) == chip
-    assert refusal(devices, gpus, [*switches[:3], gpus[0]]) == chip
+    chip = EvidenceCheck.CERTIFICATE_CHIP_ID
+    assert refusal(devices, [*gpus[:7], switches[0]], switches) == (EvidenceFormat.NVIDIA_CHAIN, chip)
+    assert refusal(devices, gpus, [*switches[:3], gpus[0]]) == (EvidenceFormat.SWITCH_CHAIN, chip)
 
 
 @pytest.mark.parametrize("role", ["gpus", "switches"])

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import hashlib
 import json
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
 from agent.evidence.snp_abi import (
+    REPORT_BYTES,
     SIGNED_BYTES,
     Product,
     SigningKey,
@@ -30,7 +32,8 @@ from agent.evidence.snp_abi import (
     parse_certificate_table,
 )
 from agent.sim.machine import SimulatedMachine
-from agent.sim.snp import issue_leaf, make_report, sign_report
+from agent.sim.snp import issue_leaf, make_crl, make_report, sign_report
+from agent.verify.crl import RevocationList, parse_crl
 from agent.verify.snp import AMD_EXTENSIONS, SnpClaims, load_certificate, verify_snp
 from tests.shared import shared_data
 
@@ -79,6 +82,23 @@ def test_a_recorded_report_with_one_flipped_bit_does_not_verify(name: str) -> No
         changed = bytearray(evidence.report)
         changed[position] ^= 1
         refuse(dataclasses.replace(evidence, report=bytes(changed)), EvidenceCheck.REPORT_SIGNATURE, now=day)
+
+
+def flipped_bytes_are_refused(evidence: Evidence, day: datetime.datetime, roots: Sequence[x509.Certificate] = ()) -> None:
+    """250 places of the signed part and its ends, and every byte behind it, of which no other parser may make anything."""
+    verify_snp(evidence, roots, [], day)
+    sampled = random.Random(1).sample(range(SIGNED_BYTES), 250)
+    for place in {0, SIGNED_BYTES - 1, *sampled, *range(SIGNED_BYTES, REPORT_BYTES)}:
+        report = bytearray(evidence.report)
+        report[place] ^= 1 << place % 8
+        with pytest.raises((EvidenceVerificationError, MalformedEvidenceError)):
+            verify_snp(dataclasses.replace(evidence, report=bytes(report)), roots, [], day)
+
+
+@pytest.mark.parametrize("name", ["milan-v3-vcek", "milan-v3-vlek-aws", "genoa-v3-vcek-configfs", "genoa-v5-vcek"])
+def test_no_byte_of_a_recorded_report_can_be_another(name: str) -> None:
+    evidence, day, _ = recorded(name)
+    flipped_bytes_are_refused(evidence, day)
 
 
 @pytest.mark.parametrize(
@@ -164,6 +184,16 @@ def test_a_simulated_report_does_not_verify_under_the_pinned_roots(machine: Simu
 def test_a_debuggable_guest_verifies_and_its_policy_can_be_read(machine: SimulatedMachine) -> None:
     machine.policy |= 1 << 19
     assert verify_snp(machine.attester().collect(REPORT_DATA), roots_of(machine), [], NOW).report.policy.debug
+
+
+@pytest.mark.parametrize("version", [3, 4, 5])
+def test_no_byte_of_a_simulated_report_can_be_another(vendor: "Vendor", version: int) -> None:
+    mitigations = 1 if version == 5 else None
+    vendor.report = dataclasses.replace(
+        vendor.report, version=version, launch_mitigations=mitigations, current_mitigations=mitigations
+    )
+    evidence = vendor.evidence()
+    flipped_bytes_are_refused(evidence, NOW, [load_certificate(evidence.cert_chain[2])])
 
 
 def test_a_flipped_signature_bit_is_refused(machine: SimulatedMachine) -> None:
@@ -438,6 +468,44 @@ def test_a_turin_chip_needs_a_certificate_for_its_fmc_level(vendor: Vendor, fmc:
     with pytest.raises(EvidenceVerificationError) as refused:
         vendor.verify()
     assert refused.value.check is EvidenceCheck.CERTIFICATE_TCB
+
+
+# --- revocation -------------------------------------------------------------------------------------------------------
+
+ASK_SERIAL = 1
+
+
+def listed(vendor: Vendor, revoked: Sequence[int], **changes: object) -> RevocationList:
+    """The list of the vendor's ARK."""
+    issuer = load_certificate(vendor.chain()[2]).subject
+    return parse_crl(make_crl(issuer, vendor.ark_key, revoked, **changes))  # type: ignore[arg-type]
+
+
+def test_a_chain_is_held_against_lists_where_there_are_any(vendor: Vendor) -> None:
+    evidence = vendor.evidence()
+    roots = [load_certificate(evidence.cert_chain[2])]
+    assert not verify_snp(evidence, roots, [], NOW).revocation_checked
+    assert verify_snp(evidence, roots, [], NOW, [listed(vendor, [2, 3])]).revocation_checked
+    for lists, check in (
+        ([listed(vendor, [ASK_SERIAL])], EvidenceCheck.REVOCATION),
+        ([], EvidenceCheck.REVOCATION_LIST),
+        ([listed(vendor, [], days=(-9, -8))], EvidenceCheck.REVOCATION_LIST_VALIDITY),
+        (
+            [dataclasses.replace(listed(vendor, []), signature=bytes(256))],
+            EvidenceCheck.REVOCATION_LIST_SIGNATURE,
+        ),
+    ):
+        with pytest.raises(EvidenceVerificationError) as refused:
+            verify_snp(evidence, roots, [], NOW, lists)
+        assert (refused.value.check, refused.value.format) == (check, EvidenceFormat.SNP_CHAIN)
+
+
+def test_no_chain_of_silicon_passes_a_list_in_its_roots_name_that_is_not_amds(vendor: Vendor) -> None:
+    evidence, day, _ = recorded("milan-v3-vcek")
+    forged = parse_crl(make_crl(load_certificate(evidence.cert_chain[2]).subject, vendor.ark_key, []))
+    with pytest.raises(EvidenceVerificationError) as refused:
+        verify_snp(evidence, [], [], day, [forged])
+    assert refused.value.check is EvidenceCheck.REVOCATION_LIST_SIGNATURE
 
 
 # --- signing keys -----------------------------------------------------------------------------------------------------

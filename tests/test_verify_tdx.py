@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
-from agent.evidence.ccel import parse_event_log
+from agent.evidence.ccel import pack_event_log, parse_event_log
 from agent.evidence.tdx_abi import TdAttributes, TdxQuote, pack_qe_report, pack_quote, parse_quote, quote_length, signed_part
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_quote, make_td_report, raw_signature, sign_quote
@@ -220,6 +220,25 @@ def test_an_event_log_with_one_event_more_or_less_is_refused(machine: SimulatedM
         with pytest.raises(EvidenceVerificationError) as refused:
             check_event_log(dataclasses.replace(log, events=events), td)
         assert refused.value.check is EvidenceCheck.RTMR
+
+
+def test_a_log_that_comes_with_a_quote_must_have_made_its_registers(machine: SimulatedMachine) -> None:
+    evidence, log = collect(machine), make_event_log(machine)
+    assert not verify_tdx(evidence, roots_of(machine), NOW).event_log
+    with_log = dataclasses.replace(evidence, event_log=pack_event_log(log))
+    assert verify_tdx(with_log, roots_of(machine), NOW).event_log
+    shorter = dataclasses.replace(evidence, event_log=pack_event_log(dataclasses.replace(log, events=log.events[:-1])))
+    assert refuse(shorter, EvidenceCheck.RTMR, roots_of(machine)).got == 2
+    with pytest.raises(MalformedEvidenceError):
+        verify_tdx(dataclasses.replace(evidence, event_log=with_log.event_log[:-1]), roots_of(machine), NOW)
+
+
+def test_a_recorded_log_made_the_registers_of_the_recorded_quote_beside_it() -> None:
+    evidence, day, _ = recorded("v4-live-with-ccel")
+    log = pack_event_log(parse_event_log(shared_data("tdx/ccel/live2.bin").read_bytes()))
+    assert verify_tdx(dataclasses.replace(evidence, event_log=log), [], day).event_log
+    other, day, _ = recorded("v4-uptodate")
+    refuse(dataclasses.replace(other, event_log=log), EvidenceCheck.RTMR, now=day)
 
 
 @pytest.mark.parametrize("version", [4, 5])

@@ -73,6 +73,7 @@ class World:
         silicon: Path,
         undo: ExitStack,
         gpus: int = 1,
+        switches: int = 0,
         files: int = 1,
         model_bytes: int = MODEL_BYTES,
         given: bytes | dict[str, bytes] | None = None,
@@ -82,7 +83,7 @@ class World:
     ) -> None:
         self.folder = folder
         self.undo = undo
-        self.machine = SimulatedMachine.create(folder / "machine", gpus=gpus, silicon=silicon)
+        self.machine = SimulatedMachine.create(folder / "machine", gpus=gpus, switches=switches, silicon=silicon)
         self.silicon = silicon
         self.port, self.broker_port = free_port(), free_port()
         self.behaviour = "serve"
@@ -101,7 +102,7 @@ class World:
         key_file.chmod(0o600)
         self.key_file = key_file
         self.tee: dict[str, Any] = {"attester": f"simulated-{tee.value}"}
-        self.gpu: dict[str, Any] = {"count": gpus}
+        self.gpu: dict[str, Any] = {"count": gpus, "switches": switches}
         self.broker_config: dict[str, Any] = {
             "endpoints": [f"127.0.0.1:{self.broker_port}"],
             "server_name": "kbs.test",
@@ -157,6 +158,9 @@ class World:
                 "modes": ["cc"],
                 "ready": False,
             }
+        if switches:
+            vbios = self.machine.gpu.switch_vbios_version
+            self.row_gpu |= {"modes": ["ppcie"], "switch_vbios_versions": [{"id": "switch-1", "value": vbios}]}
         self.broker_flags = ["--unsafe-simulation-roots", str(silicon)]
         self.cwd: Path | None = None
         """Where the agent is started; None: where we are."""

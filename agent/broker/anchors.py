@@ -10,6 +10,7 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import BrokerFailureError, ConfigError, ConfigProblem, MalformedEvidenceError
+from agent.verify.crl import MAX_CRL_BYTES, RevocationList, parse_crl
 from agent.verify.roots import SIMULATED_MARK, UNREADABLE
 from agent.verify.snp import load_certificate
 from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES
@@ -45,17 +46,46 @@ class TdxCollateral:
 
 
 @dataclass(frozen=True, slots=True)
+class AmdCrls:
+    """AMD's revocation lists: a folder of `.crl` files, DER or PEM, as its key distribution service gives them out.
+
+    Read for every report, because each list has an end. No list at all is as good as none of the right root: nobody passes.
+    """
+
+    directory: Path
+
+    def read(self) -> tuple[RevocationList, ...]:
+        """Every list of the folder.
+
+        Raises:
+            BrokerFailureError: folder or file cannot be read.
+            MalformedEvidenceError: a file is no list.
+        """
+        try:
+            return tuple(parse_crl(_read_start(path)) for path in sorted(self.directory.iterdir()) if path.suffix == ".crl")
+        except OSError as error:
+            raise BrokerFailureError(_UNAVAILABLE, Ident("COLLATERAL_IO")) from error
+
+
+def _read_start(path: Path) -> bytes:
+    with path.open("rb") as stream:
+        return stream.read(MAX_CRL_BYTES + 1)
+
+
+@dataclass(frozen=True, slots=True)
 class TrustAnchors:
     """Attributes:
     simulation_roots: empty unless the broker was started with `--unsafe-simulation-roots`.
     endorsements: certificates of chips and their issuers, for guests whose host supplies none. They are not trusted:
         they must lead to a pinned root like any other.
     tdx_collateral: None: nobody evaluates the TCB of TDX platforms.
+    amd_crls: None: nobody asks whether AMD took a chain back.
     """
 
     simulation_roots: tuple[x509.Certificate, ...] = ()
     endorsements: tuple[x509.Certificate, ...] = ()
     tdx_collateral: TdxCollateral | None = None
+    amd_crls: AmdCrls | None = None
 
 
 def load_simulation_roots(directory: Path) -> tuple[x509.Certificate, ...]:

@@ -4,7 +4,7 @@ Verifies through `agent/verify`, appraises through `policy.py`, and writes one a
 learns of it. Blocking: the service calls it in worker threads. Knows no wire and keeps no nonce.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -12,7 +12,7 @@ from agent.broker.anchors import TrustAnchors
 from agent.broker.audit import AuditLog, AuditRecord, AuditStep, Decision, timestamp
 from agent.broker.jwe import seal
 from agent.broker.keystore import KeyStore
-from agent.broker.policy import PolicyTable, appraise
+from agent.broker.policy import PROTECTED_PCIE, PolicyTable, appraise
 from agent.broker.token import TOKEN_LIFE_S, TokenKey
 from agent.closed import Ident
 from agent.errors import (
@@ -26,10 +26,11 @@ from agent.errors import (
     RemoteProtocolError,
     TokenError,
 )
-from agent.evidence import Evidence, Nonce, RuntimeData, Tee
-from agent.evidence.binding import device_nonce, parse_additional_evidence, report_data
+from agent.evidence import Evidence, GpuEvidence, GpuNonce, Nonce, RuntimeData, Tee
+from agent.evidence.binding import KeyturnClaims, device_nonce, parse_additional_evidence, report_data, split
 from agent.handshake import Accepted, Attestation, Denied, Hello, KeyRequest, KeyResponse, TokenClaims
-from agent.verify.nvidia import verify_gpu
+from agent.verify.nvidia import GpuClaims, SwitchClaims, verify_gpu
+from agent.verify.ppcie import verify_ppcie
 from agent.verify.snp import SnpClaims, verify_snp
 from agent.verify.tdx import TdxClaims, verify_tdx
 from agent.verify.tdx_collateral import evaluate_tcb
@@ -41,13 +42,18 @@ _CERTIFICATE_CHECKS = (
     EvidenceCheck.CERTIFICATE_CHIP_ID,
     EvidenceCheck.REVOCATION,
     EvidenceCheck.REVOCATION_LIST,
+    EvidenceCheck.REVOCATION_LIST_SIGNATURE,
+    EvidenceCheck.REVOCATION_LIST_VALIDITY,
     EvidenceCheck.TCB_COLLATERAL,
 )
+_CHAINS = (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN, EvidenceFormat.SWITCH_CHAIN, EvidenceFormat.TDX_CHAIN)
 _PREFIX = {
     EvidenceFormat.SNP_REPORT: "snp",
     EvidenceFormat.SNP_CHAIN: "snp",
     EvidenceFormat.NVIDIA_REPORT: "gpu",
     EvidenceFormat.NVIDIA_CHAIN: "gpu",
+    EvidenceFormat.SWITCH_REPORT: "switch",
+    EvidenceFormat.SWITCH_CHAIN: "switch",
     EvidenceFormat.TDX_REPORT: "tdx",
     EvidenceFormat.TDX_QUOTE: "tdx",
     EvidenceFormat.TDX_CHAIN: "tdx",
@@ -117,15 +123,14 @@ class Authority:
             if said.report_data != report_data(runtime, evidence.additional_evidence):
                 raise EvidenceVerificationError(said.format, EvidenceCheck.REPORT_DATA)
 
-            # 3. So did every GPU.
+            # 3. So did every GPU and NVSwitch, and NVSwitches are those between these GPUs.
             sent, keyturn = parse_additional_evidence(evidence.additional_evidence)
-            wanted = device_nonce(runtime)
-            gpus = [verify_gpu(gpu, wanted, self._anchors.simulation_roots, now) for gpu in sent]
-            simulated = cpu.simulated or any(gpu.simulated for gpu in gpus)
+            gpus, switches = self._verify_devices(sent, keyturn, device_nonce(runtime), now)
+            simulated = cpu.simulated or any(gpu.simulated for gpu in gpus) or any(switch.simulated for switch in switches)
             record = replace(record, simulated=simulated)
 
             # 4. What they say is what the row wants.
-            appraisal = appraise(policy, hello.key_uri, cpu=cpu, gpus=gpus, keyturn=keyturn, now=now)
+            appraisal = appraise(policy, hello.key_uri, cpu=cpu, gpus=gpus, switches=switches, keyturn=keyturn, now=now)
         except (MalformedEvidenceError, EvidenceVerificationError, KeyReleaseDeniedError) as error:
             denial = error if isinstance(error, KeyReleaseDeniedError) else _denial_of(error, policy)
             self._record_denial(record, denial)
@@ -220,11 +225,24 @@ class Authority:
         anchors = self._anchors
         match evidence.tee:
             case Tee.SNP:
-                return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now)
+                lists = anchors.amd_crls.read() if anchors.amd_crls else None
+                return verify_snp(evidence, anchors.simulation_roots, anchors.endorsements, now, lists)
             case Tee.TDX:
                 claims = verify_tdx(evidence, anchors.simulation_roots, now)
                 collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None
                 return evaluate_tcb(claims, evidence, collateral, now)
+
+    def _verify_devices(
+        self, sent: Sequence[GpuEvidence], keyturn: KeyturnClaims | None, nonce: GpuNonce, now: datetime
+    ) -> tuple[tuple[GpuClaims, ...], tuple[SwitchClaims, ...]]:
+        """Each GPU by itself, or the whole set where there is an NVSwitch or should be one."""
+        roots = self._anchors.simulation_roots
+        gpus, switches = split(sent)
+        # refusal: test_protected_pcie_without_switches_is_denied test_switches_beside_gpus_in_another_mode_are_not_passed_over
+        if switches or (keyturn is not None and keyturn.multi_gpu_mode == PROTECTED_PCIE):
+            claims = verify_ppcie(gpus, switches, nonce, roots, now)
+            return claims.gpus, claims.switches
+        return tuple(verify_gpu(gpu, nonce, roots, now) for gpu in gpus), ()
 
     def _record(
         self, step: AuditStep, request_id: Ident | None, key_uri: Ident | None, policy: PolicyTable, now: datetime
@@ -282,6 +300,6 @@ def _denial_of(error: MalformedEvidenceError | EvidenceVerificationError, policy
         claim, collateral = f"{prefix}.{error.check.value}", error.check in _CERTIFICATE_CHECKS
     else:
         claim = f"{prefix}.malformed.{error.field}"
-        collateral = error.format in (EvidenceFormat.SNP_CHAIN, EvidenceFormat.NVIDIA_CHAIN, EvidenceFormat.TDX_CHAIN)
+        collateral = error.format in _CHAINS
     reason = DenialReason.COLLATERAL if collateral else DenialReason.DEVICE
     return KeyReleaseDeniedError(reason, Ident(claim), None, policy.version)

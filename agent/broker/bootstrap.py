@@ -66,7 +66,8 @@ version = "1"
 #count = 1                             # 0 for guests without GPUs, which need none of the following
 #driver_versions = [{ id = "driver-1", value = "580.95.05" }]
 #vbios_versions = [{ id = "vbios-1", value = "96.00.74.00.1A" }]
-#modes = ["cc"]                        # "ppcie" for eight Hopper GPUs with NVSwitch, "nvle" for several Blackwell GPUs
+#modes = ["cc"]                        # "nvle" for several Blackwell GPUs, "ppcie" for eight Hopper GPUs with four NVSwitches
+#switch_vbios_versions = [{ id = "switch-1", value = "96.10.55.00.01" }]   # only for "ppcie"
 #ready = false                         # true where the image's init sets the ready state (stock Kata)
 """.replace("{zeros96}", "0" * 96)
 

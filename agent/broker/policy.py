@@ -21,12 +21,13 @@ from agent.config import parse_toml
 from agent.errors import ConfigError, ConfigProblem, DenialReason, KeyReleaseDeniedError
 from agent.evidence.binding import KeyturnClaims
 from agent.evidence.snp_abi import TcbVersion
-from agent.verify.nvidia import GpuClaims
+from agent.verify.nvidia import GpuClaims, SwitchClaims
 from agent.verify.snp import SnpClaims
 from agent.verify.tdx import TdxClaims
 
 SCHEMA = "keyturn-policy/v1"
 PRODUCTION_ENVIRONMENT = 2
+PROTECTED_PCIE = 1  # NVML's `multiGpuMode`
 
 _IDENT = r"^[A-Za-z0-9_][A-Za-z0-9_.:/@+\[\]-]{0,127}\Z"
 _Name = Annotated[str, msgspec.Meta(pattern=_IDENT)]
@@ -73,6 +74,7 @@ class Claim(enum.Enum):
     RTMR_1 = "tdx.rtmr_1"
     RTMR_2 = "tdx.rtmr_2"
     RTMR_3 = "tdx.rtmr_3"
+    EVENT_LOG = "tdx.event_log"
     TD_MIGRATABLE = "tdx.attributes.migratable"
     TD_SEPT_VE = "tdx.attributes.sept_ve_disable"
     TEE_TCB_SVN = "tdx.tee_tcb_svn"
@@ -81,6 +83,7 @@ class Claim(enum.Enum):
     GPU_COUNT = "gpu.count"
     DRIVER_VERSION = "gpu.driver_version"
     VBIOS_VERSION = "gpu.vbios_version"
+    SWITCH_VBIOS_VERSION = "gpu.switch_vbios_version"
     KEYTURN = "keyturn.claims"
     ENVIRONMENT = "gpu.environment"
     DEVTOOLS = "gpu.devtools"
@@ -100,7 +103,7 @@ class GpuMode(enum.Enum):
 
 # FEATURE_FLAG of the GPU's own report: 0 one GPU, 1 several, 2 protected PCIe; what another value means we do not know.
 _FLAGS: dict[GpuMode | None, tuple[int, ...]] = {GpuMode.CC: (0, 1), GpuMode.PROTECTED_PCIE: (2,), GpuMode.NVLE: (0, 1)}
-_MODES = {(1, 0): GpuMode.CC, (0, 1): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
+_MODES = {(1, 0): GpuMode.CC, (0, PROTECTED_PCIE): GpuMode.PROTECTED_PCIE, (1, 2): GpuMode.NVLE}
 
 
 class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -161,7 +164,9 @@ class TdxRow(_Section, frozen=True):
 
     Attributes:
         rtmr_0: of the virtual hardware, as the firmware found it, and rtmr_3, extended at run time: None does not look at
-            them; an empty list still matches nothing.
+            them; an empty list still matches nothing. A guest that measures the release of the key has another rtmr_3 in every
+            boot from then on: where it is listed, no lease is renewed.
+        event_log: `required`: a log must come with the quote; None: it may. One that comes must replay to the quote's RTMRs.
         tcb: Intel's words for TCB levels that are good enough; `not_evaluated` for platforms of which the broker has no
             collateral. A revoked platform is never good enough, nor is a debug TD: `verify_tdx` refuses that one.
     """
@@ -172,16 +177,24 @@ class TdxRow(_Section, frozen=True):
     rtmr_1: tuple[_Measurement, ...] = ()
     rtmr_2: tuple[_Measurement, ...] = ()
     rtmr_3: tuple[_Measurement, ...] | None = None
+    event_log: Literal["required"] | None = None
     minimum_tee_tcb_svn: TcbSvn | None = None
     tcb: tuple[_TcbStatus, ...] = ()
 
 
 class GpuRow(_Section, frozen=True):
-    """Reference values of the GPUs. `ready`: the ready state when a boot attests first, true where its init sets it."""
+    """Reference values of the GPUs.
+
+    Attributes:
+        modes: `ppcie` demands the whole set: eight GPUs and four NVSwitches that name each other.
+        switch_vbios_versions: for that mode.
+        ready: the ready state when a boot attests first, true where its init sets it.
+    """
 
     count: Annotated[int, msgspec.Meta(ge=0, le=16)] | None = None
     driver_versions: tuple[_Version, ...] = ()
     vbios_versions: tuple[_Version, ...] = ()
+    switch_vbios_versions: tuple[_Version, ...] = ()
     modes: tuple[GpuMode, ...] = ()
     ready: bool | None = None
 
@@ -266,6 +279,7 @@ def appraise(
     *,
     cpu: SnpClaims | TdxClaims,
     gpus: Sequence[GpuClaims],
+    switches: Sequence[SwitchClaims] = (),
     keyturn: KeyturnClaims | None,
     now: datetime,
 ) -> Appraisal:
@@ -276,6 +290,7 @@ def appraise(
         key_uri: the key that is asked for.
         cpu: what the CPU said.
         gpus: what each GPU said, in any order.
+        switches: what each NVSwitch said; if there is one, `check_topology` holds of these and the GPUs.
         keyturn: what the agent in the measured image says of itself, covered by the report; None when there are no GPUs.
         now: with a time zone.
     Raises:
@@ -311,6 +326,9 @@ def appraise(
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.DRIVER_VERSION, row.gpu.driver_versions, gpu.driver_version)
         one_of(Claim.VBIOS_VERSION, row.gpu.vbios_versions, gpu.vbios_version)
+    for switch in switches:
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        one_of(Claim.SWITCH_VBIOS_VERSION, row.gpu.switch_vbios_versions, switch.vbios_version)
 
     # 4. What the agent says of itself. Without GPUs there is no place for it; the configuration is covered by step 2.
     # refusal: test_what_no_reference_value_can_allow_is_denied_by_its_name
@@ -326,10 +344,16 @@ def appraise(
         mode = _MODES.get((keyturn.cc_feature, keyturn.multi_gpu_mode))
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, mode in row.gpu.modes)
-        # The one mode that the GPU itself signs; drivers before 580 leave it out.
+        # What the GPUs themselves sign of it; drivers before 580 leave the flag out, those before 550 both.
         flags = {gpu.feature_flag for gpu in gpus} - {None}
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         require(Claim.MODES, all(flag in _FLAGS.get(mode, ()) for flag in flags))
+        protected = {gpu.protected_pcie for gpu in gpus} - {None}
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        require(Claim.MODES, protected <= {mode is GpuMode.PROTECTED_PCIE})
+        # Evidence of the NVSwitches goes with that mode, and with no other.
+        # refusal: test_one_wrong_claim_is_denied_by_its_name
+        require(Claim.MODES, bool(switches) == (mode is GpuMode.PROTECTED_PCIE))
         # Whoever renews a lease has passed the gate, and the state is never set back.
         ready = True if keyturn.renewal and row.gpu.ready is not None else row.gpu.ready
         # refusal: test_one_wrong_claim_is_denied_by_its_name
@@ -410,6 +434,8 @@ def _appraise_tdx(judge: _Judge, row: TdxRow, claims: TdxClaims) -> None:
     if row.rtmr_3 is not None:
         # refusal: test_one_wrong_claim_is_denied_by_its_name
         one_of(Claim.RTMR_3, row.rtmr_3, td.rtmr_3.hex())
+    # refusal: test_one_wrong_claim_is_denied_by_its_name
+    require(Claim.EVENT_LOG, claims.event_log or row.event_log is None)
 
     # 2. Nobody else holds its memory, and no page is taken from it unnoticed. No row can allow either.
     # refusal: test_one_wrong_claim_is_denied_by_its_name
@@ -493,6 +519,7 @@ def _check_unique(where: str, row: Row) -> None:
         "tdx.minimum_tee_tcb_svn": (tdx.minimum_tee_tcb_svn,) if tdx.minimum_tee_tcb_svn else (),
         "gpu.driver_versions": row.gpu.driver_versions,
         "gpu.vbios_versions": row.gpu.vbios_versions,
+        "gpu.switch_vbios_versions": row.gpu.switch_vbios_versions,
     }
     seen: set[str] = set()
     for name, values in lists.items():

@@ -45,6 +45,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--audit", metavar="FILE", help="audit log, appended to")
     parser.add_argument("--endorsements", metavar="DIR", help="AMD certificates (.pem, .der) for hosts that supply none")
     parser.add_argument(
+        "--amd-crls",
+        metavar="DIR",
+        help="AMD's revocation lists (.crl), renewed by you; with it every guest's processor needs one that is current",
+    )
+    parser.add_argument(
         "--tdx-collateral",
         metavar="DIR",
         help="Intel's collateral for TDX platforms, <FMSPC>.json each; without it no TCB status is evaluated",
@@ -75,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 async def _serve(args: argparse.Namespace) -> int:
-    from agent.broker.anchors import TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
+    from agent.broker.anchors import AmdCrls, TdxCollateral, TrustAnchors, load_endorsements, load_simulation_roots
     from agent.broker.audit import AuditLog
     from agent.broker.authority import Authority
     from agent.broker.keystore import DirectoryKeyStore
@@ -86,6 +91,7 @@ async def _serve(args: argparse.Namespace) -> int:
         load_simulation_roots(Path(args.unsafe_simulation_roots)) if args.unsafe_simulation_roots is not None else (),
         load_endorsements(Path(args.endorsements)) if args.endorsements is not None else (),
         TdxCollateral(_folder(args.tdx_collateral, "tdx-collateral")) if args.tdx_collateral is not None else None,
+        AmdCrls(_folder(args.amd_crls, "amd-crls")) if args.amd_crls is not None else None,
     )
     token_key = TokenKey(_read(args.token_key, "token-key", private=True))
     policy = _load_policy(args.policy)

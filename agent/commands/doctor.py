@@ -8,16 +8,17 @@ from typing import Any
 from agent import unhandled
 from agent.commands.run import open_gpus, open_tee
 from agent.config_source import find_in_guest, from_file, from_initdata_file
-from agent.doctor import CHECKS, Finding, Guest, examine, exit_status
+from agent.doctor import CHECKS
+from agent.examination import Finding, Guest, examine, exit_status
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser(
         "doctor",
         help=summary,
-        description=f"{summary[0].upper()}{summary[1:]}. Every check is made, whatever the others find: `ok`, `skipped` with "
-        "the reason, or `FAILED` with the error, who must act, and the next step. Nothing is changed: no key is asked for, no "
-        "GPU ready state is set, and no driver or route is waited for.",
+        description=f"{summary[0].upper()}{summary[1:]}. Every check is made, whatever the others find: `ok`, with what was "
+        "seen, `skipped` with the reason, or `FAILED` with the error, who must act, and the next step. Nothing is changed: no "
+        "key is asked for, no GPU ready state is set, and no driver or route is waited for.",
         epilog=f"Checks, in the order of a boot: {', '.join(CHECKS)}. Exit status: 0 when none failed, else that of the first "
         "failure, at length with `keyturn explain EXIT_STATUS`. In a guest whose agent serves, what that agent holds is found "
         "taken: the GPU ready state, a given folder, the server's address.",
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
         guest = Guest(find_in_guest, open_tee, open_gpus, args.offline)
 
     findings = []
-    for finding in examine(guest):
+    for finding in examine(guest, CHECKS):
         findings.append(finding)
         if not args.json:
             print(_line(finding), flush=True)
@@ -65,4 +66,5 @@ def _line(finding: Finding) -> str:
         return f"FAILED   {finding.check}: {type(error).__name__}: {error}; next step: {error.next_step}"
     if finding.skipped is not None:
         return f"skipped  {finding.check}: {finding.skipped.value}"
-    return f"ok       {finding.check}"
+    seen = ", ".join(f"{name} {value}" for name, value in finding.seen.items())
+    return f"ok       {finding.check}" + (f": {seen}" if seen else "")

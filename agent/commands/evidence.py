@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from agent import unhandled
 from agent.closed import Ident
-from agent.commands.run import open_gpus, open_tee
+from agent.commands.run import open_gpus, open_runtime, open_tee
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.errors import Absence, ConfigError, ConfigProblem, NoAttesterError
 from agent.evidence import Evidence, Nonce, RuntimeData, Tee
@@ -123,7 +123,9 @@ def _open(measured: "Measured") -> "Devices":
     return open_devices(
         guest,
         gpus,
+        open_runtime(config),
         gpu_count=config.gpu.count,
+        switch_count=config.gpu.switches,
         expected_ready=expected,
         manifest_digest=config.artifact.digest,
         server_command_digest=command_digest(plan.argv),
@@ -142,7 +144,7 @@ def check_held(proc: Path = Path("/proc")) -> None:
 def _primary(evidence: Evidence) -> dict[str, object]:
     report = pack_b64(evidence.report)
     if evidence.tee is Tee.TDX:
-        return {"quote": report}
+        return {"quote": report, "event_log": pack_b64(evidence.event_log) or None}
     return {"report": report, "cert_chain": [pack_b64(der) for der in evidence.cert_chain]}
 
 

@@ -1,14 +1,34 @@
-"""`keyturn explain`: the long form of an error, found by its name or by an exit status."""
+"""`keyturn explain`: what failed, who must act and what to check, from whatever is at hand.
+
+The long form of an error, found by its name or an exit status; or what a token, an event or a status file says
+(`diagnosis.py`).
+"""
 
 import argparse
 import difflib
 import json
 import re
+import sys
 import textwrap
-from typing import Any
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from agent.errors import EXIT_SERVED, EXIT_STATUS, EXIT_USAGE, AgentError, all_errors
+from agent.closed import Ident
+from agent.errors import (
+    EXIT_SERVED,
+    EXIT_STATUS,
+    EXIT_USAGE,
+    AgentError,
+    ConfigError,
+    ConfigProblem,
+    TokenError,
+    all_errors,
+)
 from agent.explanations import EXPLANATIONS, ROLES
+
+if TYPE_CHECKING:
+    from agent.commands.diagnosis import Diagnosis
 
 _WIDTH = 80
 _KEPT_TOGETHER = re.compile(r"`[^`]{1,70}`")  # what can be typed is not broken over two lines
@@ -25,21 +45,25 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
-        "code",
-        metavar="CODE",
+        "what",
+        metavar="CODE|TOKEN|EVENT|FILE",
         nargs="?",
-        help="name of an error, with or without Error, or an exit status: every error behind it",
+        help=(
+            "CODE: name of an error, with or without Error, or an exit status: every error behind it. TOKEN: of a broker or of "
+            "Trustee; EVENT: a line of a boot's output; both as they are, or in a FILE, as may be a whole log or a status; "
+            "- is standard input. Nothing is verified"
+        ),
     )
     which.add_argument("--list", action="store_true", help="every error with its exit status; with --json every explanation")
-    parser.add_argument("--json", action="store_true", help="print one JSON object an error")
+    parser.add_argument("--json", action="store_true", help="print JSON: one object an error, or one for what was given")
     parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     by_status = sorted(all_errors().values(), key=lambda cls: (_status(cls), cls.__name__))
-    found = by_status if args.list else [cls for cls in by_status if _is_meant(cls, args.code)]
+    found = by_status if args.list else [cls for cls in by_status if _is_meant(cls, args.what)]
     if not found:
-        args.usage_error(_unknown(args.code, by_status))
+        return _explain_input(args, by_status)
     if args.json:
         for cls in found:
             print(json.dumps(_record(cls)))
@@ -48,6 +72,61 @@ def run(args: argparse.Namespace) -> int:
     else:
         print("\n\n".join(_for_people(cls) for cls in found))
     return 0
+
+
+def _explain_input(args: argparse.Namespace, by_status: list[type[AgentError]]) -> int:
+    from agent.commands.diagnosis import diagnose  # the formats of the handshake; an error's name needs none of them
+
+    try:
+        if (text := _read(args.what)) is None:
+            raise ValueError(_unknown(args.what, by_status))
+        diagnosis = diagnose(text, int(time.time()))
+    except TokenError as error:
+        args.usage_error(f"this is no token that can be read: its {error.check.value} does not hold")
+    except ValueError as error:
+        args.usage_error(str(error))
+    print(json.dumps(diagnosis.record) if args.json else _told(diagnosis))
+    return 0
+
+
+def _read(what: str) -> str | None:
+    """Standard input, a file, or the argument itself where it has the form of a token or of JSON."""
+    from agent.commands.diagnosis import MAX_INPUT_BYTES
+
+    try:
+        if what == "-":
+            data = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
+        else:
+            with Path(what).open("rb") as stream:
+                data = stream.read(MAX_INPUT_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte, or a surrogate
+        if what.lstrip().startswith("{") or what.count(".") == 2:
+            return what
+        if "/" in what:
+            raise ConfigError(ConfigProblem.NOT_FOUND, Ident("FILE")) from error
+        return None
+    if len(data) > MAX_INPUT_BYTES:
+        raise ConfigError(ConfigProblem.TOO_LARGE, Ident("FILE"))
+    return data.decode("utf-8", "replace")
+
+
+def _told(diagnosis: "Diagnosis") -> str:
+    lines = [_wrapped(diagnosis.headline, "")]
+    width = max((len(name) for name, _ in diagnosis.facts), default=0)
+    lines += [f"  {name:<{width}}  {value}" for name, value in diagnosis.facts]
+    lines += ["", "What failed"]
+    if not diagnosis.problems:
+        lines.append(_wrapped(diagnosis.without_problems, "  "))
+    for number, problem in enumerate(diagnosis.problems, 1):
+        first = f"  {number}. "
+        for said in problem.said:
+            lines.append(_wrapped(said, first))
+            first = " " * len(first)
+        lines.append(_wrapped(f"who must act: {problem.owner.value}: {ROLES[problem.owner]}", " " * 8))
+        lines.append(_wrapped(f"next step: {problem.next_step}", " " * 8))
+        if problem.error:
+            lines.append(f"        more: `keyturn explain {problem.error.__name__}`")
+    return "\n".join(lines)
 
 
 def _status(cls: type[AgentError]) -> int:

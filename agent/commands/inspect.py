@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     if match is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
     location, digest = match.groups()
-    ca_pem = _read_pem(args.ca_file, "ca-file") if args.ca_file else None
+    ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
     with contextlib.closing(open_source(location, ca_pem, _TIMEOUT_S)) as source:
         for wanted in [digest] if digest else _digests_in_index(source):
             manifest = m.parse_manifest(source.read_manifest(wanted, m.MAX_MANIFEST_BYTES), wanted)
@@ -96,12 +96,12 @@ def _digests_in_index(source: LayoutSource) -> list[str]:
 
 def _read_signer(path: Path) -> PublicKey:
     try:
-        return parse_provider_key(_read_pem(path, "signed-by"))
+        return parse_provider_key(read_pem(path, "signed-by"))
     except ValueError:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("signed-by")) from None
 
 
-def _read_pem(path: Path, argument: str) -> str:
+def read_pem(path: Path, argument: str) -> str:
     try:
         with path.open("rb") as stream:
             return stream.read(_MAX_PEM_BYTES).decode("ascii")

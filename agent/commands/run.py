@@ -12,6 +12,7 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
+    from agent.evidence.runtime import RuntimeMeasurement
     from agent.sim.machine import SimulatedMachine
 
 
@@ -90,9 +91,9 @@ def health_address(text: str) -> tuple[str, int] | None:
     return host.strip("[]"), int(port)
 
 
-def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None]":
+def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None, RuntimeMeasurement]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
-    return open_tee(cfg), open_gpus(cfg)
+    return open_tee(cfg), open_gpus(cfg), open_runtime(cfg)
 
 
 def open_tee(cfg: "MeasuredConfig") -> "Attester":
@@ -107,15 +108,33 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     return open_interface(Tee(cfg.tee.attester))
 
 
+def open_runtime(cfg: "MeasuredConfig") -> "RuntimeMeasurement":
+    """The runtime register of the TEE, and the event log."""
+    from agent.evidence import Tee
+    from agent.evidence.runtime import RuntimeMeasurement
+
+    tee = Tee(cfg.tee.attester.removeprefix("simulated-"))
+    if cfg.simulation is not None:
+        return _simulated_machine(cfg.simulation.machine).runtime(tee)
+    return RuntimeMeasurement.of(tee)
+
+
 def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
-    """The GPUs; None when there shall be none."""
+    """The GPUs, and with them the NVSwitches if there shall be any; None when there shall be no GPU."""
     if not cfg.gpu.count:
         return None
-    if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).gpu_system()
-    from agent.evidence.gpu import NvmlGpuSystem
+    machine = _simulated_machine(cfg.simulation.machine) if cfg.simulation else None
+    if machine:
+        gpus = machine.gpu_system()
+    else:
+        from agent.evidence.gpu import NvmlGpuSystem
 
-    return NvmlGpuSystem()
+        gpus = NvmlGpuSystem()
+    if not cfg.gpu.switches:
+        return gpus
+    from agent.evidence.nscq import GpusAndSwitches, NscqSwitches
+
+    return GpusAndSwitches(gpus, machine.switch_system() if machine else NscqSwitches())
 
 
 def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:

@@ -10,7 +10,7 @@ import json
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,8 +29,8 @@ from agent.errors import (
     SimulationRefusal,
     SimulationRefusedError,
 )
-from agent.evidence import Evidence, GpuEvidence, GpuNonce, Tee
-from agent.evidence.ccel import MAX_LOG_BYTES, SHA384, parse_event_log, replay
+from agent.evidence import SWITCH_ARCH, Evidence, GpuEvidence, GpuNonce, Tee
+from agent.evidence.ccel import MAX_LOG_BYTES, SHA384, parse_event_log, parse_runtime_event, replay
 from agent.evidence.cpu import certificate_chain, der_certificates
 from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
@@ -45,7 +45,8 @@ from agent.evidence.snp_abi import (
 )
 from agent.evidence.snp_abi import parse_report as parse_snp_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, TDREPORT_BYTES, TEE_TYPE_TDX, TdAttributes, TdBody, parse_tdreport
-from agent.verify.nvidia import GpuClaims, verify_gpu
+from agent.verify.crl import MAX_CRL_BYTES, parse_crl
+from agent.verify.nvidia import GpuClaims, SwitchClaims, verify_gpu, verify_switch
 from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
 from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
 from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES, evaluate_tcb
@@ -88,7 +89,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         "snp",
         help="an SEV-SNP attestation report",
         description="Verify an SEV-SNP attestation report, version 3 to 5: a genuine AMD chip signed it, at the TCB it "
-        "reports. Revocation is not checked.",
+        "reports. Revocation is checked with --crl.",
         epilog="The chain is VCEK (or VLEK), ASK (or ASVK) and ARK. Where the host has none for you AMD has: on a terminal, "
         "and without --endorsement, you are told where. Example: keyturn verify snp report.bin --endorsement vcek.der "
         "--endorsement cert_chain.pem",
@@ -101,6 +102,12 @@ def add_parser(verbs: Any, summary: str) -> None:
         action="append",
         default=[],
         help="certificates: DER, PEM, or a host's table of them (configfs auxblob); may be given several times",
+    )
+    snp.add_argument(
+        "--crl",
+        metavar="FILE",
+        action="append",
+        help="AMD's revocation list, DER or PEM: its own, current, and without this chain; may be given several times",
     )
     snp.set_defaults(examine=_snp)
 
@@ -129,17 +136,17 @@ def add_parser(verbs: Any, summary: str) -> None:
 
     nvidia = kinds.add_parser(
         "nvidia",
-        help="the attestation report of an NVIDIA GPU",
-        description="Verify the attestation report of an NVIDIA GPU, Hopper or Blackwell: a genuine GPU signed it, with the "
-        "firmware that its key was made for. Measurements are printed and not compared with NVIDIA's. Revocation is not "
-        "checked.",
+        help="the attestation report of an NVIDIA GPU or NVSwitch",
+        description="Verify the attestation report of an NVIDIA GPU, Hopper or Blackwell, or of an NVSwitch, LS10: a genuine "
+        "device signed it, with the firmware that its key was made for. Measurements are printed and not compared with "
+        "NVIDIA's. Revocation is not checked.",
         epilog="Without --nonce the report may be an old one. Example: keyturn verify nvidia gpu.bin --chain chain.pem --nonce "
         "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb",
         allow_abbrev=False,
     )
     nvidia.add_argument("file", metavar="REPORT", help="SPDM request and response, binary; - for standard input")
-    nvidia.add_argument("--chain", metavar="PEM", required=True, help="the GPU's five certificates, leaf first")
-    nvidia.add_argument("--nonce", metavar="HEX", type=nonce_argument, help="the 32 bytes that the GPU was asked to sign")
+    nvidia.add_argument("--chain", metavar="PEM", required=True, help="the device's five certificates, leaf first")
+    nvidia.add_argument("--nonce", metavar="HEX", type=nonce_argument, help="the 32 bytes that the device was asked to sign")
     nvidia.set_defaults(examine=_nvidia)
 
     log = kinds.add_parser(
@@ -147,7 +154,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="the event log of a TD",
         description="Replay the event log of a TD (ACPI table CCEL, with what CoCo appends), and compare the registers with "
         "those of a quote, verified as by `verify tdx --no-collateral`, or of a TDREPORT, which only its own processor could "
-        "verify: take it yourself, inside the TD. Digests are what is verified: the data beside them is anybody's.",
+        "verify: take it yourself, inside the TD. Digests are what is verified: the data beside them is anybody's, but for "
+        "events of the running system (runtime_event in --json), whose digest is over their text.",
         epilog="Example: keyturn verify event-log /sys/firmware/acpi/tables/data/CCEL --against quote.bin",
         allow_abbrev=False,
     )
@@ -194,12 +202,14 @@ def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     endorsements = [certificate for file in args.endorsement for certificate in _endorsements(file)]
     if not endorsements and sys.stderr.isatty() and (urls := kds_urls(parse_snp_report(report_bytes))):
         print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
-    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now)
+    lists = None if args.crl is None else [parse_crl(_read(file, MAX_CRL_BYTES, "crl")) for file in args.crl]
+    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now, lists)
     report = claims.report
     record: dict[str, object] = {
         "tee": "snp",
         "product": claims.product.value,
         "simulated": claims.simulated,
+        "revocation_checked": claims.revocation_checked,
         "version": report.version,
         "guest_svn": report.guest_svn,
         "policy": _policy(report.policy),
@@ -349,17 +359,26 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     report_bytes = _read(args.file, MAX_REPORT_BYTES, "report")
     chain = _read(args.chain, MAX_CHAIN_BYTES, "chain")
     report = parse_gpu_report(report_bytes)
-    claims = _verify_gpu(report_bytes, chain, GpuNonce(args.nonce) if args.nonce else report.requester_nonce, roots, now)
-    record: dict[str, object] = {
-        "arch": claims.arch,
+    nonce = GpuNonce(args.nonce) if args.nonce else report.requester_nonce
+    claims = _verify_nvidia(report_bytes, chain, nonce, roots, now)
+    match claims:
+        case GpuClaims():
+            device = f"{claims.arch} GPU"
+            said: dict[str, object] = {
+                "arch": claims.arch,
+                "driver_version": claims.driver_version,
+                "fwid": None if report.fwid is None else report.fwid.hex(),
+                "feature_flag": claims.feature_flag,
+            }
+        case SwitchClaims():
+            device = f"{SWITCH_ARCH} NVSwitch"
+            said = {"arch": SWITCH_ARCH, "pdi": claims.pdi.hex(), "gpu_pdis": [pdi.hex() for pdi in claims.gpu_pdis]}
+    record = said | {
         "simulated": claims.simulated,
         "hwmodel": claims.hwmodel,
         "ueid": claims.ueid,
         "leaf_key_sha256": claims.leaf_key_sha256,
-        "driver_version": claims.driver_version,
         "vbios_version": claims.vbios_version,
-        "fwid": None if report.fwid is None else report.fwid.hex(),
-        "feature_flag": claims.feature_flag,
         "project": report.project,
         "project_sku": report.project_sku,
         "chip_sku": report.chip_sku,
@@ -368,20 +387,21 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
         "measurements": [digest.hex() for digest in report.measurements],
     }
     return _Finding(
-        f"verified: report of {_silicon(claims.simulated)} {claims.arch} GPU{'' if args.nonce else ', of unknown age'}",
+        f"verified: report of {_silicon(claims.simulated)} {device}{'' if args.nonce else ', of unknown age'}",
         record,
-        ("hwmodel", "ueid", "driver_version", "vbios_version", "fwid", "feature_flag", "nonce"),
+        ("hwmodel", "ueid", "vbios_version", *(name for name in said if name not in ("arch", "gpu_pdis")), "nonce"),
     )
 
 
-def _verify_gpu(report: bytes, chain: bytes, nonce: GpuNonce, roots: _Roots, now: datetime) -> GpuClaims:
+def _verify_nvidia(report: bytes, chain: bytes, nonce: GpuNonce, roots: _Roots, now: datetime) -> GpuClaims | SwitchClaims:
     """The certificates decide between the architectures: what the Evidence of a guest claims beside them is not here."""
-    try:
-        return verify_gpu(GpuEvidence("HOPPER", "", report, chain), nonce, roots, now)
-    except EvidenceVerificationError as error:
-        if error.check is not EvidenceCheck.CERTIFICATE_CHIP_ID:
-            raise
-    return verify_gpu(GpuEvidence("BLACKWELL", "", report, chain), nonce, roots, now)
+    for arch in ("HOPPER", "BLACKWELL"):
+        try:
+            return verify_gpu(GpuEvidence(arch, "", report, chain), nonce, roots, now)
+        except EvidenceVerificationError as error:
+            if error.check is not EvidenceCheck.CERTIFICATE_CHIP_ID:
+                raise
+    return verify_switch(GpuEvidence(SWITCH_ARCH, "", report, chain), nonce, roots, now)
 
 
 # --- event log --------------------------------------------------------------------------------------------------------
@@ -394,7 +414,12 @@ def _event_log(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Findi
         "against": None,
         **{f"rtmr_{number}": register.hex() for number, register in enumerate(registers)},
         "events": [
-            {"mr_index": event.mr_index, "event_type": event.event_type, "digest": dict(event.digests).get(SHA384, b"").hex()}
+            {
+                "mr_index": event.mr_index,
+                "event_type": event.event_type,
+                "digest": dict(event.digests).get(SHA384, b"").hex(),
+                "runtime_event": asdict(said) if (said := parse_runtime_event(event)) else None,
+            }
             for event in log.events
         ],
     }

@@ -27,6 +27,7 @@ from agent.evidence import Tee
 from agent.guest import mounts
 from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
 from agent.sim.machine import SimulatedMachine
+from agent.verify.ppcie import SWITCHES
 
 TEXTS = ("a cat", "a kitten", "an annual tax report")
 BOOT_TIMEOUT_S = 180
@@ -42,12 +43,16 @@ class Options:
         once: stop when the questions are answered.
         flip_byte: damage one byte of ciphertext before the boot.
         configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
+        gpus: how many the machine has.
+        ppcie: with eight GPUs, and the four NVSwitches between them.
     """
 
     once: bool
     flip_byte: bool
     tee: Tee = Tee.SNP
     configfs: bool = False
+    gpus: int = 1
+    ppcie: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +134,8 @@ def run(options: Options, view: View) -> Result:
     with tempfile.TemporaryDirectory(prefix="keyturn-demo-") as name:
         folder = Path(name)
         with view.preparing("simulated machine"):
-            machine = SimulatedMachine.create(folder / "machine", gpus=1)
+            switches = SWITCHES if options.ppcie else 0
+            machine = SimulatedMachine.create(folder / "machine", gpus=options.gpus, switches=switches)
             user = site.choose_server_user()
         with view.preparing("sealed model") as progress:
             model = site.seal_minilm(folder, progress)

@@ -240,9 +240,15 @@ server_command_digests = [{{ id = "server-command", value = "{command_digest(SER
 count = {machine.gpu.count}
 driver_versions = [{{ id = "driver", value = "{machine.gpu.driver_version}" }}]
 vbios_versions = [{{ id = "vbios", value = "{machine.gpu.vbios_version}" }}]
-modes = ["cc"]
+{_switches_of_row(machine) if machine.gpu.switches else 'modes = ["cc"]'}
 ready = false
 """
+
+
+def _switches_of_row(machine: SimulatedMachine) -> str:
+    return f"""\
+switch_vbios_versions = [{{ id = "switch-vbios", value = "{machine.gpu.switch_vbios_version}" }}]
+modes = ["ppcie"]"""
 
 
 def _snp_section(machine: SimulatedMachine) -> str:
@@ -302,6 +308,7 @@ machine = {json.dumps(str(machine.directory))}
 {via}
 [gpu]
 count = {machine.gpu.count}
+switches = {machine.gpu.switches}
 ready_state = "own"
 
 [broker]

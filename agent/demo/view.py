@@ -25,6 +25,7 @@ from agent.events import (
     GatePassed,
     Message,
     Progress,
+    ReleaseMeasured,
     ServerStarted,
     StageEnded,
     StageFailed,
@@ -42,6 +43,7 @@ _MEANING = {
     "prepare": "authenticate the manifest, reserve guest memory",
     "attest": "broker's nonce → GPU evidence → CPU evidence → verdict",
     "release-key": "get the model key, still sealed to this guest",
+    "measure": "note the release in the TEE's runtime register, where it has one",
     "secure": "set the GPU ready, once",
     "unwrap": "open the key, in locked memory",
     "load": "fetch and open every segment",
@@ -216,8 +218,10 @@ def _notes(message: Message) -> list[str]:
         case VerdictAccepted(request_id, _, policy_version, simulated):
             evidence = "simulated evidence" if simulated else "evidence"
             return [f"{evidence} accepted under policy {policy_version}, request {request_id}"]
-        case GatePassed(gpus):
-            return [f"{gpus} GPU ready"]
+        case ReleaseMeasured(rtmr_3=str()):
+            return ["that the key was released stands in RTMR 3 from here on"]
+        case GatePassed(gpus, switches=switches):
+            return [f"{gpus} GPU ready" + (f", {switches} NVSwitch locked" if switches else "")]
         case ServerStarted(own_uid=False) if os.geteuid() == 0:
             return ["the model server runs as root: no other user can execute the interpreter from here"]
         case _:

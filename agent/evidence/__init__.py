@@ -23,6 +23,9 @@ NO_REPORT_DATA = ReportData(bytes(REPORT_DATA_BYTES))
 """For a report that only tells us something and proves nothing to anybody."""
 GPU_NONCE_BYTES = 32
 
+SWITCH_ARCH = "LS10"
+"""The architecture of an NVSwitch that can attest, in Trustee's words."""
+
 
 class Tee(enum.Enum):
     """Kinds of TEE, by their Trustee wire names."""
@@ -39,11 +42,14 @@ class Evidence:
         report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
         cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
             quote holds its own, so there it is empty.
+        event_log: TDX: what was measured into the RTMRs, without padding (`ccel.py`); empty where there is none. The report
+            data does not cover it: it is believed when it replays to the quote's RTMRs.
     """
 
     tee: Tee
     report: bytes
     cert_chain: tuple[bytes, ...] = ()
+    event_log: bytes = b""
 
 
 class Attester(Protocol):
@@ -76,13 +82,38 @@ class Attester(Protocol):
         """
 
 
+class Unsupported(enum.Enum):
+    """Why nothing is measured at run time. No error: such a guest is what it is, and its verifier sees it."""
+
+    NO_REGISTER = "no-register"  # SEV-SNP: what a guest does after its launch is covered by report data alone
+    NO_DRIVER = "no-driver"  # the kernel has no file for it: Linux 6.16 brought it
+    READ_ONLY = "read-only"  # this process may not write it: a container's sysfs, or not root
+    FOREIGN_LOG = "foreign-log"  # CoCo's attestation agent keeps the log: an event that is not in it would spoil its replay
+
+
+class RuntimeRegister(Protocol):
+    """The register that a running guest extends: RTMR 3 of a TDX guest. Blocking, and quick."""
+
+    def read(self) -> bytes | Unsupported:
+        """Its value, 48 bytes, where it can be extended. Raises DeviceError."""
+
+    def extend(self, digest: bytes) -> None:
+        """Make it SHA-384(value ‖ digest), with a digest of 48 bytes; only after `read` gave a value.
+
+        It cannot be taken back before the next start of the guest.
+
+        Raises:
+            DeviceError: the kernel refused.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class GpuEvidence:
     """Evidence of one GPU, or of one NVSwitch, which has the same shape.
 
     Attributes:
         arch: `HOPPER`, `BLACKWELL`, or `LS10` for an NVSwitch (Trustee's words).
-        uuid: NVML's UUID, `GPU-…`.
+        uuid: NVML's UUID, `GPU-…`; of an NVSwitch NSCQ's label, `SWX-…`.
         report: SPDM GET_MEASUREMENTS request and response, binary (about 4 KiB).
         certificate_chain: PEM, leaf first, five certificates.
     """
@@ -111,6 +142,13 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Switch:
+    uuid: str
+    arch: str
+    mode: int  # trusted NVLink: -1 unknown, 0 off, 1 on, 2 failed, 3 on and locked
+
+
+@dataclass(frozen=True, slots=True)
 class GpuInventory:
     """Everything the gate compares: read before attestation and again before the ready state is set."""
 
@@ -119,6 +157,7 @@ class GpuInventory:
     modes: GpuModes
     ready: bool
     persistent: bool  # every GPU stays initialised when nobody has it open
+    switches: tuple[Switch, ...] = ()  # where the configuration names any
 
 
 class GpuSystem(Protocol):
@@ -128,13 +167,26 @@ class GpuSystem(Protocol):
         """Inventory, modes and ready state as they are now. Raises DeviceError."""
 
     def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
-        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order. Raises DeviceError; never retried."""
+        """Fresh Evidence of every GPU over `nonce` (32 bytes), in NVML order, then of every NVSwitch.
+
+        Raises DeviceError; never retried.
+        """
 
     def check_faults(self) -> None:
         """Raises GpuFaultError when the kernel log shows a fatal XID or CC fault, or cannot be read."""
 
     def set_ready(self) -> None:
         """Set the ready state 0→1 and read it back. Once per VM, without compensation. Raises DeviceError, GpuFaultError."""
+
+
+class SwitchSystem(Protocol):
+    """All NVSwitches of this guest. Blocking, serial, never abandoned half-way."""
+
+    def inspect(self) -> tuple[Switch, ...]:
+        """Every NVSwitch and its mode as they are now. Raises DeviceError."""
+
+    def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
+        """Fresh Evidence of every NVSwitch over `nonce` (32 bytes), in the order of `inspect`. Raises DeviceError."""
 
 
 @dataclass(frozen=True, slots=True)

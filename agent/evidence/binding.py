@@ -1,4 +1,4 @@
-"""What the Evidence covers: nonce, our public key, every GPU's evidence, modes and digests. Trustee's binding, exactly.
+"""What the Evidence covers: nonce, our public key, GPUs and NVSwitches, modes and digests. Trustee's binding, exactly.
 
 Devices come first: each GPU signs the *device nonce*, a hash of the broker's nonce and our ephemeral public key. Then the
 CPU report signs the *report data*, a hash of the same two and of the whole text of the device Evidence. So one CPU
@@ -17,6 +17,7 @@ Follows Trustee's KBS protocol 0.4.0 (confidential-containers/trustee 78962cd), 
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -24,15 +25,28 @@ import rfc8785
 
 from agent.closed import Ident
 from agent.errors import EvidenceFormat, MalformedEvidenceError
-from agent.evidence import GPU_NONCE_BYTES, REPORT_DATA_BYTES, GpuEvidence, GpuNonce, ReportData, RuntimeData
+from agent.evidence import (
+    GPU_NONCE_BYTES,
+    REPORT_DATA_BYTES,
+    SWITCH_ARCH,
+    GpuEvidence,
+    GpuNonce,
+    ReportData,
+    RuntimeData,
+)
 from agent.handshake import MAX_ADDITIONAL_EVIDENCE_BYTES, TeePublicKey
 from agent.jose import boolean, integer, pack_b64, pack_jwk, parse_b64, parse_object, string
 
 MAX_GPUS = 16
+MAX_SWITCHES = 4
 MAX_MODE = 255
 
-_ARCHITECTURES = ("HOPPER", "BLACKWELL")
-_UUID = re.compile(r"GPU-[A-Za-z0-9-]{1,60}")
+# Each architecture, and what a device of it is called.
+_UUIDS = {
+    "HOPPER": re.compile(r"GPU-[A-Za-z0-9-]{1,60}"),
+    "BLACKWELL": re.compile(r"GPU-[A-Za-z0-9-]{1,60}"),
+    SWITCH_ARCH: re.compile(r"SWX-[A-Za-z0-9-]{1,60}"),
+}
 _VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]{0,63}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 
@@ -71,7 +85,7 @@ def canonical_runtime_data(data: RuntimeData, additional_evidence: str | None) -
 
 
 def device_nonce(data: RuntimeData) -> GpuNonce:
-    """What every GPU signs: the first 32 bytes of SHA-384 over the runtime data without device Evidence."""
+    """What every GPU and NVSwitch signs: the first 32 bytes of SHA-384 over the runtime data without device Evidence."""
     return GpuNonce(hashlib.sha384(canonical_runtime_data(data, None)).digest()[:GPU_NONCE_BYTES])
 
 
@@ -86,22 +100,26 @@ def report_data(data: RuntimeData, additional_evidence: str) -> ReportData:
     return ReportData(digest.ljust(REPORT_DATA_BYTES, b"\0"))
 
 
-def additional_evidence(gpus: tuple[GpuEvidence, ...], claims: KeyturnClaims) -> str:
+def additional_evidence(devices: tuple[GpuEvidence, ...], claims: KeyturnClaims) -> str:
     """The device Evidence text, at most 512 KiB; `""` when there are no GPUs, as Trustee wants it.
+
+    Args:
+        devices: up to 16 GPUs and 4 NVSwitches, in the order in which they are listed.
+        claims: what we say beside them.
 
     Raises:
         MalformedEvidenceError: what the devices or the driver said does not fit into the text.
     """
-    if not gpus:
+    if not devices:
         return ""
     entries = [
         {
-            "arch": gpu.arch,
-            "uuid": gpu.uuid,
-            "evidence": pack_b64(gpu.report),
-            "certificate": pack_b64(gpu.certificate_chain),
+            "arch": device.arch,
+            "uuid": device.uuid,
+            "evidence": pack_b64(device.report),
+            "certificate": pack_b64(device.certificate_chain),
         }
-        for gpu in gpus
+        for device in devices
     ]
     nvidia: dict[str, list[dict[str, str]] | dict[str, Any]] = {"device_evidence_list": entries, "keyturn": asdict(claims)}
     text = rfc8785.dumps({"nvidia": nvidia}).decode()
@@ -114,7 +132,7 @@ def parse_additional_evidence(text: str) -> tuple[tuple[GpuEvidence, ...], Keytu
     """The inverse of `additional_evidence`; claims are None when the text has no `keyturn` member (another agent).
 
     Raises:
-        MalformedEvidenceError: too long, not strict JSON, an unknown, missing or malformed member, no GPU, or too many.
+        MalformedEvidenceError: too long, not strict JSON, an unknown, missing or malformed member, no GPU, or too many devices.
     """
     if not text:
         return (), None
@@ -128,21 +146,32 @@ def parse_additional_evidence(text: str) -> tuple[tuple[GpuEvidence, ...], Keytu
         members = _object(nvidia, {"device_evidence_list"}, optional={"keyturn"})
         part = "device_evidence_list"
         entries = members["device_evidence_list"]
-        if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_GPUS:
+        if not isinstance(entries, list) or len(entries) > MAX_GPUS + MAX_SWITCHES:
             raise ValueError
-        gpus = tuple(_parse_gpu(entry) for entry in entries)
+        devices = tuple(_parse_device(entry) for entry in entries)
+        switches = sum(device.arch == SWITCH_ARCH for device in devices)
+        if switches > MAX_SWITCHES or not 1 <= len(devices) - switches <= MAX_GPUS:
+            raise ValueError
         part = "keyturn"
         claims = _parse_claims(members["keyturn"]) if "keyturn" in members else None
     except ValueError:
         raise MalformedEvidenceError(EvidenceFormat.ADDITIONAL, Ident(part)) from None  # the text is a peer's
-    return gpus, claims
+    return devices, claims
 
 
-def _parse_gpu(value: object) -> GpuEvidence:
+def split(evidence: Sequence[GpuEvidence]) -> tuple[tuple[GpuEvidence, ...], tuple[GpuEvidence, ...]]:
+    """The GPUs and the NVSwitches, each in their order."""
+    return (
+        tuple(device for device in evidence if device.arch != SWITCH_ARCH),
+        tuple(device for device in evidence if device.arch == SWITCH_ARCH),
+    )
+
+
+def _parse_device(value: object) -> GpuEvidence:
     members = _object(value, {"arch", "uuid", "evidence", "certificate"})
     arch, uuid = string(members, "arch"), string(members, "uuid")
     report, chain = parse_b64(string(members, "evidence")), parse_b64(string(members, "certificate"))
-    if arch not in _ARCHITECTURES or not _UUID.fullmatch(uuid) or not report or not chain:
+    if arch not in _UUIDS or not _UUIDS[arch].fullmatch(uuid) or not report or not chain:
         raise ValueError
     return GpuEvidence(arch, uuid, report, chain)
 

@@ -113,12 +113,33 @@ def pack_event_log(log: EventLog) -> bytes:
         event = _SPEC_ID.pack(_SIGNATURE, spec.platform_class, *spec.spec_version, spec.uintn_size, len(spec.algorithms))
         event += b"".join(_ALGORITHM.pack(*algorithm) for algorithm in spec.algorithms)
         event += bytes((len(spec.vendor_info),)) + spec.vendor_info
-        data = _FIRST.pack(spec.mr_index, EV_NO_ACTION, b"", len(event)) + event + b"".join(map(_pack_event, log.events))
+        data = _FIRST.pack(spec.mr_index, EV_NO_ACTION, b"", len(event)) + event + b"".join(map(pack_event, log.events))
     except struct.error as exc:
         raise ValueError("a field does not fit") from exc
     if parse_event_log(data) != log:
         raise ValueError("the fields do not fit together")
     return data
+
+
+def pack_event(event: Event) -> bytes:
+    """One entry, as it stands in a log."""
+    digests = b"".join(_NUMBER.pack(number) + digest for number, digest in event.digests)
+    head = _EVENT.pack(event.mr_index, event.event_type, len(event.digests))
+    return head + digests + _SIZE.pack(len(event.data)) + event.data
+
+
+def join_event_log(firmware: bytes, entries: bytes) -> bytes:
+    """A log without its padding, and `entries` after it, in the algorithms of its head.
+
+    Args:
+        firmware: as `parse_event_log` takes it.
+        entries: of the running system, one after another, without a head; may be empty.
+
+    Raises:
+        MalformedEvidenceError: as `parse_event_log`, of either.
+    """
+    # Trimmed first: what follows padding is nothing.
+    return pack_event_log(parse_event_log(pack_event_log(parse_event_log(firmware)) + entries))
 
 
 def replay(log: EventLog) -> tuple[bytes, ...]:
@@ -264,12 +285,6 @@ def _parse_event(log: _Reader, sizes: dict[int, int]) -> Event:
         digests.append((number, log.take("digest", sizes[number])))
     (size,) = log.unpack("event_size", _SIZE)
     return Event(mr_index, event_type, tuple(digests), log.take("event_data", size))
-
-
-def _pack_event(event: Event) -> bytes:
-    digests = b"".join(_NUMBER.pack(number) + digest for number, digest in event.digests)
-    head = _EVENT.pack(event.mr_index, event.event_type, len(event.digests))
-    return head + digests + _SIZE.pack(len(event.data)) + event.data
 
 
 def _malformed(field: str, got: int | None = None, expected: int | None = None) -> MalformedEvidenceError:

@@ -5,9 +5,9 @@ with. Device calls run in the calling thread; the caller never abandons them (`w
 """
 
 from collections.abc import Sequence
-from dataclasses import InitVar, dataclass
+from dataclasses import InitVar, dataclass, replace
 
-from agent.errors import ConfigNotMeasuredError, GpuCountError
+from agent.errors import ConfigNotMeasuredError, CountedDevice, GpuCountError
 from agent.evidence import (
     Attester,
     CompositeEvidence,
@@ -16,10 +16,11 @@ from agent.evidence import (
     GpuSystem,
     RuntimeData,
 )
-from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data
+from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data, split
 from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
+from agent.evidence.runtime import MeasuredRelease, RuntimeMeasurement, release_event
 from agent.guest.initdata import fit
-from agent.handshake import Verdict
+from agent.handshake import SealedKey, Verdict
 from agent.verify.nvidia import parse_chain
 
 _ONLY_CHECK_MEASURED = object()
@@ -30,11 +31,13 @@ class Devices:
     """Open devices whose GPUs passed the rules that hold before attestation. Only `open_devices` makes one.
 
     Attributes:
+        runtime: what this guest measures while it runs, and its event log.
         inventory: the GPUs as they were before attestation; None without GPUs.
         expected_ready: their ready state, and whose work it is.
     """
 
     attester: Attester
+    runtime: RuntimeMeasurement
     gpus: GpuSystem | None
     inventory: GpuInventory | None
     expected_ready: ExpectedReady
@@ -47,17 +50,23 @@ class Devices:
 
         Raises:
             DeviceError, MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError: a device misbehaved.
-            GpuCountError: a GPU gave no evidence, or two sign with one key.
+            GpuCountError: a GPU or NVSwitch gave no evidence, or two sign with one key.
         """
-        # 1. Every GPU, over the broker's nonce and our public key.
+        # 1. Every GPU and NVSwitch, over the broker's nonce and our public key.
         text = ""
         if self.gpus and self.inventory:
             evidence = self.gpus.collect(device_nonce(data))
+            gpus, switches = split(evidence)
             # refusal: test_a_missing_gpu_is_never_a_shorter_list
-            if len(evidence) != len(self.inventory.gpus):
-                raise GpuCountError(len(self.inventory.gpus), len(evidence))
+            if len(gpus) != len(self.inventory.gpus):
+                raise GpuCountError(len(self.inventory.gpus), len(gpus))
+            # refusal: test_a_missing_switch_is_never_a_shorter_list
+            if len(switches) != len(self.inventory.switches):
+                raise GpuCountError(len(self.inventory.switches), len(switches), CountedDevice.NVSWITCH)
             # refusal: test_no_evidence_is_made_of_one_gpu_that_answers_for_two
-            check_distinct(evidence)
+            check_distinct(gpus)
+            # refusal: test_no_evidence_is_made_of_one_switch_that_answers_for_two
+            check_distinct(switches, CountedDevice.NVSWITCH)
             modes = self.inventory.modes
             claims = KeyturnClaims(
                 cc_feature=modes.cc_feature,
@@ -72,12 +81,29 @@ class Devices:
             )
             text = additional_evidence(evidence, claims)
 
-        # 2. The CPU, over the same and over the text of step 1.
-        primary = self.attester.collect(report_data(data, text))
-        return CompositeEvidence(primary, text)
+        # 2. The event log. Nothing covers it: it is believed when it replays to the registers that step 3 signs.
+        event_log = self.runtime.event_log()
 
-    def secure(self, verdict: Verdict) -> SecuredDevices:
-        """The GPU gate, once, after the Verdict: see `gate.secure`."""
+        # 3. The CPU, over the same as the GPUs and over the text of step 1.
+        primary = self.attester.collect(report_data(data, text))
+        return CompositeEvidence(replace(primary, event_log=event_log), text)
+
+    def measure(self, verdict: Verdict, sealed: SealedKey, evidence: CompositeEvidence) -> MeasuredRelease:
+        """Measure that this key was released: see `runtime.release_event` and `RuntimeMeasurement.measure`.
+
+        Args:
+            verdict: accepted.
+            sealed: the key, which nobody has opened yet.
+            evidence: what the Verdict is about.
+        """
+        event = release_event(verdict, sealed, evidence, self.manifest_digest, self.server_command_digest)
+        return self.runtime.measure(event)
+
+    def secure(self, verdict: Verdict, measured: MeasuredRelease) -> SecuredDevices:
+        """The GPU gate, once, after the Verdict and after the release of the key was measured: see `gate.secure`."""
+        # refusal: test_the_gate_comes_after_the_measurement
+        if not isinstance(measured, MeasuredRelease):
+            raise RuntimeError("the measurement comes before the gate")
         return secure(verdict, self.gpus, self.inventory, self.expected_ready)
 
 
@@ -118,8 +144,10 @@ def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
 def open_devices(
     guest: MeasuredGuest,
     gpus: GpuSystem | None,
+    runtime: RuntimeMeasurement,
     *,
     gpu_count: int,
+    switch_count: int = 0,
     architecture: str | None = None,
     expected_ready: ExpectedReady,
     manifest_digest: str,
@@ -130,7 +158,9 @@ def open_devices(
     Args:
         guest: whose configuration may decide.
         gpus: None exactly when `gpu_count` is 0.
+        runtime: of this guest.
         gpu_count: configured number of GPUs.
+        switch_count: configured number of NVSwitches.
         architecture: configured one of every GPU; None for any.
         expected_ready: the ready state of the GPUs, and whose work it is.
         manifest_digest: what the evidence says will be loaded.
@@ -144,20 +174,24 @@ def open_devices(
     if gpus:
         inventory = gpus.inspect()
         # refusal: test_ready_before_the_boot_is_found_when_devices_are_opened
-        check_inventory(inventory, gpu_count, expected_ready, architecture)
+        check_inventory(inventory, gpu_count, expected_ready, architecture, switches=switch_count)
         # refusal: test_a_fault_before_the_boot_is_found_when_devices_are_opened
         gpus.check_faults()
-    return Devices(guest.attester, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
+    return Devices(guest.attester, runtime, gpus, inventory, expected_ready, manifest_digest, server_command_digest)
 
 
-def check_distinct(evidence: Sequence[GpuEvidence]) -> None:
-    """Every GPU signs with its own key: one device cannot stand for two.
+def check_distinct(evidence: Sequence[GpuEvidence], device: CountedDevice = CountedDevice.GPU) -> None:
+    """Every device signs with its own key: one cannot stand for two.
+
+    Args:
+        evidence: of devices of one kind.
+        device: which.
 
     Raises:
         GpuCountError: two chains have the same leaf key.
         MalformedEvidenceError: a chain does not parse.
     """
-    keys = {parse_chain(gpu.certificate_chain).leaf_key_sha256 for gpu in evidence}
+    keys = {parse_chain(each.certificate_chain).leaf_key_sha256 for each in evidence}
     # refusal: test_one_gpu_answering_for_two_is_refused
     if len(keys) != len(evidence):
-        raise GpuCountError(len(evidence), len(keys))
+        raise GpuCountError(len(evidence), len(keys), device)

@@ -59,6 +59,32 @@ TDX_PATIENCE = Patience((2.0, 5.0, 10.0), within_s=105.0)
 """Three requests that time out after 30 s, or a quote service that comes back within seconds."""
 
 
+REQUEST_DISTANCE_S = 2.0
+"""From the end of a request to SNP's firmware to the beginning of the next one. Linux before 6.3 gives up the guest's key when
+the host says that it is busy, and later kernels make the guest wait 10 s for the tenth of requests in a row."""
+
+
+class Distance:
+    """Keeps the requests to SNP's firmware of one process apart. Between processes it is kept by `lease.py`."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic, pause: Callable[[float], bool] = pause) -> None:
+        """Clock and wait; the wait says False when nobody wants the answer any more."""
+        self._now = now
+        self._pause = pause
+        self._last_ended: float | None = None
+
+    def wait(self) -> bool:
+        """Wait until a request may begin. False: none may, because nobody wants its answer."""
+        if self._last_ended is None:
+            return True
+        wait_s = self._last_ended + REQUEST_DISTANCE_S - self._now()
+        return wait_s <= 0 or self._pause(wait_s)
+
+    def begin(self) -> None:
+        """A request has ended, whatever came of it."""
+        self._last_ended = self._now()
+
+
 # --- SNP --------------------------------------------------------------------------------------------------------------
 
 _CHAIN_ORDER = (CertificateKind.VCEK, CertificateKind.VLEK, CertificateKind.ASK, CertificateKind.ARK)

@@ -8,14 +8,24 @@ work off the GPUs; it is no boundary against root in the guest. What is proven a
 import enum
 from dataclasses import InitVar, dataclass
 
-from agent.errors import GpuCountError, GpuFault, GpuFaultError, GpuMode, GpuModeError, VmRestartRequiredError
+from agent.errors import (
+    CountedDevice,
+    GpuCountError,
+    GpuFault,
+    GpuFaultError,
+    GpuMode,
+    GpuModeError,
+    VmRestartRequiredError,
+)
 from agent.evidence import GpuInventory, GpuSystem
 from agent.handshake import Verdict
 
 _CC_ON = 1
 _PRODUCTION = 2
 _SINGLE_GPU = 0
-_MULTI_GPU_MODES = (1, 2)  # protected PCIe, NVLE
+_PROTECTED_PCIE = 1
+_MULTI_GPU_MODES = (_PROTECTED_PCIE, 2)  # the other is NVLE
+_SWITCH_LOCKED = 3
 _ONLY_SECURE = object()
 
 
@@ -41,7 +51,7 @@ class SecuredDevices:
 
     Attributes:
         ready_state: who set it.
-        inventory: the GPUs as re-read at the gate; None without GPUs.
+        inventory: the GPUs and NVSwitches as re-read at the gate; None without GPUs.
     """
 
     ready_state: ReadyState
@@ -54,20 +64,33 @@ class SecuredDevices:
             raise RuntimeError("only secure() makes SecuredDevices")
 
 
-def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady, architecture: str | None = None) -> None:
+def check_inventory(
+    inventory: GpuInventory, count: int, expected: ExpectedReady, architecture: str | None = None, *, switches: int = 0
+) -> None:
     """Check what must hold before attestation, and again before the gate.
 
     Args:
         inventory: as just read.
         count: configured number of GPUs, 1 or more.
-        expected: the ready state.
+        expected: the ready state, one for all GPUs; NVSwitches have none.
         architecture: configured one of every GPU, in Trustee's words; None for any that can attest.
+        switches: configured number of NVSwitches.
+
+    Raises:
+        GpuModeError, GpuCountError: as `check_gpus` and `check_switches`.
+        VmRestartRequiredError, GpuFaultError: as `check_ready`.
+    """
+    check_gpus(inventory, count, architecture)
+    check_switches(inventory, switches)
+    check_ready(inventory, expected)
+
+
+def check_gpus(inventory: GpuInventory, count: int, architecture: str | None) -> None:
+    """The GPUs' part of `check_inventory`.
 
     Raises:
         GpuModeError: a mode in which the GPUs protect nothing, one we do not know, or one that this boot would not outlive.
         GpuCountError: a GPU is missing, extra, listed twice, or of another architecture.
-        VmRestartRequiredError: ready is 1 and should not be.
-        GpuFaultError: ready is 0 and should not be.
     """
     # Devtools first: it also changes the environment and sets ready by itself.
     modes = inventory.modes
@@ -103,6 +126,40 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
     if others:
         raise GpuCountError(count, count - others)
 
+
+def check_switches(inventory: GpuInventory, count: int) -> None:
+    """The NVSwitches' part of `check_inventory`.
+
+    Raises:
+        GpuModeError: the GPUs are in protected-PCIe mode and no NVSwitch is configured, or the other way round, or an
+            NVSwitch does not stand for that mode.
+        GpuCountError: an NVSwitch is missing, extra or listed twice.
+    """
+    # What GPUs in this mode say to each other crosses the NVSwitches in the clear: without their evidence it protects nothing.
+    protected = inventory.modes.multi_gpu_mode == _PROTECTED_PCIE
+    # refusal: test_protected_pcie_goes_with_switches_and_nothing_else_does
+    if protected != bool(count):
+        expected = _PROTECTED_PCIE if count else _SINGLE_GPU
+        raise GpuModeError(GpuMode.MULTI_GPU, inventory.modes.multi_gpu_mode, expected)
+
+    for got in (len(inventory.switches), len({switch.uuid for switch in inventory.switches})):
+        # refusal: test_a_missing_extra_or_repeated_switch_is_refused
+        if got != count:
+            raise GpuCountError(count, got, CountedDevice.NVSWITCH)
+    for switch in inventory.switches:
+        # Locked, so that nobody turns it off again behind the evidence.
+        # refusal: test_a_switch_that_is_not_locked_is_refused
+        if switch.mode != _SWITCH_LOCKED:
+            raise GpuModeError(GpuMode.SWITCH, switch.mode, _SWITCH_LOCKED)
+
+
+def check_ready(inventory: GpuInventory, expected: ExpectedReady) -> None:
+    """The ready state's part of `check_inventory`.
+
+    Raises:
+        VmRestartRequiredError: ready is 1 and should not be.
+        GpuFaultError: ready is 0 and should not be.
+    """
     # refusal: test_a_ready_state_somebody_else_set_needs_a_new_vm
     if inventory.ready and expected is ExpectedReady.UNSET:
         raise VmRestartRequiredError
@@ -112,7 +169,7 @@ def check_inventory(inventory: GpuInventory, count: int, expected: ExpectedReady
 
 
 def check_unchanged(before: GpuInventory, after: GpuInventory) -> None:
-    """Nothing moved while the Verdict was on its way: neither GPUs nor versions, modes or ready state.
+    """Nothing moved while the Verdict was on its way: neither GPUs nor NVSwitches, versions, modes or ready state.
 
     Raises:
         GpuFaultError: something did.
@@ -148,7 +205,7 @@ def secure(verdict: Verdict, system: GpuSystem | None, before: GpuInventory | No
     # refusal: test_a_machine_that_changed_since_attestation_does_not_pass
     check_unchanged(before, now)
     # refusal: test_an_agent_that_starts_again_after_the_gate_needs_a_new_vm
-    check_inventory(now, len(before.gpus), expected)
+    check_inventory(now, len(before.gpus), expected, switches=len(before.switches))
 
     # 2. No fault so far.
     # refusal: test_a_fault_since_attestation_does_not_pass

@@ -14,7 +14,7 @@ import errno
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,29 @@ def is_held(proc: Path = Path("/proc")) -> bool:
     return False
 
 
+def check_registry_keys(files: Iterable[Path] = (KERNEL_COMMAND_LINE, DRIVER_PARAMETERS)) -> None:
+    """Search the kernel command line and the driver's parameters for what weakens confidential computing.
+
+    Raises:
+        DeviceError: a file cannot be read.
+        GpuModeError: registry keys are set that do.
+    """
+    for path in files:
+        try:
+            with path.open("rb") as file:
+                text = file.read(MAX_PARAMETER_BYTES + 1)
+        except OSError as exc:
+            raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
+        # refusal: test_parameters_without_end_are_a_device_error
+        if len(text) > MAX_PARAMETER_BYTES:
+            raise DeviceError(Ident("kernel-parameters"), Ident("read"), errno.EFBIG)
+        # The driver takes white space out before it reads a key (rm_remove_spaces), also out of the middle of its name.
+        found = len(_WEAKENING_KEYS.findall(b"".join(text.split())))
+        # refusal: test_registry_keys_that_weaken_confidential_computing_are_refused
+        if found:
+            raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
+
+
 class NvmlGpuSystem:
     """The `GpuSystem` of this guest. Blocking and serial; a call is never abandoned and never repeated."""
 
@@ -108,7 +131,7 @@ class NvmlGpuSystem:
             NoAttesterError: a GPU is of an architecture that has no attestation.
         """
         # refusal: test_parameters_that_cannot_be_read_are_a_device_error
-        self._check_registry_keys()
+        check_registry_keys(self._parameter_files)
         with self._nvml():
             return GpuInventory(
                 driver_version=_call("nvmlSystemGetDriverVersion"),
@@ -151,22 +174,6 @@ class NvmlGpuSystem:
             # refusal: test_ready_is_set_once_and_read_back
             if not _ready():
                 raise GpuFaultError(GpuFault.READY_NOT_SET)
-
-    def _check_registry_keys(self) -> None:
-        for path in self._parameter_files:
-            try:
-                with path.open("rb") as file:
-                    text = file.read(MAX_PARAMETER_BYTES + 1)
-            except OSError as exc:
-                raise DeviceError(Ident("kernel-parameters"), Ident("read"), exc.errno or 0) from exc
-            # refusal: test_parameters_without_end_are_a_device_error
-            if len(text) > MAX_PARAMETER_BYTES:
-                raise DeviceError(Ident("kernel-parameters"), Ident("read"), errno.EFBIG)
-            # The driver takes white space out before it reads a key (rm_remove_spaces), also out of the middle of its name.
-            found = len(_WEAKENING_KEYS.findall(b"".join(text.split())))
-            # refusal: test_registry_keys_that_weaken_confidential_computing_are_refused
-            if found:
-                raise GpuModeError(GpuMode.REGISTRY_KEYS, got=found, expected=0)
 
     @contextmanager
     def _nvml(self) -> Iterator[None]:
@@ -240,10 +247,21 @@ def _collect_gpu(handle: Any, nonce: GpuNonce) -> GpuEvidence:
     answer = _call("nvmlDeviceGetConfComputeGpuAttestationReport", handle, nonce)
     report = bytes(answer.attestationReport[: answer.attestationReportSize])
 
+    check_report(report, chain, nonce)
+    return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)
+
+
+def check_report(report: bytes, chain: bytes, nonce: GpuNonce) -> None:
+    """What must hold of a GPU's or NVSwitch's report before it leaves: it parses, is over `nonce`, and its leaf key signed it.
+
+    Raises:
+        MalformedEvidenceError: report or chain does not parse.
+        EvidenceBindingError: the report carries another nonce.
+        EvidenceVerificationError: it is not signed by the key whose certificate came with it.
+    """
     parsed = parse_report(report)
     # refusal: test_a_gpu_that_signs_another_nonce_is_not_believed
     if parsed.requester_nonce != nonce:
         raise EvidenceBindingError(EvidenceFormat.NVIDIA_REPORT)
     # refusal: test_a_size_outside_the_buffer_is_malformed
     verify_report_signature(parsed, parse_chain(chain))
-    return GpuEvidence(_architecture(handle), _call("nvmlDeviceGetUUID", handle), report, chain)

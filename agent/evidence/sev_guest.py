@@ -19,7 +19,7 @@ from pathlib import Path
 from agent.closed import Ident
 from agent.errors import AttestationKeyLostError, DeviceError, EvidenceFormat, MalformedEvidenceError, NoAttesterError
 from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
-from agent.evidence.cpu import snp_evidence
+from agent.evidence.cpu import Distance, snp_evidence
 from agent.evidence.snp_abi import (
     GHCB_INVALID_LENGTH,
     REPORT_RESPONSE_BYTES,
@@ -38,7 +38,6 @@ from agent.threads import pause
 DEVICE = Path("/dev/sev-guest")
 VMPL_FILE = Path("/sys/devices/system/cpu/sev/vmpl")
 """From Linux 6.11 on; without it the guest runs at VMPL 0."""
-REQUEST_DISTANCE_S = 2.0
 MAX_TEXT_BYTES = 16
 MAX_REQUESTS = 32
 """Of one boot. It needs three, and two more for each further attempt at the broker."""
@@ -88,10 +87,8 @@ class SevGuest:
         self._device = device
         self._vmpl_file = vmpl_file
         self._ioctl = ioctl
-        self._now = now
-        self._wait = wait
+        self._distance = Distance(now, wait)
         self._requests = 0
-        self._last_ended: float | None = None
         self._certificates_bytes: int | None = None  # not known yet
         with self._opened():
             pass
@@ -162,7 +159,7 @@ class SevGuest:
                 raise AttestationKeyLostError(_FIRMWARE, name, firmware_error) from exc
             raise (AttestationKeyLostError if code in _KEY_LOST else DeviceError)(_INTERFACE, name, code) from exc
         finally:
-            self._last_ended = self._now()
+            self._distance.begin()
         status, report = parse_report_response(response.raw)
         # refusal: test_what_a_failure_means_and_that_it_is_never_asked_again
         if status:
@@ -174,10 +171,8 @@ class SevGuest:
         if self._requests >= MAX_REQUESTS:
             raise DeviceError(_INTERFACE, Ident("request-limit"), MAX_REQUESTS)
         self._requests += 1
-        if self._last_ended is not None:
-            wait_s = self._last_ended + REQUEST_DISTANCE_S - self._now()
-            if wait_s > 0 and not self._wait(wait_s):
-                raise DeviceError(_INTERFACE, name, errno.ECANCELED)
+        if not self._distance.wait():
+            raise DeviceError(_INTERFACE, name, errno.ECANCELED)
 
     def _vmpl(self) -> int:
         """The level of this guest: the firmware signs for no lower one."""

@@ -32,7 +32,7 @@ from agent.errors import (
     NoAttesterError,
 )
 from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
-from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Patience, snp_evidence, tdx_evidence
+from agent.evidence.cpu import SNP_PATIENCE, TDX_PATIENCE, Distance, Patience, snp_evidence, tdx_evidence
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES
 from agent.evidence.tdx_guest import DEVICE as TDX_GUEST
@@ -181,11 +181,24 @@ class TsmSnp(_Tsm):
     patience = SNP_PATIENCE
     key_lost = frozenset((errno.ENOTTY, errno.EBADMSG, errno.ETIMEDOUT, errno.EIO))
 
+    def __init__(self, root: Path = REPORT_ROOT, patience: Patience | None = None, distance: Distance | None = None) -> None:
+        """See `_Tsm`. `distance` keeps requests apart, by default on this machine's clock."""
+        super().__init__(root, patience)
+        self._distance = distance or Distance()
+
     def launch_digest(self) -> bytes:
         """See `Attester.launch_digest`: of a report, which firmware and guest keep from the host on its way."""
         return parse_report(self.collect(NO_REPORT_DATA).report).host_data
 
     def _collect(self, report_data: ReportData) -> Evidence:
+        if not self._distance.wait():
+            raise DeviceError(_CONFIGFS_TSM, Ident("outblob"), errno.ECANCELED)
+        try:
+            return self._ask(report_data)
+        finally:
+            self._distance.begin()
+
+    def _ask(self, report_data: ReportData) -> Evidence:
         with self._entry() as entry:
             # 1. Where the generation stands. Every accepted write adds 1.
             generation = self._read_number(entry, "generation")

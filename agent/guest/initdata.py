@@ -17,6 +17,7 @@ from agent.errors import ConfigConflictError, InitdataError, InitdataProblem
 MAX_DOCUMENT_BYTES = 4 << 20
 MAX_GZIP_BYTES = 1 << 20
 DEVICE = Ident("initdata-device")
+ALGORITHMS = ("sha256", "sha384", "sha512")  # Trustee's text writes sha-384 and names sm3; kata-agent takes these three
 
 _MAGIC = b"initdata"
 _LENGTH_BYTES = 8  # little endian, of the gzip stream
@@ -24,7 +25,6 @@ _BLOCK_BYTES = 512
 _GZIP = 16 + 15  # zlib's wbits: a gzip header and trailer, the largest window
 _WHOLE_DISK = re.compile(r"(vd|sd)[a-z]+")  # virtio-blk and virtio-scsi, the two that Kata's shims plug
 _VERSION = "0.1.0"
-_ALGORITHMS = ("sha256", "sha384", "sha512")  # Trustee's text writes sha-384 and names sm3; kata-agent takes these three
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +74,40 @@ def parse_initdata(document: bytes, source: Ident) -> Initdata:
         raise InitdataError(source, InitdataProblem.VERSION)
     algorithm = tree.get("algorithm")
     # refusal: test_every_defect_of_a_document_has_its_name
-    if algorithm not in _ALGORITHMS:
+    if algorithm not in ALGORITHMS:
         raise InitdataError(source, InitdataProblem.ALGORITHM)
     entries = tree.get("data")
     # refusal: test_every_defect_of_a_document_has_its_name
     if not isinstance(entries, dict) or not all(isinstance(value, str) for value in entries.values()):
         raise InitdataError(source, InitdataProblem.DATA)
     return Initdata(hashlib.new(algorithm, document).digest(), entries)
+
+
+def pack_document(entries: Mapping[str, str], algorithm: str) -> bytes:
+    """A document with these entries, in their order; the same entries give the same bytes.
+
+    A text stands there as it is wherever TOML allows it, so that a person can compare it with the file that it came from.
+
+    Args:
+        entries: by their names; texts that can be encoded in UTF-8.
+        algorithm: one of `ALGORITHMS`.
+    """
+    lines = [f'version = "{_VERSION}"', f'algorithm = "{algorithm}"', "", "[data]"]
+    lines += [f"{_basic(name)} = {_literal(text)}" for name, text in entries.items()]
+    return "\n".join([*lines, ""]).encode()
+
+
+def _literal(text: str) -> str:
+    """As a multi-line literal string where that says exactly this, else on one line with escapes."""
+    if "'''" in text or text.endswith("'") or re.search(r"[\x00-\x08\x0b-\x1f\x7f]", text):
+        return _basic(text)
+    return f"'''\n{text}'''"
+
+
+def _basic(text: str) -> str:
+    import json
+
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")  # JSON's escapes are TOML's; it lets one pass
 
 
 def fit(digest: bytes, length: int) -> bytes:

@@ -172,7 +172,8 @@ class GrpcBroker:
         self._attempts += 1
         on_attempt(request_id, self._attempts)
         key = EphemeralKey.generate()
-        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust)
+        challenges = self._machine.challenges if self._machine else 0
+        self._machine = machine = Handshake(request_id, key_uri, tee, key.public, self._trust, challenges)
         stream: _Stream = self._connect().stream_stream(grpc_wire.ATTEST_METHOD, bytes, bytes)(None)
         try:
             action: Action = machine.start()

@@ -20,6 +20,7 @@ from agent.handshake import (
     MAX_ADDITIONAL_EVIDENCE_BYTES,
     MAX_CERTIFICATE_BYTES,
     MAX_CERTIFICATES,
+    MAX_EVENT_LOG_BYTES,
     MAX_JWE_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_QUOTE_BYTES,
@@ -81,6 +82,7 @@ def pack_attest_request(message: Hello | Attestation) -> bytes:
                     wire.attestation.snp.cert_chain.extend(primary.cert_chain)
                 case Tee.TDX:
                     wire.attestation.tdx.quote = primary.report
+                    wire.attestation.tdx.event_log = primary.event_log
             wire.attestation.tee_pubkey.x = message.tee_pubkey.x
             wire.attestation.tee_pubkey.y = message.tee_pubkey.y
             wire.attestation.additional_evidence = message.evidence.additional_evidence.encode()
@@ -131,7 +133,9 @@ def _parse_primary(sent: pb.Attestation, state: Ident) -> Evidence:
         case "tdx":
             if not 0 < len(sent.tdx.quote) <= MAX_QUOTE_BYTES:
                 raise _malformed(state)
-            return Evidence(Tee.TDX, sent.tdx.quote)
+            if len(sent.tdx.event_log) > MAX_EVENT_LOG_BYTES:
+                raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
+            return Evidence(Tee.TDX, sent.tdx.quote, event_log=sent.tdx.event_log)
         case _:
             raise _malformed(state)
 

@@ -41,6 +41,10 @@ from agent.handshake import (
 )
 from agent.handshake.token import verify_token
 
+MAX_CHALLENGES = 10
+"""That one boot, or one renewal, answers with Evidence, over all its attempts: every one costs a request to each device, and
+the host of an SNP guest may throttle them. A broker that fails so often after the Evidence fails for half a minute already."""
+
 
 class State(enum.Enum):
     START = "START"
@@ -141,9 +145,16 @@ class Trust:
 
 
 class Handshake:
-    """One handshake with one request id and one key pair; a retry is another one."""
+    """One handshake with one request id and one key pair; a retry is another one.
 
-    def __init__(self, request_id: Ident, key_uri: Ident, tee: Tee, public_key: TeePublicKey, trust: Trust) -> None:
+    Attributes:
+        challenges: answered so far, with those of the handshakes before.
+    """
+
+    def __init__(
+        self, request_id: Ident, key_uri: Ident, tee: Tee, public_key: TeePublicKey, trust: Trust, challenges: int = 0
+    ) -> None:
+        self.challenges = challenges
         self._hello = Hello(request_id, key_uri, tee)
         self._public_key = public_key
         self._trust = trust
@@ -169,7 +180,7 @@ class Handshake:
             now: Unix seconds, for the token.
 
         Raises:
-            RemoteProtocolError: out of order, another request id, or the stream ended too early.
+            RemoteProtocolError: out of order, another request id, one Challenge too many, or the stream ended too early.
             KeyReleaseDeniedError: the broker denied.
             TokenError: the Verdict is not one the authority signed for this handshake.
             SimulationRefusedError: the Verdict is over simulated evidence and that is not allowed.
@@ -197,6 +208,10 @@ class Handshake:
     def _accept(self, state: State, event: Event, now: int) -> Action:
         match event:
             case Challenge():
+                # refusal: test_a_boot_answers_so_many_challenges_and_no_more
+                if self.challenges >= MAX_CHALLENGES:
+                    raise RemoteProtocolError(ProtocolProblem.TOO_MANY_CHALLENGES, Ident(state.value))
+                self.challenges += 1
                 self._nonce = event.nonce
                 runtime_data = RuntimeData(event.nonce, self._public_key.x, self._public_key.y)
                 return NeedEvidence(runtime_data, event.expires_in_s)

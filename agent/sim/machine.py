@@ -5,6 +5,9 @@
     vcek.der
     pck.key         the same for its quotes, should it be asked as a TDX platform
     pck.pem
+    rtmr3:sha384    its runtime register, once it was extended
+    CCEL            what its firmware measured, as a table padded to its size
+    run/            its agent's part of the event log
     silicon/        the vendors' keys, unless the machine shares another one's (`create_silicon`)
     silicon/roots/  the vendors' root certificates, and nothing else
 
@@ -26,7 +29,8 @@ from typing import Self
 
 from agent.closed import Ident
 from agent.errors import NoAttesterError, SimulationRefusal, SimulationRefusedError
-from agent.evidence import Attester, GpuSystem, Tee
+from agent.evidence import Attester, GpuSystem, SwitchSystem, Tee
+from agent.evidence.runtime import NoRegister, RuntimeMeasurement
 from agent.evidence.snp_abi import TcbVersion
 
 MACHINE_FILE = "machine.json"
@@ -51,6 +55,11 @@ class GpuKnobs:
         delay_calls: seconds by function name that such a call takes longer.
         architecture: NVML's number of it, the same for every GPU.
         persistent: persistence mode is on, as nvidia-persistenced sets it.
+        switches: number of NVSwitches, which go with protected PCIe.
+        switch_mode: trusted NVLink of all of them (`evidence.Switch`).
+        repeat_first_switch, wrong_switch_nonce, flip_switch_signature_bit: of NVSwitches, as without `switch`.
+        stray_switch: the last GPU is linked to an NVSwitch of another machine, instead of to the last one here.
+        stray_gpu: the last NVSwitch lists a GPU of another machine, instead of the last one here.
     """
 
     count: int = 1
@@ -71,6 +80,14 @@ class GpuKnobs:
     persistent: bool = True
     driver_version: str = "580.95.05"
     vbios_version: str = "96.00.74.00.1A"
+    switches: int = 0
+    switch_mode: int = 3
+    switch_vbios_version: str = "96.10.55.00.01"
+    repeat_first_switch: bool = False
+    wrong_switch_nonce: bool = False
+    flip_switch_signature_bit: bool = False
+    stray_switch: bool = False
+    stray_gpu: bool = False
 
 
 @dataclass
@@ -86,6 +103,8 @@ class SimulatedMachine:
         wrong_report_data: the device signs other data than it was asked to.
         flip_signature_bit: the report's signature is wrong by one bit.
         errno: the device fails with it instead of answering.
+        register_errno: the runtime register cannot be extended, and fails with this; ENOENT: the kernel has no file for it.
+        lose_extension: the runtime register says that it was extended, and was not.
     """
 
     directory: Path
@@ -100,6 +119,8 @@ class SimulatedMachine:
     wrong_report_data: bool = False
     flip_signature_bit: bool = False
     errno: int | None = None
+    register_errno: int | None = None
+    lose_extension: bool = False
     gpu: GpuKnobs = field(default_factory=GpuKnobs)
     _on_disk: bytes = field(default=b"", init=False, repr=False, compare=False)
 
@@ -109,6 +130,7 @@ class SimulatedMachine:
         directory: Path,
         *,
         gpus: int = 1,
+        switches: int = 0,
         silicon: Path | None = None,
         measurement: bytes = MEASUREMENT,
         host_data: bytes = bytes(32),
@@ -120,7 +142,7 @@ class SimulatedMachine:
 
         Args:
             directory: empty or not there yet.
-            gpus: at most as many as the silicon has.
+            gpus, switches: at most as many as the silicon has; with NVSwitches it is in protected-PCIe mode.
             silicon: the folder of `create_silicon`; a new one in `directory` if None, which takes seconds.
             measurement: 48 bytes.
             host_data: 32 bytes.
@@ -137,7 +159,7 @@ class SimulatedMachine:
         directory.mkdir(parents=True, exist_ok=True)
         if silicon is None:
             silicon = directory / "silicon"
-            create_silicon(silicon, gpus)
+            create_silicon(silicon, gpus, switches)
         machine = cls(
             directory=directory,
             silicon=silicon,
@@ -146,7 +168,7 @@ class SimulatedMachine:
             host_data=host_data,
             policy=policy,
             tcb=tcb,
-            gpu=GpuKnobs(count=gpus),
+            gpu=GpuKnobs(count=gpus, switches=switches, cc_feature=int(not switches), multi_gpu_mode=int(bool(switches))),
         )
         snp.create_chip_key(machine)
         tdx.create_platform_key(machine)
@@ -225,11 +247,31 @@ class SimulatedMachine:
         # The node beside configfs is only asked for a TDREPORT: any file will do, for the ioctl is the machine's.
         return TsmTdx(Path(report_root), device=self.directory / MACHINE_FILE, ioctl=tdx.SimulatedNode(self).ioctl)
 
+    def runtime(self, tee: Tee = Tee.SNP) -> RuntimeMeasurement:
+        """Its runtime register and event log."""
+        from agent.sim import tdx
+
+        if tee is not Tee.TDX:
+            return RuntimeMeasurement(NoRegister())
+        tdx.write_ccel(self)
+        return RuntimeMeasurement(
+            tdx.SimulatedRegister(self),
+            firmware_log=self.directory / tdx.CCEL_FILE,
+            folder=self.directory / "run",
+            foreign_log=self.directory / tdx.FOREIGN_LOG_FILE,
+        )
+
     def gpu_system(self) -> GpuSystem:
         """Its GPUs, through the real NVML binding."""
         from agent.sim import nvml  # needs ctypes and pynvml, which a machine without GPUs does not
 
         return nvml.open_gpu_system(self)
+
+    def switch_system(self) -> SwitchSystem:
+        """Its NVSwitches, through the real NSCQ binding."""
+        from agent.sim import nscq
+
+        return nscq.open_switch_system(self)
 
     @property
     def roots_dir(self) -> Path:
@@ -237,8 +279,8 @@ class SimulatedMachine:
         return self.silicon / "roots"
 
 
-def create_silicon(directory: Path, gpus: int = 8) -> None:
-    """Vendors' keys and roots for any number of machines: AMD's, Intel's and NVIDIA's part, `gpus` GPUs."""
+def create_silicon(directory: Path, gpus: int = 8, switches: int = 4) -> None:
+    """Vendors' keys and roots for any number of machines: AMD's, Intel's and NVIDIA's part, so many GPUs and NVSwitches."""
     from agent.sim import snp, tdx
 
     roots = directory / "roots"
@@ -248,9 +290,9 @@ def create_silicon(directory: Path, gpus: int = 8) -> None:
     for name in (snp.ROOT_FILE, tdx.ROOT_FILE):
         write_file(roots / name, (directory / name).read_bytes(), mode=0o644)
     if gpus:
-        from agent.sim import nvml
+        from agent.sim import gpu_silicon
 
-        nvml.create_gpu_silicon(directory, gpus)
+        gpu_silicon.create_gpu_silicon(directory, gpus, switches)
         write_file(roots / "nvidia-root.pem", (directory / "nvidia-root.pem").read_bytes(), mode=0o644)
 
 

@@ -5,60 +5,47 @@ those do follows the driver: the ready state latches, and a failed certificate o
 the machine ends. Reports are built from the layout, with the nonce asked for, and signed by the GPU's own key under a chain of
 five certificates that says SIMULATED in every one.
 
-    silicon/nvidia-root.pem           the root a broker must be given to believe any of this
-    silicon/gpu-N.key, gpu-N.pem      attestation key and chain of GPU N
-    silicon/gpu-N.report              instead of a key: what GPU N answers whatever it is asked, for recorded evidence
+    silicon/                          keys and chains: `gpu_silicon.py`
     kmsg, cmdline, nvidia-params      the machine's kernel log, kernel command line and driver parameters
-    nvml.log                          every NVML function called, one a line
+    nvml.log                          every NVML and NSCQ function called, one a line
 
 Source: NVIDIA open-gpu-kernel-modules 595.45.04, conf_compute_api.c (latch), nvml.h (structs and return codes).
 """
 
 import ctypes
-import datetime
 import hashlib
 import secrets
 import time
 import traceback
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable
 
 import pynvml
-from cryptography import x509
-from cryptography.hazmat import asn1
-from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    NoEncryption,
-    PrivateFormat,
-    PublicFormat,
-    load_pem_private_key,
-)
 
 from agent.evidence import GpuNonce
 from agent.evidence.gpu import NvmlGpuSystem
 from agent.evidence.gpu_abi import (
+    LINKS,
     OPAQUE_CHIP_SKU,
     OPAQUE_DRIVER_VERSION,
     OPAQUE_FEATURE_FLAG,
     OPAQUE_FWID,
+    OPAQUE_PDI,
     OPAQUE_PROJECT,
     OPAQUE_PROJECT_SKU,
+    OPAQUE_PROTECTED_PCIE,
     OPAQUE_VBIOS_VERSION,
+    PDI_BYTES,
     SIGNATURE_BYTES,
     GpuReport,
-    pack_report,
 )
-from agent.sim.machine import SimulatedMachine, write_file
-from agent.verify.nvidia import COMPOSITE_DEVICE_ID, DICE_TCB_INFO, CompositeDeviceId, DiceTcbInfo, Fwid
+from agent.sim.gpu_silicon import FWID, hand_out, read_chain, read_pdi
+from agent.sim.machine import SimulatedMachine
 
-FWID = hashlib.sha384(b"keyturn simulated GPU firmware").digest()
 BLOCKS = 64
-MULTI_GPU_MODES = (1, 2)
+PROTECTED_PCIE = 1
+MULTI_GPU_MODES = (PROTECTED_PCIE, 2)
+STRAY_PDI = bytes.fromhex("5742415920504449")  # of a device that is in another machine
 FEATURE_FLAG_OF_MULTI_GPU_MODE = {0: 0, 1: 2, 2: 1}
 CALL_LOG = "nvml.log"
 KERNEL_LOG = "kmsg"
@@ -81,92 +68,6 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "nvmlDeviceGetConfComputeGpuAttestationReport": (_ADDRESS, _ADDRESS),
 }
 _LATCHING = ("nvmlDeviceGetConfComputeGpuCertificate", "nvmlDeviceGetConfComputeGpuAttestationReport")
-
-Issued = tuple[ec.EllipticCurvePrivateKey, x509.Certificate]
-
-
-def issue(name: str, issuer: Issued | None, leaf: Sequence[x509.ExtensionType] | None = None) -> Issued:
-    """A P-384 key and its certificate, shaped like NVIDIA's.
-
-    Args:
-        name: the common name.
-        issuer: None for a self-signed root.
-        leaf: further extensions of a leaf; None for a certificate authority.
-    """
-    key = ec.generate_private_key(ec.SECP384R1())
-    subject = x509.Name((x509.NameAttribute(x509.NameOID.COMMON_NAME, name),))
-    issuer_key, issuer_name = (issuer[0], issuer[1].subject) if issuer else (key, subject)
-    usage = x509.KeyUsage(
-        digital_signature=leaf is not None,
-        key_cert_sign=leaf is None,
-        crl_sign=leaf is None,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(issuer_name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.datetime(2024, 1, 1, tzinfo=datetime.UTC))
-        .not_valid_after(datetime.datetime(9999, 12, 31, 23, 59, 59, tzinfo=datetime.UTC))  # as NVIDIA's
-        .add_extension(usage, critical=True)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key()), critical=False)
-    )
-    if leaf is None:
-        builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-    else:
-        alias = x509.OtherName(x509.ObjectIdentifier("1.3.6.1.4.1.412.274.1"), b"\x0c\x14SIMULATED:GH100:0000")
-        for extension in (x509.SubjectAlternativeName((alias,)), *leaf):
-            builder = builder.add_extension(extension, critical=False)
-    return key, builder.sign(issuer_key, hashes.SHA384())
-
-
-@dataclass(frozen=True, slots=True)
-class Chip:
-    """What a kind of device is called in its certificates, and where its leaf keeps the firmware identity."""
-
-    arch: str
-    name: str
-    unit: str
-    extension: Callable[[ec.EllipticCurvePrivateKey], x509.UnrecognizedExtension]
-
-
-def issue_authority(chip: Chip, root: Issued) -> tuple[Issued, Issued, Issued]:
-    """NVIDIA's part of the chains of one kind of device: root, identity, provisioner."""
-    identity = issue(f"SIMULATED {chip.name} Identity", root)
-    return root, identity, issue(f"SIMULATED {chip.name} Provisioner ICA 1", identity)
-
-
-def issue_device(chip: Chip, authority: tuple[Issued, Issued, Issued]) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
-    """The attestation key of one device, and its chain as the device hands it out: PEM, leaf first."""
-    brom = issue(f"{chip.name} SIMULATED {chip.unit} BROM", authority[-1])
-    key, leaf = issue(f"{chip.name} SIMULATED {chip.unit} FMC LF", brom, (chip.extension(brom[0]),))
-    return key, b"".join(_pem(each) for each in (leaf, brom[1], *(issued[1] for issued in reversed(authority))))
-
-
-def sign_report(key: ec.EllipticCurvePrivateKey, report: GpuReport) -> bytes:
-    """The report as a device hands it out: its fields, whatever they say, under a good signature of `key`."""
-    r, s = decode_dss_signature(key.sign(report.signed_bytes, ec.ECDSA(hashes.SHA384())))
-    return pack_report(replace(report, signature=r.to_bytes(48, "big") + s.to_bytes(48, "big")))
-
-
-def create_gpu_silicon(directory: Path, count: int) -> None:
-    """NVIDIA's part: a root, and `count` Hopper GPUs with their keys and chains."""
-    root = issue("SIMULATED Device Identity CA", None)
-    write_file(directory / "nvidia-root.pem", _pem(root[1]), mode=0o644)
-    authority = issue_authority(HOPPER, root)
-    for index in range(count):
-        key, chain = issue_device(HOPPER, authority)
-        write_file(directory / f"gpu-{index}.pem", chain, mode=0o644)
-        private = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-        write_file(directory / f"gpu-{index}.key", private, mode=0o600)
 
 
 def open_gpu_system(machine: SimulatedMachine, library: object = None) -> NvmlGpuSystem:
@@ -301,7 +202,7 @@ class SimulatedNvml:
         return 0
 
     def _nvmlDeviceGetUUID(self, handle: int, text: int, size: int) -> int:
-        chain = _read_chain(self._machine.silicon, handle - 1)
+        chain = read_chain(self._machine.silicon, f"gpu-{handle - 1}")
         return _write_text(text, size, f"GPU-{uuid.UUID(bytes=hashlib.sha256(chain).digest()[:16])}")
 
     def _nvmlDeviceGetArchitecture(self, _handle: int, architecture: int) -> int:
@@ -317,7 +218,7 @@ class SimulatedNvml:
 
     def _nvmlDeviceGetConfComputeGpuCertificate(self, handle: int, certificate: int) -> int:
         struct = pynvml.c_nvmlConfComputeGpuCertificate_t.from_address(certificate)
-        chain = _read_chain(self._machine.silicon, self._signer(handle))
+        chain = read_chain(self._machine.silicon, f"gpu-{self._signer(handle)}")
         struct.certChainSize = pynvml.NVML_GPU_CERT_CHAIN_SIZE  # Hopper leaves that chain empty and its size as it is
         struct.attestationCertChainSize = len(chain)
         struct.attestationCertChain[: len(chain)] = chain
@@ -327,9 +228,13 @@ class SimulatedNvml:
         struct = pynvml.c_nvmlConfComputeGpuAttestationReport_t.from_address(answer)
         gpu = self._machine.gpu
         nonce = secrets.token_bytes(32) if gpu.wrong_nonce else bytes(struct.nonce)
-        signer = self._signer(handle)
-        recorded = self._machine.silicon / f"gpu-{signer}.report"
-        report = recorded.read_bytes() if recorded.exists() else self._report(signer, GpuNonce(nonce))
+        report = hand_out(
+            self._machine.silicon,
+            f"gpu-{self._signer(handle)}",
+            lambda: self._report(handle - 1, GpuNonce(nonce)),
+            flip=gpu.flip_signature_bit,
+            trailing=gpu.trailing_byte,
+        )
         struct.isCecAttestationReportPresent = pynvml.NVML_CC_CEC_ATTESTATION_REPORT_NOT_PRESENT
         struct.attestationReportSize = len(report)
         struct.attestationReport[: len(report)] = report
@@ -338,10 +243,11 @@ class SimulatedNvml:
     def _signer(self, handle: int) -> int:
         return 0 if self._machine.gpu.repeat_first_gpu else handle - 1
 
-    def _report(self, index: int, nonce: GpuNonce) -> bytes:
+    def _report(self, index: int, nonce: GpuNonce) -> GpuReport:
         gpu = self._machine.gpu
         vbios = bytes.fromhex(gpu.vbios_version.replace(".", ""))
-        report = GpuReport(
+        protected = ((OPAQUE_PROTECTED_PCIE, b"\xaa"), (OPAQUE_PDI, self._links(index)))
+        return GpuReport(
             requester_nonce=nonce,
             measurements=tuple(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
             responder_nonce=secrets.token_bytes(32),
@@ -352,13 +258,20 @@ class SimulatedNvml:
                 (OPAQUE_PROJECT_SKU, b"0200\0"),
                 (OPAQUE_DRIVER_VERSION, gpu.driver_version.encode() + b"\0"),
                 (OPAQUE_FWID, FWID),
+                *(protected if gpu.multi_gpu_mode == PROTECTED_PCIE else ()),
                 (OPAQUE_FEATURE_FLAG, FEATURE_FLAG_OF_MULTI_GPU_MODE[gpu.multi_gpu_mode].to_bytes(2, "little")),
             ),
             signature=bytes(SIGNATURE_BYTES),
         )
-        signed = bytearray(sign_report(_read_key(self._machine.silicon, index), report))
-        signed[-1] ^= gpu.flip_signature_bit
-        return bytes(signed) + bytes(gpu.trailing_byte)
+
+    def _links(self, index: int) -> bytes:
+        """The NVSwitch at the other end of each link, written the other way round; two links are off."""
+        gpu = self._machine.gpu
+        names: list[bytes] = [read_pdi(self._machine.silicon, f"switch-{number}") for number in range(gpu.switches)]
+        if names and gpu.stray_switch and index == gpu.count - 1:
+            names[-1] = STRAY_PDI
+        ends = [names[link % len(names)] for link in range(LINKS - 2)] if names else []
+        return b"".join(end[::-1] for end in ends).ljust(LINKS * PDI_BYTES, b"\0")
 
 
 def _write_text(address: int, size: int, text: str) -> int:
@@ -366,48 +279,3 @@ def _write_text(address: int, size: int, text: str) -> int:
         return int(pynvml.NVML_ERROR_INSUFFICIENT_SIZE)
     ctypes.memmove(address, text.encode() + b"\0", len(text) + 1)
     return 0
-
-
-def _read_chain(silicon: Path, index: int) -> bytes:
-    return (silicon / f"gpu-{index}.pem").read_bytes()
-
-
-def _read_key(silicon: Path, index: int) -> ec.EllipticCurvePrivateKey:
-    key = load_pem_private_key((silicon / f"gpu-{index}.key").read_bytes(), None)
-    assert isinstance(key, ec.EllipticCurvePrivateKey)
-    return key
-
-
-def _pem(certificate: x509.Certificate) -> bytes:
-    return certificate.public_bytes(Encoding.PEM)
-
-
-def _composite_device_id(device_key: ec.EllipticCurvePrivateKey) -> x509.UnrecognizedExtension:
-    spki = device_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    identity = CompositeDeviceId(version=1, device_key=asn1.decode_der(asn1.TLV, spki), fwid=_fwid(FWID))
-    return x509.UnrecognizedExtension(COMPOSITE_DEVICE_ID, asn1.encode_der(identity))
-
-
-def _fwid(digest: bytes) -> Fwid:
-    return Fwid(algorithm=x509.ObjectIdentifier("2.16.840.1.101.3.4.2.2"), digest=digest)
-
-
-def _dice_tcb_info(_device_key: ec.EllipticCurvePrivateKey) -> x509.UnrecognizedExtension:
-    info = DiceTcbInfo(
-        vendor="SIMULATED",
-        model="GB100",
-        version=None,
-        svn=None,
-        layer=None,
-        index=None,
-        fwids=[_fwid(FWID), _fwid(bytes(48))],
-        flags=None,
-        vendor_info=None,
-        type=None,
-    )
-    return x509.UnrecognizedExtension(DICE_TCB_INFO, asn1.encode_der(info))
-
-
-HOPPER = Chip("HOPPER", "GH100", "GSP", _composite_device_id)
-BLACKWELL = Chip("BLACKWELL", "GB100", "GSP", _dice_tcb_info)
-LS10 = Chip("LS10", "LS_10", "FSP", _composite_device_id)

@@ -1,12 +1,13 @@
 """Simulated SEV-SNP: version 3 reports of a Genoa chip, signed under a chain in AMD's format.
 
 ARK and ASK are RSA-4096, the VCEK is P-384 with AMD's extensions and AMD's serial number 0, so the production verifier
-runs on them unchanged. The names say SIMULATED. The ARK's key is thrown away once it has signed the ASK.
+runs on them unchanged. The names say SIMULATED. The ARK's key is thrown away once it has signed the ASK and a list.
 """
 
 import datetime
 import hashlib
 import struct
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from agent.sim.machine import SimulatedMachine, write_file
 from agent.verify.snp import AMD_EXTENSIONS, HWID_EXTENSION, SPL_EXTENSIONS
 
 ROOT_FILE = "ark.pem"
+CRL_FILE = "ark.crl"
 _ASK_FILE = "ask.der"
 _ASK_KEY_FILE = "ask.key"
 _CHIP_KEY_FILE = "vcek.key"
@@ -148,7 +150,7 @@ def pack_certificate_table(evidence: Evidence) -> bytes:
 
 
 def create_snp_silicon(directory: Path) -> None:
-    """AMD's part: `ark.pem`, and an ASK that can issue chip certificates."""
+    """AMD's part: `ark.pem`, an ASK that can issue chip certificates, and `ark.crl`, on which it is not."""
     ark_key = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
     ask_key = rsa.generate_private_key(public_exponent=65537, key_size=_RSA_BITS)
     ark_name, ask_name = _name(f"ARK-SIMULATED-{_PRODUCT.value}"), _name(f"SEV-SIMULATED-{_PRODUCT.value}")
@@ -156,7 +158,19 @@ def create_snp_silicon(directory: Path) -> None:
     ask = _issuer(ask_name, ark_name, ask_key.public_key(), path_length=0).sign(ark_key, SHA384(), rsa_padding=_PSS)
     write_file(directory / ROOT_FILE, ark.public_bytes(Encoding.PEM), mode=0o644)
     write_file(directory / _ASK_FILE, ask.public_bytes(Encoding.DER), mode=0o644)
+    write_file(directory / CRL_FILE, make_crl(ark_name, ark_key, revoked=()), mode=0o644)
     _save_key(directory / _ASK_KEY_FILE, ask_key)
+
+
+def make_crl(issuer: x509.Name, key: rsa.RSAPrivateKey, revoked: Iterable[int], days: tuple[int, int] = (-1, 9000)) -> bytes:
+    """A revocation list in the form of AMD's, DER, that counts from the first of `days` from now to the second."""
+    now, day = datetime.datetime.now(datetime.UTC), datetime.timedelta(days=1)
+    since, until = (now + number * day for number in days)
+    builder = x509.CertificateRevocationListBuilder().issuer_name(issuer).last_update(since).next_update(until)
+    for serial in revoked:
+        entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(since)
+        builder = builder.add_revoked_certificate(entry.build())
+    return builder.sign(key, SHA384(), rsa_padding=_PSS).public_bytes(Encoding.DER)
 
 
 def create_chip_key(machine: SimulatedMachine) -> None:

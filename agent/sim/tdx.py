@@ -3,7 +3,8 @@
 Root, Platform CA and PCK are P-256 with the extensions of Intel's profile, and the quoting enclave gives Intel's numbers, so
 the production verifier runs on them unchanged. The root's name says SIMULATED, and its key is thrown away once it has
 signed the Platform CA. A TD's state is that of the simulated machine: the measurement is its MRTD, the configuration
-digest its MRCONFIGID, and a guest policy that allows debugging makes it a debug TD.
+digest its MRCONFIGID, and a guest policy that allows debugging makes it a debug TD. What its firmware measured is a log of
+the real format, and its RTMR 3 is really extended.
 """
 
 import datetime
@@ -21,8 +22,9 @@ from cryptography.x509.oid import NameOID
 
 from agent.closed import Ident
 from agent.errors import DeviceError, EvidenceBindingError, EvidenceFormat
-from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee
-from agent.evidence.ccel import SHA384, Event, EventLog, RuntimeEvent, SpecId, pack_runtime_event, replay
+from agent.evidence import NO_REPORT_DATA, REPORT_DATA_BYTES, Evidence, ReportData, Tee, Unsupported
+from agent.evidence.ccel import SHA384, Event, EventLog, SpecId, pack_event_log, replay
+from agent.evidence.rtmr import INTERFACE, REGISTER
 from agent.evidence.snp_abi import GuestPolicy
 from agent.evidence.tdx_abi import (
     QeReport,
@@ -42,6 +44,9 @@ from agent.verify.pck import SGX_EXTENSION, PckConfiguration, PckExtension, pack
 from agent.verify.tdx import INTEL_QE_SIGNER, INTEL_QE_VENDOR_ID, TD_QE_ATTRIBUTES, TD_QE_PRODUCT
 
 ROOT_FILE = "sgx-root.pem"
+CCEL_FILE = "CCEL"
+FOREIGN_LOG_FILE = "foreign-eventlog"
+_CCEL_BYTES = 64 << 10
 _CA_FILE = "pck-ca.pem"
 _CA_KEY_FILE = "pck-ca.key"
 _PCK_FILE = "pck.pem"
@@ -121,8 +126,41 @@ class SimulatedNode:
         return 0
 
 
+class SimulatedRegister:
+    """The `RuntimeRegister` of a simulated TD: RTMR 3. It lives as long as the machine, and every process sees it."""
+
+    def __init__(self, machine: SimulatedMachine) -> None:
+        self._machine = machine
+
+    def read(self) -> bytes | Unsupported:
+        """See `RuntimeRegister.read`."""
+        return Unsupported.NO_DRIVER if self._machine.register_errno == errno.ENOENT else read_rtmr_3(self._machine)
+
+    def extend(self, digest: bytes) -> None:
+        """See `RuntimeRegister.extend`."""
+        machine = self._machine
+        if machine.register_errno is not None:
+            raise DeviceError(INTERFACE, Ident("extend"), machine.register_errno)
+        if not machine.lose_extension:
+            value = hashlib.sha384(read_rtmr_3(machine) + digest).digest()
+            write_file(machine.directory / REGISTER, value, mode=0o644)
+
+
+def read_rtmr_3(machine: SimulatedMachine) -> bytes:
+    """48 bytes, zero in a machine that measured nothing so far."""
+    path = machine.directory / REGISTER
+    return path.read_bytes() if path.exists() else bytes(48)
+
+
+def write_ccel(machine: SimulatedMachine) -> None:
+    """The machine's table CCEL, padded as firmware does it; once, as at the machine's start."""
+    path = machine.directory / CCEL_FILE
+    if not path.exists():
+        write_file(path, pack_event_log(make_event_log(machine)).ljust(_CCEL_BYTES, b"\xff"), mode=0o644)
+
+
 def make_event_log(machine: SimulatedMachine) -> EventLog:
-    """What firmware, boot loader and kernel of the machine measured, and one event of the run time."""
+    """What firmware, boot loader and kernel of the machine measured."""
 
     def event(mr_index: int, event_type: int, data: bytes) -> Event:
         return Event(mr_index, event_type, ((SHA384, hashlib.sha384(data).digest()),), data)
@@ -132,7 +170,6 @@ def make_event_log(machine: SimulatedMachine) -> EventLog:
         event(1, 0x4, bytes(4)),  # EV_SEPARATOR
         event(2, 0x80000003, b"SIMULATED boot loader"),
         event(3, 0x6, machine.measurement),
-        pack_runtime_event(RuntimeEvent("keyturn", "launch", "SIMULATED"), rtmr=3),
     )
     return EventLog(SpecId(1, 0, (0, 2, 0), 2, ((SHA384, 48),), b""), events)
 
@@ -140,7 +177,7 @@ def make_event_log(machine: SimulatedMachine) -> EventLog:
 def make_td_report(machine: SimulatedMachine, report_data: ReportData) -> TdReport:
     """What the machine's TDX module would say; its MAC is a made-up one."""
     debug = int(GuestPolicy(machine.policy).debug)
-    rtmr_0, rtmr_1, rtmr_2, rtmr_3 = replay(make_event_log(machine))
+    rtmr_0, rtmr_1, rtmr_2, _ = replay(make_event_log(machine))
     body = TdBody(
         tee_tcb_svn=_TEE_TCB_SVN,
         mr_seam=hashlib.sha384(b"SIMULATED TDX module").digest(),
@@ -155,7 +192,7 @@ def make_td_report(machine: SimulatedMachine, report_data: ReportData) -> TdRepo
         rtmr_0=rtmr_0,
         rtmr_1=rtmr_1,
         rtmr_2=rtmr_2,
-        rtmr_3=rtmr_3,
+        rtmr_3=read_rtmr_3(machine),
         report_data=report_data,
         tee_tcb_svn_2=_TEE_TCB_SVN,
         mr_service_td=bytes(48),

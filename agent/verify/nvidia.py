@@ -9,7 +9,8 @@ Architecture 1.0 (CompositeDeviceID).
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Annotated
@@ -23,8 +24,14 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from cryptography.x509.verification import PolicyBuilder, Store, VerificationError
 
 from agent.closed import Ident
-from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
-from agent.evidence import GpuEvidence, GpuNonce
+from agent.errors import (
+    EvidenceBindingError,
+    EvidenceCheck,
+    EvidenceFormat,
+    EvidenceVerificationError,
+    MalformedEvidenceError,
+)
+from agent.evidence import SWITCH_ARCH, GpuEvidence, GpuNonce
 from agent.evidence.gpu_abi import DIGEST_BYTES, MAX_CHAIN_BYTES, GpuReport, Pdi, parse_report
 from agent.verify.roots import NVIDIA_DEVICE_ROOT_SHA256, UNREADABLE, fingerprint
 
@@ -32,8 +39,11 @@ CHAIN_CERTIFICATES = 5  # attestation key, boot ROM identity, provisioner, chip 
 _FIRST_DRIVER_WITH_FWID = 550
 COMPOSITE_DEVICE_ID = x509.ObjectIdentifier("2.23.133.5.4.1")
 DICE_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")
-SWITCH_ARCH = "LS10"
 _ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL", "LS": SWITCH_ARCH}  # first letters of the hardware model
+_FORMATS_OF_SWITCH = {
+    EvidenceFormat.NVIDIA_REPORT: EvidenceFormat.SWITCH_REPORT,
+    EvidenceFormat.NVIDIA_CHAIN: EvidenceFormat.SWITCH_CHAIN,
+}
 _FWID_EXTENSION = {"HOPPER": COMPOSITE_DEVICE_ID, "BLACKWELL": DICE_TCB_INFO, SWITCH_ARCH: COMPOSITE_DEVICE_ID}
 
 
@@ -150,6 +160,17 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     )
 
 
+@contextmanager
+def told_of_switch() -> Iterator[None]:
+    """What fails inside is said of an NVSwitch: its report and chain have a GPU's formats, and the difference matters."""
+    try:
+        yield
+    except (MalformedEvidenceError, EvidenceBindingError, EvidenceVerificationError) as error:
+        error.format = _FORMATS_OF_SWITCH.get(error.format, error.format)
+        raise
+
+
+@told_of_switch()
 def verify_switch(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> SwitchClaims:
     """Verify Evidence of one NVSwitch (LS10). Its report has no driver version and no FWID.
 

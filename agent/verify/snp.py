@@ -1,7 +1,7 @@
 """Verify SEV-SNP evidence: a chip that AMD (or a root passed in) vouches for signed exactly this report.
 
-Does not appraise: measurement, policy bits, minimum TCB, report data and VMPL are claims for the broker's policy. Does not
-check revocation: that needs AMD's current list, which is the caller's to bring.
+Does not appraise: measurement, policy bits, minimum TCB, report data and VMPL are claims for the broker's policy. Revocation is
+checked where the caller brings AMD's lists.
 
 Spec: AMD 56860 "SEV-SNP Firmware ABI", ATTESTATION_REPORT; AMD 57230 "VCEK Certificate and KDS Interface", 3 (extensions).
 """
@@ -32,6 +32,7 @@ from agent.evidence.snp_abi import (
     parse_report,
     product_of,
 )
+from agent.verify.crl import RevocationList, check_not_revoked
 from agent.verify.roots import AMD_ARK_SHA256, SIMULATED_MARK, UNREADABLE, fingerprint
 
 ACCEPTED_VERSIONS = range(3, 6)
@@ -53,12 +54,14 @@ class SnpClaims:
     Attributes:
         chip_id_hash: SHA-256 of the chip id, hex; of 64 zeros where a VLEK signed.
         simulated: the root is a simulated one; always False under AMD's own roots.
+        revocation_checked: there were lists, and they leave this chain alone.
     """
 
     report: SnpReport
     product: Product
     chip_id_hash: str
     simulated: bool
+    revocation_checked: bool
 
 
 def verify_snp(
@@ -66,6 +69,7 @@ def verify_snp(
     roots: Sequence[x509.Certificate],
     endorsements: Sequence[x509.Certificate],
     now: datetime,
+    revocation_lists: Sequence[RevocationList] | None = None,
 ) -> SnpClaims:
     """The claims of `evidence`, verified.
 
@@ -73,7 +77,9 @@ def verify_snp(
         evidence: report and whatever certificates the host supplied, in any order.
         roots: root certificates trusted beside AMD's pinned ones.
         endorsements: certificates the Verifier has itself, of any chip (`load_certificate`). They come before the host's.
-        now: the moment certificates must be valid at, with time zone.
+        now: the moment certificates and lists must be valid at, with time zone.
+        revocation_lists: AMD's, of any processor generation; a current one of this root must be among them. None: revocation
+            is not checked.
 
     Raises:
         MalformedEvidenceError: report, certificate or extension does not parse, or the processor is unknown.
@@ -125,17 +131,23 @@ def verify_snp(
     if not all(c.not_before <= now <= c.not_after for c in (leaf, intermediate, root)):
         raise _failed(EvidenceCheck.CERTIFICATE_VALIDITY)
 
-    # 9. The leaf is for the TCB the report claims: the chip derives its key from it, so an older TCB has another key.
+    # 9. The root has not taken the intermediate back, nor itself.
+    if revocation_lists is not None:
+        assert isinstance(root.key, rsa.RSAPublicKey), "step 7"
+        serials = [c.certificate.serial_number for c in (intermediate, root)]
+        check_not_revoked(serials, root.subject, root.key, revocation_lists, now)
+
+    # 10. The leaf is for the TCB the report claims: the chip derives its key from it, so an older TCB has another key.
     # refusal: test_a_turin_chip_needs_a_certificate_for_its_fmc_level
     if leaf.tcb() != report.reported_tcb:
         raise _failed(EvidenceCheck.CERTIFICATE_TCB)
 
-    # 10. A VCEK is for this very chip. A VLEK belongs to a cloud provider's fleet and names none.
+    # 11. A VCEK is for this very chip. A VLEK belongs to a cloud provider's fleet and names none.
     # refusal: test_a_report_of_another_chip_than_the_certificate_is_refused
     if report.signing_key is SigningKey.VCEK and leaf.chip_id() != report.chip_id:
         raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
 
-    # 11. The leaf's key signed the report.
+    # 12. The leaf's key signed the report.
     # refusal: test_a_spoiled_chain_is_refused
     if not isinstance(leaf.key, ec.EllipticCurvePublicKey) or not isinstance(leaf.key.curve, ec.SECP384R1):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
@@ -151,6 +163,7 @@ def verify_snp(
         product=product,
         chip_id_hash=hashlib.sha256(report.chip_id).hexdigest(),
         simulated=root.fingerprint not in AMD_ARK_SHA256 and SIMULATED_MARK in root.common_name,
+        revocation_checked=revocation_lists is not None,
     )
 
 

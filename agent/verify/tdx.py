@@ -22,7 +22,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from agent.closed import Ident
 from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence
-from agent.evidence.ccel import EventLog, replay
+from agent.evidence.ccel import EventLog, parse_event_log, replay
 from agent.evidence.tdx_abi import TdBody, TdxQuote, pack_qe_report, parse_quote, signed_part
 from agent.verify.pck import PckExtension, verify_pck_chain
 
@@ -63,6 +63,7 @@ class TdxClaims:
         tcb_status: NOT_EVALUATED unless collateral was at hand.
         advisory_ids: Intel's advisories that apply at that TCB status.
         simulated: the root is a simulated one; always False under Intel's own.
+        event_log: a log came with the quote, and it is the one that its RTMRs were made with.
     """
 
     quote_version: int
@@ -72,6 +73,7 @@ class TdxClaims:
     ppid_hash: str
     revocation_checked: bool
     simulated: bool
+    event_log: bool = False
     tcb_status: TcbStatus = TcbStatus.NOT_EVALUATED
     advisory_ids: tuple[Ident, ...] = ()
 
@@ -85,13 +87,13 @@ def verify_tdx(
     """The claims of `evidence`, verified.
 
     Args:
-        evidence: the quote, which holds its own certificates; zeros may follow it.
+        evidence: the quote, which holds its own certificates; zeros may follow it. An event log with it is replayed.
         roots: root certificates trusted beside Intel's pinned one.
         now: the moment certificates must be valid at, with time zone.
         crls: Intel's revocation lists, the caller's own. Without any, revocation is not looked at.
 
     Raises:
-        MalformedEvidenceError: quote, certificate or extension does not parse.
+        MalformedEvidenceError: quote, certificate, extension or event log does not parse.
         EvidenceVerificationError: a check failed; `check` says which.
     """
     # 1. The quote parses, with every reserved bit zero and every length right.
@@ -146,6 +148,11 @@ def verify_tdx(
     if td.td_attributes.under_debug:
         raise _failed(EvidenceCheck.TD_DEBUG, td.td_attributes.under_debug, 0)
 
+    # 10. The event log, if one came, made the quote's RTMRs. Nothing else covers it.
+    if evidence.event_log:
+        # refusal: test_a_log_that_comes_with_a_quote_must_have_made_its_registers
+        check_event_log(parse_event_log(evidence.event_log), td)
+
     return TdxClaims(
         quote_version=quote.version,
         td=td,
@@ -154,6 +161,7 @@ def verify_tdx(
         ppid_hash=hashlib.sha256(pck.extension.ppid).hexdigest(),
         revocation_checked=pck.revocation_checked,
         simulated=pck.simulated,
+        event_log=bool(evidence.event_log),
     )
 
 

@@ -32,7 +32,7 @@ from agent.errors import (
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
 from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello
 from agent.handshake import grpc_wire as wire
-from agent.handshake.grpc_client import GrpcBroker
+from agent.handshake.grpc_client import Collect, GrpcBroker
 from agent.handshake.grpc_status import Denial, Failure, pack_failure
 from agent.handshake.machine import Trust
 from agent.handshake.pb import kbs_pb2 as pb
@@ -84,12 +84,12 @@ def good_broker(world: FaultWorld) -> Broker:
     return Broker(authority=authority(world), key_uri=Ident(KEY_URI), key=world.canaries.key, simulated=True)
 
 
-async def handshake(world: FaultWorld, *endpoints: str) -> None:
+async def _at_once(_: RuntimeData) -> CompositeEvidence:
+    return EVIDENCE
+
+
+async def handshake(world: FaultWorld, *endpoints: str, collect: Collect = _at_once) -> None:
     """One handshake as a guest of this world has it, by the real client."""
-
-    async def collect(_: RuntimeData) -> CompositeEvidence:
-        return EVIDENCE
-
     at = world.broker_config
     trust = Trust((parse_token_key(world.broker.token_key_pem),), at["allow_simulated"])
     async with GrpcBroker(endpoints, at["ca_pem"], at["server_name"], trust, at["timeout_s"]) as broker:
@@ -138,6 +138,30 @@ def alone(
         arrange(world)
 
     return Fault(name, error, arranged, fields=fields, drive=drive)
+
+
+def slower_than_every_challenge(world: FaultWorld) -> None:
+    """Devices that answer when the Challenge is over, each time: the broker has a new one on the same stream."""
+
+    class Clock(asyncio.SelectorEventLoop):
+        ahead_s = 0.0
+
+        def time(self) -> float:
+            return super().time() + self.ahead_s
+
+    clock = Clock()
+
+    async def collect(_: RuntimeData) -> CompositeEvidence:
+        clock.ahead_s += 180.0
+        return EVIDENCE
+
+    async def run() -> None:
+        async with served(good_broker(world), tls_pair(world)) as endpoint:
+            await handshake(world, endpoint, collect=collect)
+
+    world.broker_config["timeout_s"] = 180 * FOREVER
+    with asyncio.Runner(loop_factory=lambda: clock) as runner:
+        runner.run(run())
 
 
 def attests(*behaviours: Attest, timeout_s: float = 20) -> Callable[[FaultWorld], object]:
@@ -382,6 +406,12 @@ ANSWERS = [
         RemoteProtocolError,
         releases(answers_key(lambda _: PEER_TEXT.encode())),
         {"problem": MALFORMED.value, "state": "AWAIT_KEY"},
+    ),
+    alone(
+        "challenges that run out before the devices answer, again and again",
+        RemoteProtocolError,
+        slower_than_every_challenge,
+        {"problem": ProtocolProblem.TOO_MANY_CHALLENGES.value, "state": "AWAIT_CHALLENGE"},
     ),
     alone(
         "broker that does not speak our version",

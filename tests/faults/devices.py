@@ -10,9 +10,13 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import rsa
+
 from agent.errors import (
     AgentError,
     AttestationKeyLostError,
+    CountedDevice,
     DeviceError,
     DeviceUnavailableError,
     EvidenceBindingError,
@@ -24,18 +28,23 @@ from agent.errors import (
     GpuFaultError,
     GpuMode,
     GpuModeError,
+    GuestUnfitError,
     KeyReleaseDeniedError,
     MalformedEvidenceError,
+    Unfit,
     VmRestartRequiredError,
     WorkerLostError,
 )
-from agent.evidence import ReportData
+from agent.evidence import ReportData, Tee
 from agent.evidence.cpu import TDX_PATIENCE
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_guest import TdxGuest
+from agent.fitness import Places, check_gpu_driver, check_kernel
 from agent.gpu_watch import MAX_REPLACED
-from agent.sim.nvml import KERNEL_LOG, create_gpu_silicon
+from agent.sim.gpu_silicon import create_gpu_silicon
+from agent.sim.nvml import KERNEL_LOG
+from agent.sim.snp import CRL_FILE, make_crl
 from tests.fake_nodes import FakeSevGuest, FakeTdxGuest
 from tests.fake_nodes import Fault as DriverFault
 from tests.faults.table import SERVED, Attempts, Audit, Fault, FaultWorld
@@ -82,9 +91,38 @@ def no_row(world: FaultWorld) -> None:
     world.row = {}
 
 
+def amd_lists(*lists: bytes) -> Callable[[FaultWorld], None]:
+    """The broker has these revocation lists of AMD's."""
+
+    def arrange(world: FaultWorld) -> None:
+        folder = world.folder / "amd"
+        folder.mkdir()
+        for number, data in enumerate(lists):
+            (folder / f"{number}.crl").write_bytes(data)
+        world.broker_flags += ["--amd-crls", str(folder)]
+
+    return arrange
+
+
+def forged_amd_list(world: FaultWorld) -> None:
+    genuine = x509.load_der_x509_crl((world.machine.silicon / CRL_FILE).read_bytes())
+    amd_lists(make_crl(genuine.issuer, rsa.generate_private_key(65537, 2048), []))(world)
+
+
 def one_gpu_twice(world: FaultWorld) -> None:
     world.machine.gpu.count = world.gpu["count"] = world.row_gpu["count"] = 2
     world.machine.gpu.repeat_first_gpu = True
+
+
+def _switched(name: str, arrange: Callable[[FaultWorld], None], claim: str) -> Fault:
+    """A denial of a machine with NVSwitches."""
+    return replace(_denied(name, arrange, claim), gpus=8, switches=4)
+
+
+def not_in_protected_pcie(world: FaultWorld) -> None:
+    """Eight GPUs in single-GPU mode, in a guest that is configured for them; the row still wants protected PCIe."""
+    world.machine.gpu.switches = world.gpu["switches"] = 0
+    world.machine.gpu.multi_gpu_mode, world.machine.gpu.cc_feature = 0, 1
 
 
 def registry_key(world: FaultWorld) -> None:
@@ -208,6 +246,12 @@ def sev_guest_without_its_key(world: FaultWorld) -> object:
     return device.collect(ReportData(bytes(64)))
 
 
+def closed_gpu_driver(world: FaultWorld) -> object:
+    version = world.folder / "nvidia-version"
+    version.write_text("NVRM version: NVIDIA UNIX x86_64 Kernel Module  590.12  Thu Jun  1 21:37:53 UTC 2023\n")
+    return check_gpu_driver(Places(gpu_driver=version))
+
+
 def tdx_module_that_stays_busy(world: FaultWorld) -> object:
     fake = FakeTdxGuest()
     fake.errors = [errno.EBUSY] * 99
@@ -244,6 +288,9 @@ ROWS = [
         ),
         "snp.tcb.bootloader",
     ),
+    _denied("broker without the revocation list of this processor's root", amd_lists(), "snp.revocation-list"),
+    _denied("revocation list that the root did not sign", forged_amd_list, "snp.revocation-list-signature"),
+    _denied("revocation list that is none", amd_lists(b"junk"), "snp.malformed.revocation_list"),
     _denied("key URI without a row", no_row, "policy.row"),
     _denied("revoked row", _row("row", revoked=True), "policy.revoked"),
     Fault("SNP key that is wiped", AttestationKeyLostError, fields={"code": errno.EIO}, drive=sev_guest_without_its_key),
@@ -255,6 +302,19 @@ ROWS = [
         may_stay=frozenset({"tdx-attest.conf"}),
     ),
     Fault("CPU report one byte short", MalformedEvidenceError, fields={"got": 1183, "expected": 1184}, drive=short_report),
+    Fault(
+        "kernel without any interface to the TEE, found by doctor",
+        GuestUnfitError,
+        fields={"problem": Unfit.KERNEL, "got": "5.15.0", "expected": "5.19"},
+        drive=lambda _: check_kernel(Tee.SNP, Places(release=lambda: "5.15.0")),
+    ),
+    Fault(
+        "NVIDIA driver of the closed modules, found by doctor",
+        GuestUnfitError,
+        fields={"problem": Unfit.GPU_DRIVER_CLOSED, "got": "590.12"},
+        drive=closed_gpu_driver,
+        may_stay=frozenset({"nvidia-version"}),
+    ),
     # --- the GPUs -----------------------------------------------------------------------------------------------------
     Fault(
         "foreign nonce in the GPU report",
@@ -306,6 +366,96 @@ ROWS = [
     ),
     _driver_refuses("session with the GPU that fails", "SPDM: Session establishment failed", 999),
     _driver_refuses("GPU that is initialised twice", "GPU0 RmInitAdapter failed! (0x22:0x56:894)", 9),
+    # --- the NVSwitches -----------------------------------------------------------------------------------------------
+    Fault(
+        "missing NVSwitch",
+        GpuCountError,
+        _gpu(switches=3),
+        {"got": 3, "expected": 4, "device": CountedDevice.NVSWITCH},
+        [],
+        NEVER,
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "one NVSwitch sent twice",
+        GpuCountError,
+        _gpu(repeat_first_switch=True),
+        {"got": 1, "expected": 4, "device": CountedDevice.NVSWITCH},
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "NVSwitch that is not locked",
+        GpuModeError,
+        _gpu(switch_mode=1),
+        {"mode": GpuMode.SWITCH, "got": 1, "expected": 3},
+        [],
+        NEVER,
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "NVSwitches between GPUs that do not know of them",
+        GpuModeError,
+        _gpu(multi_gpu_mode=0, cc_feature=1),
+        {"mode": GpuMode.MULTI_GPU, "got": 0, "expected": 1},
+        [],
+        NEVER,
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "protected PCIe without configured NVSwitches",
+        GpuModeError,
+        _gpu(multi_gpu_mode=1, cc_feature=0),
+        {"mode": GpuMode.MULTI_GPU, "got": 1, "expected": 0},
+        [],
+        NEVER,
+    ),
+    Fault(
+        "NVSwitch report with a wrong signature",
+        EvidenceVerificationError,
+        _gpu(flip_switch_signature_bit=True),
+        {"format": EvidenceFormat.SWITCH_REPORT, "check": EvidenceCheck.REPORT_SIGNATURE},
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "foreign nonce in the NVSwitch report",
+        EvidenceBindingError,
+        _gpu(wrong_switch_nonce=True),
+        {"format": EvidenceFormat.SWITCH_REPORT},
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "NSCQ of another version than the driver",
+        DeviceError,
+        _gpu(fail_calls={"nscq_session_create": 1}),
+        {"interface": "nscq", "call": "nscq_session_create", "code": 1},
+        [],
+        NEVER,
+        gpus=8,
+        switches=4,
+    ),
+    Fault(
+        "NVSwitch without a report",
+        DeviceError,
+        _gpu(fail_calls={"config/attestation_report": -7}),
+        {"interface": "nscq", "call": "config/attestation_report", "code": -7},
+        gpus=8,
+        switches=4,
+    ),
+    _switched("GPU linked to an NVSwitch of another set", _gpu(stray_switch=True), "ppcie.gpu-links"),
+    _switched("NVSwitch that lists a GPU of another set", _gpu(stray_gpu=True), "ppcie.common-gpus"),
+    _switched("policy that wants protected PCIe, GPUs in another mode", not_in_protected_pcie, "gpu.modes"),
+    _switched(
+        "policy that wants another NVSwitch VBIOS",
+        _row("gpu", switch_vbios_versions=[{"id": "s", "value": "1.2.3"}]),
+        "gpu.switch_vbios_version",
+    ),
+    _switched("policy without an NVSwitch VBIOS", _row("gpu", switch_vbios_versions=[]), "gpu.switch_vbios_version"),
     _nvml("nvmlDeviceGetUUID", 15, name="GPU that is lost before attestation"),
     _nvml("nvmlDeviceGetConfComputeGpuAttestationReport", 15, name="GPU that is lost in its report", attempts=Attempts.EITHER),
     _fatal_xid(48, "uncorrected memory error"),

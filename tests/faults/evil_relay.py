@@ -225,6 +225,7 @@ def verdict_of_another_guest(world: FaultWorld, relay: Relay) -> None:
         devices = open_devices(
             check_measured(world.machine.attester(), world.machine.host_data),
             world.machine.gpu_system(),
+            world.machine.runtime(),
             gpu_count=1,
             expected_ready=ExpectedReady.UNSET,
             manifest_digest=world.manifest_digest,

@@ -19,7 +19,15 @@ from tests.faults.watch import Before, Watcher, descendants
 from tests.range_server import Fault, RangeServer
 from tests.world import Agent
 
-_STAGES = ("config_found", "local_checks_passed", "requested", "destination_chosen", "verdict_accepted", "gate_passed")
+_STAGES = (
+    "config_found",
+    "local_checks_passed",
+    "requested",
+    "destination_chosen",
+    "verdict_accepted",
+    "release_measured",
+    "gate_passed",
+)
 BOUNDARIES = {
     "worker": _STAGES,
     "supervisor": ("boot_started", *_STAGES, "worker_ended", "server_started", "server_ready"),

@@ -39,13 +39,16 @@ class Attempts(enum.Enum):
 class FaultWorld(World):
     """A world full of canaries."""
 
-    def __init__(self, folder: Path, silicon: Path, undo: ExitStack, *, gpus: int = 1, files: int = 1) -> None:
+    def __init__(
+        self, folder: Path, silicon: Path, undo: ExitStack, *, gpus: int = 1, switches: int = 0, files: int = 1
+    ) -> None:
         self.canaries = Canaries()
         super().__init__(
             folder,
             silicon,
             undo,
             gpus=gpus,
+            switches=switches,
             files=files,
             given=self.canaries.model(MODEL_BYTES),
             key=self.canaries.key,
@@ -75,7 +78,7 @@ class Fault:
         during: what happens while the agent runs; returns its outcome.
         broker: whether there is one.
         flags: more of `keyturn run`.
-        gpus: configured GPUs.
+        gpus, switches: configured GPUs and NVSwitches.
         files: of the model.
         needs_root: only root can arrange it.
         may_stay: files that this fault is meant to leave, beside `WRITTEN`.
@@ -95,6 +98,7 @@ class Fault:
     wrapper: tuple[str, ...] = ()
     initdata: str | None = None
     gpus: int = 1
+    switches: int = 0
     files: int = 1
     may_stay: frozenset[str] = frozenset()
     needs_root: bool = False
@@ -118,7 +122,7 @@ class Finding:
 def run(fault: Fault, group: str, folder: Path, silicon: Path) -> Finding:
     """Run one row and assert all that it says but `residue` and `leaks`, which the caller does: both belong in the report."""
     with ExitStack() as undo:
-        world = FaultWorld(folder, silicon, undo, gpus=fault.gpus, files=fault.files)
+        world = FaultWorld(folder, silicon, undo, gpus=fault.gpus, switches=fault.switches, files=fault.files)
         residue, leaks = _drive(fault, world) if fault.drive else _boot(fault, world)
     cls = fault.error
     return Finding(group, fault.name, cls.__name__, cls.owner.value, EXIT_STATUS[cls.owner, cls.step], residue, sorted(leaks))

@@ -7,6 +7,8 @@ real devices is here.
 """
 
 import base64
+import ctypes
+import io
 import json
 import os
 import socket
@@ -19,6 +21,7 @@ from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
+from typing import Any, ClassVar
 
 import urllib3
 from cryptography import x509
@@ -37,12 +40,17 @@ from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
+from agent.commands.diagnosis import diagnose
+from agent.commands.policy import broker_policy
+from agent.commands.policy_values import Approved, SwitchVersions, parse_gpu, parse_image
+from agent.commands.trustee_policy import resource_policy
 from agent.errors import (
     AgentError,
     ConfigError,
     ConfigProblem,
     DenialReason,
     EvidenceFormat,
+    EvidenceVerificationError,
     MalformedEvidenceError,
     ManifestSignatureError,
 )
@@ -59,6 +67,7 @@ from agent.evidence import (
     ccel,
     cpu,
     gpu_abi,
+    nscq,
     qgs_abi,
     snp_abi,
     tdx_abi,
@@ -66,7 +75,8 @@ from agent.evidence import (
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
-from agent.guest.initdata import pack_device, parse_initdata, read_device
+from agent.fitness import parse_gpu_driver
+from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
     Accepted,
@@ -80,13 +90,16 @@ from agent.handshake import (
     grpc_status,
     grpc_wire,
 )
+from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.publish import HandedModel
+from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
+from agent.sim.snp import CRL_FILE
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
-from agent.verify import nvidia, pck, ppcie, snp, tdx
+from agent.verify import crl, nvidia, pck, ppcie, snp, tdx
 from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
 from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWITCH_SAYS, SimulatedSet
@@ -173,6 +186,14 @@ def snp_certificate(data: bytes) -> None:
     snp.verify_snp(replace(evidence, cert_chain=(data, *evidence.cert_chain)), [root], [], now)
 
 
+def amd_crl(data: bytes) -> None:
+    read = crl.parse_crl(data)
+    evidence, root, now = _snp()
+    with suppress(EvidenceVerificationError):
+        snp.verify_snp(evidence, [root], [], now, [read])
+        assert data == _silicon(CRL_FILE), "another list than the root's counts"
+
+
 def certificate_table(data: bytes) -> None:
     for der in certificate_chain(data):
         assert snp.load_certificate(der)
@@ -217,6 +238,20 @@ def event_log(data: bytes) -> None:
             if (entry := ccel.parse_runtime_event(event)) is not None:
                 assert ccel.pack_runtime_event(entry, 3).data == event.data
     ccel.replay(log)
+
+
+def event_log_joined(data: bytes) -> None:
+    """The firmware's log with an event of ours after it: what a TD sends."""
+    event = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+    log = ccel.join_event_log(data, ccel.pack_event(event))
+    assert ccel.parse_event_log(log).events == (*ccel.parse_event_log(data).events, event)
+    assert data.startswith(log.removesuffix(ccel.pack_event(event)))
+
+
+def event_log_seeds() -> list[bytes]:
+    separator = ccel.Event(1, 4, ((ccel.SHA384, bytes(48)),), bytes(4))
+    log = ccel.pack_event_log(ccel.EventLog(ccel.SpecId(1, 0, (0, 2, 0), 2, ((ccel.SHA384, 48),), b""), (separator,)))
+    return [log, log + b"\xff" * 64]
 
 
 def pck_chain(data: bytes) -> None:
@@ -306,6 +341,15 @@ def tdx_attest_conf_seeds() -> list[bytes]:
     return [b"# vsock\nport = 4050 # host\n"]
 
 
+def gpu_driver(data: bytes) -> None:
+    assert parse_gpu_driver(data).encode() in data
+
+
+def gpu_driver_seeds() -> list[bytes]:
+    line = b"NVRM version: NVIDIA UNIX %s  590.12  Release Build  (builder)  Tue\n"
+    return [line % b"Open Kernel Module for x86_64", line % b"x86_64 Kernel Module"]
+
+
 def gpu_report(data: bytes) -> None:
     assert gpu_abi.pack_report(gpu_abi.parse_report(data)) == data
 
@@ -383,6 +427,67 @@ def gpu_certificate(data: bytes) -> None:
             nvidia.verify_gpu(replace(evidence, certificate_chain=changed), GPU_NONCE, [root], now)
 
 
+class _AnyNscq:
+    """An NSCQ that answers from fuzzed bytes: a byte each says whether an answer is the good one, then what it is instead."""
+
+    UUID = bytes(range(16))
+    GOOD: ClassVar = {"uuid": UUID, "arch": 2, "pcie_mode": 3}
+
+    def __init__(self, data: bytes) -> None:
+        self._stream = io.BytesIO(data)
+
+    def nscq_session_create(self, _flags: int) -> nscq.SessionResult:
+        return nscq.SessionResult(self._code(), 1)
+
+    def nscq_session_set_input(self, *_: object) -> int:
+        return self._code()
+
+    def nscq_uuid_to_label(self, _uuid: Any, label: Any, _flags: int) -> int:
+        label.contents.data = self._stream.read(64) if self._spoils() else b"SWX-00010203-0405-0607-0809-0A0B0C0D0E0F"
+        return self._code()
+
+    def nscq_session_path_observe(self, _session: int, path: bytes, callback: Any, user: object, _flags: int) -> int:
+        for _ in range(self._byte() % 4 if self._spoils() else 1):
+            device = self._stream.read(16).ljust(16, b"\0") if self._spoils() else self.UUID
+            pointer = ctypes.pointer(nscq.Uuid.from_buffer_copy(device)) if device.strip(b"\xff") else None
+            callback(pointer, self._code(), self._value(path.decode().rpartition("/")[2]), user)
+        return self._code()
+
+    def _value(self, part: str) -> Any:
+        other = self._stream.read(self._byte() * 32 if self._spoils() else 0)
+        if part == "uuid":
+            return ctypes.pointer(nscq.Uuid.from_buffer_copy((other or self.UUID).ljust(16, b"\0")))
+        if part == "certificate":
+            chain = other or _silicon("gpu-chain.pem")
+            length = int.from_bytes(other[:4], "little") if other else len(chain)
+            return nscq.Certificate((ctypes.c_uint8 * 0x1400)(*chain[:0x1400]), length)
+        if part == "attestation_report":
+            report = other or _silicon("gpu-report.bin")
+            length = int.from_bytes(other[:4], "little") if other else len(report)
+            return nscq.Report(length, (ctypes.c_uint8 * 0x2000)(*report[:0x2000]))
+        return int.from_bytes(other[:1], "little", signed=True) if other else self.GOOD[part]
+
+    def _code(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little", signed=True) if self._spoils() else 0
+
+    def _byte(self) -> int:
+        return int.from_bytes(self._stream.read(1), "little")
+
+    def _spoils(self) -> bool:
+        return self._byte() > 0xF0
+
+
+def nscq_answers(data: bytes) -> None:
+    switches = nscq.NscqSwitches(_AnyNscq(data))
+    assert all(switch.uuid.startswith("SWX-") and switch.arch == "LS10" for switch in switches.inspect())
+    for evidence in switches.collect(GPU_NONCE):
+        assert gpu_abi.parse_report(evidence.report).requester_nonce == GPU_NONCE
+
+
+def nscq_answers_seeds() -> list[bytes]:
+    return [b"", bytes(64), bytes(3) + b"\xff\x02" + bytes(200), bytes(9) + b"\xff\x05" + bytes(255)]
+
+
 CLAIMS = binding.KeyturnClaims(1, 2, 0, 0, False, False, "580.65.06", DIGEST, DIGEST)
 
 
@@ -393,7 +498,11 @@ def additional_evidence(data: bytes) -> None:
 
 
 def additional_evidence_seeds() -> list[bytes]:
-    gpus = (GpuEvidence("HOPPER", "GPU-a", b"r", b"c"), GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"))
+    gpus = (
+        GpuEvidence("HOPPER", "GPU-a", b"r", b"c"),
+        GpuEvidence("BLACKWELL", "GPU-b", b"rr", b"cc"),
+        GpuEvidence("LS10", "SWX-c", b"r", b"c"),
+    )
     text = binding.additional_evidence(gpus, CLAIMS)
     members = json.loads(text)
     del members["nvidia"]["keyturn"]
@@ -413,7 +522,7 @@ def attest_request(data: bytes) -> None:
 
 def attest_request_seeds() -> list[bytes]:
     evidence = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184, (b"leaf", b"ask")), '{"nvidia":"ü"}')
-    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA)), "")
+    quoted = CompositeEvidence(Evidence(Tee.TDX, quote(REPORT_DATA), event_log=b"l" * 69), "")
     attestations = [grpc_wire.pack_attest_request(Attestation(ID, POINT, each)) for each in (evidence, quoted)]
     return [grpc_wire.pack_attest_request(Hello(ID, KEY_URI, Tee.SNP)), *attestations]
 
@@ -502,6 +611,95 @@ def token_claims_seeds() -> list[bytes]:
 def sealed_key(data: bytes) -> None:
     out = bytearray(keys.KEY_BYTES)
     keys.open_jwe(data, keys.EphemeralKey(GUEST), memoryview(out))
+
+
+def ear(data: bytes) -> None:
+    """A Trustee token; what its pinned keys signed is what a diagnosis reads."""
+    text = data.decode("utf-8", "surrogatepass")
+    decoded = decode_unverified_ear(text)
+    assert verify_ear(text, (AUTHORITY.public_key(),), NOW) == decoded
+
+
+def ear_claims(data: bytes) -> None:
+    """The payload alone; whatever is accepted has findings in words."""
+    for finding in findings(verify_ear(_sign(data), (AUTHORITY.public_key(),), NOW)):
+        assert str(finding).isprintable()
+
+
+def ear_claims_seeds() -> list[bytes]:
+    """SNP with a GPU that nothing affirms, TDX, and sample evidence without an issuer."""
+    runtime = {"nonce": jose.pack_b64(NONCE), "tee-pubkey": jose.pack_jwk(POINT), "additional-evidence": ""}
+
+    def submod(kind: str, claims: dict[str, object], init_data: str | None, **vector: int) -> dict[str, object]:
+        evidence = {kind: claims, "init_data": init_data, "runtime_data_claims": runtime}
+        return {
+            "ear.status": "contraindicated" if 97 in vector.values() else "affirming",
+            "ear.trustworthiness-vector": vector,
+            "ear.veraison.annotated-evidence": evidence,
+        }
+
+    gpu = submod("nvidia", {}, None, executables=33, hardware=97, configuration=36)
+    snp = submod("snp", {"measurement": "ab" * 48}, "cd" * 32, executables=3, hardware=2, configuration=2)
+    tdx = submod(
+        "tdx", {"quote": {"body": {"mr_td": "ab" * 48}}, "tcb_status": "OutOfDate", "advisory_ids": ["A-1"]}, "cd" * 48
+    )
+    sample = submod("sample", {"launch_digest": "abcde"}, "q80=")
+    times: dict[str, object] = {"iat": NOW - 5, "exp": NOW + 300}
+    bodies = [
+        times | {"iss": "CoCo-Attestation-Service", "submods": {"cpu0": snp, "gpu0": gpu}},
+        times | {"iss": "x", "nbf": NOW, "submods": {"cpu0": tdx}},
+        times | {"submods": {"cpu0": sample}},
+    ]
+    return [json.dumps(body).encode() for body in bodies]
+
+
+def given_to_explain(data: bytes) -> None:
+    """Whatever is explained is printed from closed values."""
+    said = diagnose(data.decode("utf-8", "replace"), NOW)
+    assert json.dumps(said.record).isprintable()
+    assert all(text.isprintable() for problem in said.problems for text in problem.said)
+    assert all(text.isprintable() for fact in said.facts for text in fact)
+
+
+def given_to_explain_seeds() -> list[bytes]:
+    """A failure, a log, a status document, the answer of an attestation."""
+    failed = ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.url"))
+    report = BootReport("1", "run")
+    report.apply(failed)
+    line = json.dumps(message_to_record(failed) | {"at": "x", "t_ms": 1})
+    log = f"x\n{line}\n{json.dumps(message_to_record(StageEnded(Stage.LOAD, 5, 1)))}"
+    answer = json.dumps({"token": (CORPUS / "ear" / "made-0").read_text()})
+    return [text.encode() for text in (line, log, json.dumps(report.status()), answer)]
+
+
+def policy_values(data: bytes) -> None:
+    """An image or a GPU; a policy file made of it has the one row, and the Rego nothing that ends a line or a string early."""
+    image = parse_image(policy_values_seeds()[0])
+    known = Approved(image, bytes(48), 1, False, (), (), 0, KEY_URI, "tiny", 1, DIGEST, DIGEST)
+    try:
+        approved = replace(known, image=parse_image(data))
+    except AgentError:
+        device = parse_gpu(data)
+        known = replace(known, switch_count=4 * isinstance(device, SwitchVersions))
+        approved = replace(known, **{"switches" if known.switch_count else "gpus": (device,)})  # type: ignore[arg-type]
+    assert list(parse_policy(broker_policy(approved, None).encode()).rows) == [KEY_URI]
+    assert len(resource_policy(approved).splitlines()) == len(resource_policy(known).splitlines())
+
+
+def policy_values_seeds() -> list[bytes]:
+    """SEV-SNP, Turin, TDX by hand, a GPU, and an NVSwitch."""
+    levels = {"boot_loader": 9, "tee": 1, "snp": 23, "microcode": 71}
+    snp: dict[str, object] = {"measurement": "11" * 48, "product": "Genoa", "reported_tcb": levels}
+    turin = snp | {"product": "Turin", "reported_tcb": levels | {"fmc": 2}}
+    tdx = "".join(f'{name} = "{"41" * 48}"\n' for name in ("mr_td", "rtmr_1", "rtmr_2", "mr_seam")) + 'xfam = "0x602e7"\n'
+    gpu = {"driver_version": "580.95.05", "vbios_version": "96.00.74.00.1A", "feature_flag": 2}
+    switch = {"arch": "LS10", "vbios_version": "96.10.55.00.01"}
+    return [
+        json.dumps(snp).encode(),
+        json.dumps(turin).encode(),
+        tdx.encode(),
+        *(json.dumps(x).encode() for x in (gpu, switch)),
+    ]
 
 
 def json_object(data: bytes) -> None:
@@ -666,7 +864,8 @@ def config_seeds() -> list[bytes]:
 
 def initdata(data: bytes) -> None:
     document = parse_initdata(data, STATE)
-    assert document.entry("keyturn.toml") is None or len(document.digest) in (32, 48, 64)
+    assert len(document.digest) in (32, 48, 64)
+    assert parse_initdata(pack_document(document.entries, "sha256"), STATE).entries == document.entries
 
 
 def initdata_seeds() -> list[bytes]:
@@ -880,23 +1079,27 @@ TARGETS = {
         Target("snp_report", snp_report, snp_report_seeds),
         Target("snp_evidence", snp_evidence, _none),
         Target("snp_certificate", snp_certificate, _none),
+        Target("amd_crl", amd_crl, _none),
         Target("certificate_table", certificate_table, _none),
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
         Target("ccel", event_log, _none),
+        Target("ccel_joined", event_log_joined, event_log_seeds),
         Target("pck_chain", pck_chain, _none),
         Target("pck_extension", pck_extension, pck_extension_seeds),
         Target("sev_guest_answers", sev_guest_answers, sev_guest_answers_seeds),
         Target("tdx_blob", tdx_blob, tdx_blob_seeds),
         Target("qgs_answer", qgs_answer, qgs_answer_seeds),
         Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
+        Target("gpu_driver", gpu_driver, gpu_driver_seeds),
         Target("gpu_report", gpu_report, _none),
         Target("gpu_opaque", gpu_opaque, gpu_opaque_seeds),
         Target("gpu_topology", gpu_topology, gpu_topology_seeds),
         Target("gpu_evidence", gpu_evidence, _none),
         Target("gpu_chain", gpu_chain, _none),
         Target("gpu_certificate", gpu_certificate, _none),
+        Target("nscq_answers", nscq_answers, nscq_answers_seeds),
         Target("additional_evidence", additional_evidence, additional_evidence_seeds, (UnicodeDecodeError,)),
         Target("attest_request", attest_request, attest_request_seeds),
         Target("attest_response", attest_response, attest_response_seeds),
@@ -905,6 +1108,10 @@ TARGETS = {
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
+        Target("ear", ear, _none, (UnicodeDecodeError,)),
+        Target("ear_claims", ear_claims, ear_claims_seeds),
+        Target("policy_values", policy_values, policy_values_seeds),
+        Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
@@ -946,11 +1153,14 @@ def renew() -> None:
         evidence = machine.attester().collect(REPORT_DATA)
         quote = SimulatedTdx(machine).collect(REPORT_DATA).report
         tdreport = tdx_abi.pack_tdreport(make_td_report(machine, REPORT_DATA))
-        log = ccel.pack_event_log(make_event_log(machine))
+        measured = ccel.pack_runtime_event(ccel.RuntimeEvent("keyturn", "release-key", "{}"), 3)
+        log = ccel.join_event_log(ccel.pack_event_log(make_event_log(machine)), ccel.pack_event(measured))
+        amd_list = (machine.silicon / CRL_FILE).read_bytes()
         (gpu,) = machine.gpu_system().collect(GPU_NONCE)
         SILICON.mkdir(exist_ok=True)
         for root in machine.roots_dir.iterdir():
             (SILICON / root.name).write_bytes(root.read_bytes())
+    (SILICON / CRL_FILE).write_bytes(amd_list)
     (SILICON / "snp-report.bin").write_bytes(evidence.report)
     for number, der in enumerate(evidence.cert_chain):
         (SILICON / f"snp-{number}.der").write_bytes(der)
@@ -966,6 +1176,7 @@ def renew() -> None:
         "snp_report": [evidence.report],
         "snp_evidence": [evidence.report],
         "snp_certificate": list(evidence.cert_chain),
+        "amd_crl": [amd_list],
         "certificate_table": [_table(evidence.cert_chain)],
         "tdx_quote": [quote],
         "tdx_evidence": [quote],
@@ -977,6 +1188,7 @@ def renew() -> None:
         "gpu_chain": chains,
         "gpu_certificate": [certificate.public_bytes(Encoding.DER) for certificate in gpu_certificates],
         "token": [_sign(token_claims_seeds()[0]).encode()],
+        "ear": [_sign(ear_claims_seeds()[0]).encode()],
         "sealed_key": [jwe.seal(bytes(range(32)), TeePublicKey(numbers.x.to_bytes(32), numbers.y.to_bytes(32)))],
     }
     for name, inputs in made.items():

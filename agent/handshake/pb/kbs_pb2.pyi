@@ -89,10 +89,12 @@ class SnpEvidence(_message.Message):
     def __init__(self, report: _Optional[bytes] = ..., cert_chain: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class TdxEvidence(_message.Message):
-    __slots__ = ("quote",)
+    __slots__ = ("quote", "event_log")
     QUOTE_FIELD_NUMBER: _ClassVar[int]
+    EVENT_LOG_FIELD_NUMBER: _ClassVar[int]
     quote: bytes
-    def __init__(self, quote: _Optional[bytes] = ...) -> None: ...
+    event_log: bytes
+    def __init__(self, quote: _Optional[bytes] = ..., event_log: _Optional[bytes] = ...) -> None: ...
 
 class Verdict(_message.Message):
     __slots__ = ("accepted", "denied")
