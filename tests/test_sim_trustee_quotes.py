@@ -8,21 +8,25 @@ from typing import Any
 import pytest
 from cryptography import x509
 
-from agent.evidence import ReportData
-from agent.evidence.ccel import pack_event_log, parse_event_log, replay
+from agent.evidence import ReportData, Tee
+from agent.evidence.ccel import RuntimeEvent, pack_event_log, parse_event_log, replay
 from agent.sim.machine import SimulatedMachine
-from agent.sim.tdx import SimulatedTdx, make_event_log
+from agent.sim.tdx import SimulatedTdx
 from agent.sim.trustee_evidence import EvidenceRefused
 from agent.sim.trustee_quotes import event_log_claims, verify_tdx_evidence
 from tests.shared import shared_data
 
 DIGEST = hashlib.sha384(b"bound").digest()
+EVENT = RuntimeEvent("keyturn", "release-key", "{}")
 TCB = ("UpToDate", ("INTEL-SA-00837",))
 
 
 def evidence(machine: SimulatedMachine, version: int = 4) -> dict[str, Any]:
+    """Of a machine that has measured one event at run time."""
+    runtime = machine.runtime(Tee.TDX)
+    runtime.measure(EVENT)
     quote = SimulatedTdx(machine, version).collect(ReportData(DIGEST.ljust(64, b"\0"))).report
-    log = pack_event_log(make_event_log(machine)) + b"\xff" * 8
+    log = runtime.event_log() + b"\xff" * 8
     return {"cc_eventlog": base64.b64encode(log).decode(), "quote": base64.b64encode(quote).decode()}
 
 
@@ -46,8 +50,8 @@ def test_claims_have_upstreams_names(machine: SimulatedMachine, version: int) ->
     assert (claims["tcb_status"], claims["advisory_ids"]) == ("UpToDate", ["INTEL-SA-00837"])
     assert claims["uefi_event_logs"][-1]["details"]["data"] == {
         "domain": "keyturn",
-        "operation": "launch",
-        "content": "SIMULATED",
+        "operation": "release-key",
+        "content": {},  # JSON where it can be
     }
 
 
@@ -61,9 +65,10 @@ def test_without_a_log_there_is_no_replay_and_no_claim_of_one(machine: Simulated
 
 @pytest.mark.parametrize("number", range(4))
 def test_every_rtmr_is_replayed(machine: SimulatedMachine, number: int) -> None:
-    log = make_event_log(machine)
+    good = evidence(machine)
+    log = parse_event_log(base64.b64decode(good["cc_eventlog"]))
     without = type(log)(log.spec_id, tuple(event for event in log.events if event.mr_index != number + 1))
-    value = evidence(machine) | {"cc_eventlog": base64.b64encode(pack_event_log(without)).decode()}
+    value = good | {"cc_eventlog": base64.b64encode(pack_event_log(without)).decode()}
     with pytest.raises(EvidenceRefused, match="tdx: "):
         verified(machine, value)
 

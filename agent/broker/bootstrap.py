@@ -58,7 +58,8 @@ version = "1"
 ##rtmr_0 = [{ id = "hardware-1", value = "{zeros96}" }]
 ##rtmr_1 = [{ id = "loader-1", value = "{zeros96}" }]
 ##rtmr_2 = [{ id = "kernel-1", value = "{zeros96}" }]
-##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]
+##rtmr_3 = [{ id = "run-time-1", value = "{zeros96}" }]  # not with a lease: the release of the key is measured into it
+##event_log = "required"  # one that comes must fit the registers in any case
 ##minimum_tee_tcb_svn = { id = "module-1", value = "06010300000000000000000000000000" }
 ##tcb = ["UpToDate"]                   # Intel's words; without --tdx-collateral only "not_evaluated", on purpose, matches
 #
