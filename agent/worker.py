@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from agent import unhandled
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
@@ -49,14 +50,14 @@ OpenHardware = Callable[[MeasuredConfig], "tuple[Attester, GpuSystem | None, Run
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
-def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware, served_version: int | None = None) -> int:
+def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel | None = None) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
     Args:
         channel: to the supervisor.
         find_config: as above.
         open_hardware: as above.
-        served_version: of the model whose lease is to be renewed; None boots.
+        served: the model whose lease is to be renewed; None boots.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -70,13 +71,13 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
     unhandled.silence_libraries()
     with ExitStack() as undo:
         try:
-            if served_version is None:
+            if served is None:
                 announce = partial(_announce, channel)
                 record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is the supervisor's now: nothing here may take it back
             else:
-                asyncio.run(_renew(find_config, open_hardware, served_version, notify))
+                asyncio.run(_renew(find_config, open_hardware, served, notify))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
             failure = as_agent_error(error)
             undo.close()  # first: when the supervisor hears of the failure, nothing is left here
@@ -136,7 +137,7 @@ async def _boot(
         directory=loaded.directory,
         single_file=loaded.files[0].path if len(loaded.files) == 1 else None,
         descriptors=loaded.descriptors,
-        version=loaded.version,
+        served=ServedModel(loaded.manifest_digest, loaded.version),
         lease=None if lease_s is None else Lease(lease_s, lease_from),
         watch_gpus=cfg.gpu.count > 0,
         simulated_machine=cfg.simulation.machine if cfg.simulation else None,
@@ -144,7 +145,7 @@ async def _boot(
     return {"loaded": handed.record()}, handed.descriptors
 
 
-async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_version: int, notify: Notify) -> None:
+async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel, notify: Notify) -> None:
     """What a boot does up to the Verdict, without its stages: those have their figures.
 
     A route is not waited for: without one the broker cannot be reached, and that may be tried again.
@@ -158,7 +159,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
 
     async with _broker(measured.config.broker, notify) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
-        await renew(measured.config, devices, broker, served_version, notify)
+        await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
 
 
 def _unheard(_: Event) -> None:
@@ -230,7 +231,7 @@ async def _open(
             switch_count=cfg.gpu.switches,
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
-            manifest_digest=cfg.artifact.digest,
+            manifest_digest=cfg.artifact.manifest_digest,
             server_command_digest=command_digest(plan.argv),
         )
 

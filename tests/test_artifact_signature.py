@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
 from agent.artifact import manifest as m
 from agent.artifact import signature as s
-from agent.artifact.identify import identify
+from agent.artifact.identify import find_manifest
 from agent.artifact.seal import seal_model
 from agent.artifact.sources import open_source
 from agent.config import ArtifactConfig
@@ -200,7 +200,7 @@ def config(layout: Path, tag: str, *names: str) -> ArtifactConfig:
 def identified(artifact: ArtifactConfig) -> str:
     source = open_source(artifact.source, None, 5)
     try:
-        return identify(source, artifact, Event()).digest
+        return find_manifest(source, artifact, Event()).digest
     finally:
         source.close()
 

@@ -16,9 +16,16 @@ from agent.artifact.sources.patient import PatientSource
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import ArtifactUnavailableError, ConfigError, ConfigProblem
+from agent.threads import in_thread
 
 
-def identify(source: BlobSource, config: ArtifactConfig, stop: threading.Event) -> ArtifactConfig:
+async def identify(source: BlobSource, config: ArtifactConfig) -> ArtifactConfig:
+    """`find_manifest` in a thread, which ends when the caller is cancelled."""
+    stop = threading.Event()
+    return await in_thread(lambda: find_manifest(source, config, stop), on_cancel=stop.set)
+
+
+def find_manifest(source: BlobSource, config: ArtifactConfig, stop: threading.Event) -> ArtifactConfig:
     """The configuration with `manifest_digest` in it. Blocking; asks the store only where a tag stands for the digest.
 
     Args:

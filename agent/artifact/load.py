@@ -166,6 +166,7 @@ class Prepared:
     def __init__(
         self,
         source: BlobSource,
+        manifest_digest: str,
         model: ModelConfig,
         destination: Destination,
         timeout_s: int,
@@ -173,6 +174,7 @@ class Prepared:
         allow_swap: bool,
     ) -> None:
         self.source = source
+        self.manifest_digest = manifest_digest
         self.model = model
         self.destination = destination
         self.timeout_s = timeout_s
@@ -311,7 +313,7 @@ def _prepare(
     # refusal: test_a_model_that_does_not_fit_is_refused_before_a_byte_of_it_is_fetched
     check_memory(sizes, config.headroom_mib << 20, memory)
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
-    prepared = Prepared(source, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
+    prepared = Prepared(source, config.digest, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
     for file in model.files:
         destination.create(file.path, file.size)
@@ -342,6 +344,7 @@ def _load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress, 
     prepared.destination.seal_read_only()
     return LoadedArtifact(
         model_name=model.model_name,
+        manifest_digest=prepared.manifest_digest,
         version=model.version,
         files=tuple(LoadedFile(file.path, file.size) for file in model.files),
         destination=prepared.destination.kind,

@@ -11,10 +11,12 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from agent import config
 from agent.artifact import manifest as m
+from agent.artifact.identify import find_manifest
 from agent.artifact.sources import open_source
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
@@ -214,7 +216,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("gpu.switches"))
-    model = _read_model(args, measured)
+    manifest_digest, model = _read_model(args, measured)
     return Approved(
         image=image,
         init_data=found.digest,
@@ -226,7 +228,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         key_uri=measured.broker.key_uri,
         model_name=model.model_name,
         model_version=model.version,
-        manifest_digest=measured.artifact.manifest_digest,
+        manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan_server(measured.server).argv),
     )
 
@@ -239,12 +241,12 @@ def _check_tee(image: Image | None, measured: config.MeasuredConfig) -> None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("tee.attester"))
 
 
-def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> m.ModelConfig:
-    """The model that the configuration pins: its digest authenticates the manifest, and the manifest the rest."""
-    digest = measured.artifact.manifest_digest
+def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tuple[str, m.ModelConfig]:
+    """The model that the configuration names, by digest or by who signed it, and the digest of its manifest."""
     ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
     with contextlib.closing(open_source(args.model, ca_pem, _TIMEOUT_S)) as source:
-        manifest = m.parse_manifest(source.read_blob(digest, m.MAX_MANIFEST_BYTES), digest)
+        digest = find_manifest(source, measured.artifact, Event()).digest
+        manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest)
         model = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.key_uri != measured.broker.key_uri:
@@ -252,7 +254,7 @@ def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> m.
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.version < measured.artifact.min_version:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.min_version"))
-    return model
+    return digest, model
 
 
 def _read(file: str, name: str) -> bytes:

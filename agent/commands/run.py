@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
@@ -63,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
     find = _config_finder(args)
 
-    def worker(channel: Channel, served_version: int | None) -> int:
+    def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served_version)
+        return work(channel, find, open_hardware, served)
 
     hints = HostHints(status_file or None, termination_log, address)
     return Supervisor("run", hints, worker, watch_gpus).run()

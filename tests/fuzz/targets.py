@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import http_policy, jose, keys
-from agent.artifact import DestinationKind, signature
+from agent.artifact import DestinationKind, ServedModel, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import http
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
@@ -983,8 +983,20 @@ def handed_model(data: bytes) -> None:
 
 def handed_model_seeds() -> list[bytes]:
     models = (
-        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5), True, "/machine"),
-        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None, False, None),
+        HandedModel(
+            PLAN,
+            DestinationKind.TMPFS,
+            None,
+            "model.gguf",
+            (7,),
+            ServedModel("sha256:" + "5a" * 32, 3),
+            Lease(60, 12.5),
+            True,
+            "/machine",
+        ),
+        HandedModel(
+            PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), ServedModel("sha256:" + "5a" * 32, 0), None, False, None
+        ),
     )
     return [json.dumps(each.record()).encode() for each in models]
 
