@@ -178,7 +178,10 @@ class ReleaseMeasured(Event):
 
 @dataclasses.dataclass(frozen=True)
 class GatePassed(Event):
-    """`preset`: the ready state had been set by this guest's image before the verdict, as its configuration says."""
+    """`preset`: the ready state had been set by this guest's image before the verdict, as its configuration says.
+
+    `switches`: NVSwitches that were looked at with the GPUs; they have no ready state.
+    """
 
     gpus: int
     preset: bool

@@ -11,6 +11,8 @@
                          without the 2 s between two reports. Aim < 30
     verify_snp_ms        processor time of one report and its chain, as the broker verifies it. Aim < 10; likewise
     verify_tdx_ms, verify_gpu_ms
+    collect_ppcie_ms     evidence of eight GPUs and four NVSwitches through emulated drivers, emulation included;
+    verify_ppcie_ms      processor time of the whole set, as the broker verifies it
 
 A shared machine is noisy: whatever is compared alternates within one run, and a ratio is the median of pairs.
 """
@@ -360,13 +362,41 @@ def verify_ms(_: Model, __: int) -> dict[str, float]:
         }
 
 
+def ppcie_ms(_: Model, __: int) -> dict[str, float]:
+    import pytest
+    from cryptography import x509
+
+    from agent.evidence import GpuNonce
+    from agent.evidence.binding import split
+    from agent.evidence.nscq import GpusAndSwitches
+    from agent.verify.ppcie import verify_ppcie
+
+    now, nonce = datetime.now(UTC), GpuNonce(bytes(32))
+    with silicon_machine(gpus=8, switches=4) as machine, ExitStack() as undo:
+        from tests import nscq_emulation, nvml_emulation
+
+        try:
+            nvml = undo.enter_context(nvml_emulation.answered(machine, nvml_emulation.build(machine.directory)))
+            nscq = undo.enter_context(nscq_emulation.answered(machine, nscq_emulation.build(machine.directory)))
+        except pytest.skip.Exception as reason:
+            print(f"skipped: {reason}")
+            return {}
+        system = GpusAndSwitches(nvml.gpu_system(), nscq.switch_system())
+        roots = [x509.load_pem_x509_certificate(path.read_bytes()) for path in machine.roots_dir.iterdir()]
+        gpus, switches = split(system.collect(nonce))
+        return {
+            "collect_ppcie_ms": median_ms(lambda: system.collect(nonce)),
+            "verify_ppcie_ms": median_ms(lambda: verify_ppcie(gpus, switches, nonce, roots, now), time.thread_time),
+        }
+
+
 @contextmanager
-def silicon_machine() -> Iterator["SimulatedMachine"]:
+def silicon_machine(gpus: int = 1, switches: int = 0) -> Iterator["SimulatedMachine"]:
     from agent.sim.machine import SimulatedMachine
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     with tempfile.TemporaryDirectory() as folder:
-        yield SimulatedMachine.create(Path(folder, "machine"), gpus=1)
+        yield SimulatedMachine.create(Path(folder, "machine"), gpus=gpus, switches=switches)
 
 
 def median_ms(work: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
@@ -386,6 +416,7 @@ FIGURES: dict[str, Callable[[Model, int], dict[str, float]]] = {
     "cold_start_ms": cold_start_ms,
     "collect_snp_gpu_ms": collect_snp_gpu_ms,
     "verify_ms": verify_ms,
+    "ppcie_ms": ppcie_ms,
 }
 
 

@@ -133,6 +133,7 @@ def open_nscq(candidates: tuple[Path, ...] = NSCQ_LIBRARIES) -> ctypes.CDLL:
                 raise DeviceError(NSCQ, Ident(name), NOT_IMPLEMENTED) from exc
             function.restype, function.argtypes = result, arguments
         return library
+    # refusal: test_the_library_is_opened_by_absolute_paths_only
     raise NoAttesterError(NSCQ)
 
 

@@ -37,6 +37,7 @@ COMPLETE = (
     "agent/evidence/collect.py",
     "agent/evidence/gate.py",
     "agent/evidence/gpu_abi.py",
+    "agent/evidence/nscq.py",
     "agent/handshake/ear.py",
     "agent/handshake/jws.py",
     "agent/handshake/machine.py",
