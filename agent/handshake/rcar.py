@@ -45,7 +45,7 @@ UNVERSIONED = Ident("unversioned")
 
 _MAX_NONCE_CHARS = 1024
 _MAX_COOKIES = 16
-_MAX_COOKIE_CHARS = 4096
+_MAX_COOKIE_CHARS = 1024  # all of them, beside the longest bearer, still fit into a head
 _SESSION = "kbs-session-id"
 _COOKIE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256})=([!#-+\--:<-\[\]-~]*)")  # RFC 6265, 4.1.1
 _COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
