@@ -19,8 +19,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 
+from msgspec.structs import replace
+
 from agent import keys
 from agent.artifact import LoadedArtifact, load
+from agent.artifact.identify import identify
 from agent.artifact.sources import BlobSource
 from agent.closed import Ident
 from agent.config import MeasuredConfig
@@ -65,6 +68,11 @@ async def boot(
     Raises:
         AgentError: whatever step failed, possibly inside an ExceptionGroup.
     """
+    if cfg.artifact.manifest_digest is None:  # the evidence says what will be loaded, so that comes first
+        with stage(Stage.IDENTIFY, notify):
+            cfg = replace(cfg, artifact=await identify(store, cfg.artifact))
+            devices = devices.to_load(cfg.artifact.digest)
+
     async with asyncio.TaskGroup() as work:  # any failure cancels the rest
         prepared = work.create_task(_prepare(cfg, store, undo, notify, gid))  # no key needed
 

@@ -104,7 +104,10 @@ class BrokerConfig(_Section, frozen=True, kw_only=True):
 
 class ArtifactConfig(_Section, frozen=True, kw_only=True):
     source: Annotated[str, msgspec.Meta(pattern=r"^(/|https?://)[^\s\x00]+\Z", max_length=2048)]
-    manifest_digest: _Digest
+    manifest_digest: _Digest | None = None
+    provider_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
+    tag: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")] | None = None
+    name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
     min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     ca_pem: _Certificate | None = None
     destination: Literal["auto", "tmpfs", "memfd", "directory"] = "auto"
@@ -112,6 +115,13 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     unsafe_allow_swap: bool = False
     headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 3600
+
+    @property
+    def digest(self) -> str:
+        """The manifest's. RuntimeError: it was not identified yet (`artifact.identify`)."""
+        if self.manifest_digest is None:
+            raise RuntimeError("a signed model is identified before it is used")
+        return self.manifest_digest
 
 
 class ServerConfig(_Section, frozen=True, kw_only=True):
@@ -240,6 +250,17 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("gpu.architecture")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
+    by_signature = bool(config.artifact.provider_keys)
+    # refusal: test_a_model_is_named_by_digest_or_by_signature
+    if by_signature == (config.artifact.manifest_digest is not None):
+        raise wrong("artifact.manifest_digest")
+    # refusal: test_a_model_is_named_by_digest_or_by_signature
+    if by_signature != (config.artifact.tag is not None):
+        raise wrong("artifact.tag")
+    # A key signs all models of its provider: the name says which one is meant.
+    # refusal: test_a_model_is_named_by_digest_or_by_signature
+    if by_signature and config.artifact.name is None:
+        raise wrong("artifact.name")
     # refusal: test_every_mistake_names_its_key
     if config.tee.attester == "sample" and config.broker.url is None:  # only Trustee knows it
         raise wrong("tee.attester")
@@ -367,7 +388,12 @@ EXPLAIN = {
     "status and events say simulated",
     "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. With plain http the "
     "network sees names and sizes; every byte is authenticated all the same",
-    "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`",
+    "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`. Either this or artifact.provider_keys",
+    "artifact.provider_keys": "public keys (PEM; P-256, P-384, Ed25519) of which one must have signed the manifest under "
+    "artifact.tag (`keyturn seal --sign`): a new release then needs no new configuration. The oldest one to accept is "
+    "artifact.min_version or the verdict's floor, so keep one of them up to date",
+    "artifact.tag": "with artifact.provider_keys: the name of the manifest in the store, such as my-model-v3 or stable",
+    "artifact.name": "the model name that must stand in the manifest; with artifact.provider_keys it has to be given",
     "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
     "artifact.ca_pem": "CA for an https source; default: the system's",
     "artifact.destination": "tmpfs: own detached tmpfs, needs CAP_SYS_ADMIN. memfd: sealed memory file, single-file models. "

@@ -255,6 +255,9 @@ def _simulation(guest: Guest) -> None:
 
 
 def _store(guest: Guest) -> None:
+    import threading
+
+    from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
     from agent.artifact.sources import open_source
 
@@ -263,7 +266,8 @@ def _store(guest: Guest) -> None:
         _stay_offline(guest)
     store = open_source(config.artifact.source, config.artifact.ca_pem, timeout_s=LOOK_S)
     try:
-        guest.model = read_model(store.read_blob, config.artifact, config.broker.key_uri)
+        artifact = find_manifest(store, config.artifact, threading.Event())
+        guest.model = read_model(store, artifact, config.broker.key_uri)
     finally:
         store.close()
 

@@ -20,7 +20,7 @@ AgentError
 ├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
-│   └── ManifestDigestError · MalformedManifestError · RollbackError · MalformedHeaderError
+│   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
 │       TruncatedArtifactError · SegmentAuthenticationError · SealError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
@@ -913,6 +913,28 @@ class ArtifactError(AgentError):
 class ManifestDigestError(ArtifactError):
     def what(self) -> str:
         return "manifest digest differs from the measured configuration"
+
+
+class SignatureCheck(enum.Enum):
+    """From the least to the most that a signature had right."""
+
+    MISSING = "no signature lies beside it"
+    MALFORMED = "not a signature of this format"
+    KEY = "made with a key that is not pinned"
+    ALGORITHM = "algorithm does not belong to the key"
+    MANIFEST = "made for another manifest"
+    SIGNATURE = "does not verify"
+
+
+@dataclasses.dataclass(eq=False)
+class ManifestSignatureError(ArtifactError):
+    """The manifest is not one that the provider signed."""
+
+    next_step = "sign the manifest with a key of artifact.provider_keys (keyturn seal --sign), and copy the signature too"
+    check: SignatureCheck
+
+    def what(self) -> str:
+        return f"manifest signature: {self.check.value}"
 
 
 @dataclasses.dataclass(eq=False)

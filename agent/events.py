@@ -19,6 +19,7 @@ class Stage(enum.Enum):
     CONFIG = "config"  # parse, digest
     DEVICES = "devices"  # open the TEE and the GPUs, read modes
     NETWORK = "network"  # a route out of the guest is there
+    IDENTIFY = "identify"  # which manifest the provider signed
     PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
     ATTEST = "attest"  # Hello … Verdict, token verified
     RELEASE_KEY = "release-key"  # the JWE arrives, still sealed

@@ -906,6 +906,23 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "The digest that was found is not printed, since it is that of bytes anybody could have sent.",
     ),
+    errors.ManifestSignatureError: Explanation(
+        "The configuration pins the provider's keys (`artifact.provider_keys`) in place of a digest, and no signature in the "
+        "store shows that one of them signed this manifest. Nothing of the manifest was parsed. The text names what came "
+        "nearest: several signatures may lie beside a manifest, and one good one is enough.",
+        (
+            (
+                "No signature: `keyturn inspect REF` lists them. Not every copying tool takes them along: `oras cp -r` does, "
+                "`skopeo copy` does not. `keyturn seal --sign KEY` signs again."
+            ),
+            (
+                "A key that is not pinned: compare the key ids that `keyturn inspect REF` shows with `keyturn config check`; "
+                "while a key is replaced, sign with both, then pin both, then drop the old one."
+            ),
+            "Made for another manifest: a signature was copied without its manifest, or the manifest was changed after it.",
+        ),
+        "Key ids of foreign signatures are not printed here, since anybody can make one.",
+    ),
     errors.MalformedManifestError: Explanation(
         "The manifest is authentic, and it or its model description breaks a rule of FORMAT.md; the text names the "
         "field. Either another program or version wrote it, or the description in the store is not the one that the "

@@ -10,7 +10,7 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 
-from agent.artifact import DestinationKind, given
+from agent.artifact import DestinationKind, ServedModel, given
 from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
 from agent.lease import Lease
@@ -29,7 +29,7 @@ class HandedModel:
         directory: DIRECTORY destinations only: where the files lie.
         single_file: its path below the model's root, when there is only one.
         descriptors: as `LoadedArtifact.descriptors`; ours now.
-        version: of the model.
+        served: which model it is.
         lease: of its key; None: it may be used without end.
         watch_gpus: it is served with GPUs.
         simulated_machine: the folder of the simulated machine they belong to.
@@ -40,7 +40,7 @@ class HandedModel:
     directory: str | None
     single_file: str | None
     descriptors: tuple[int, ...]
-    version: int
+    served: ServedModel
     lease: Lease | None
     watch_gpus: bool
     simulated_machine: str | None
@@ -52,7 +52,8 @@ class HandedModel:
             "destination": self.destination.value,
             "directory": self.directory,
             "single_file": self.single_file,
-            "version": self.version,
+            "manifest_digest": self.served.manifest_digest,
+            "version": self.served.version,
             "lease_s": self.lease.seconds if self.lease else None,
             "lease_since": self.lease.since if self.lease else None,
             "watch_gpus": self.watch_gpus,
@@ -70,7 +71,7 @@ class HandedModel:
             directory=record["directory"],
             single_file=record["single_file"],
             descriptors=descriptors,
-            version=int(record["version"]),
+            served=ServedModel(str(record["manifest_digest"]), int(record["version"])),
             lease=None if record["lease_s"] is None else Lease(int(record["lease_s"]), float(record["lease_since"])),
             watch_gpus=bool(record["watch_gpus"]),
             simulated_machine=record["simulated_machine"],

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from agent import __version__, unhandled
-from agent.artifact import given
+from agent.artifact import ServedModel, given
 from agent.channel import Channel, Packet
 from agent.closed import Ident
 from agent.errors import (
@@ -70,8 +70,8 @@ DEFAULT_TERMINATION_LOG = "/dev/termination-log"
 ASK_AGAIN_S = 0.5
 MAX_UNHANDLED = 16
 
-WorkerMain = Callable[[Channel, int | None], int]
-"""Runs in the forked worker and returns its exit status: a boot, or a renewal for the model version that is served."""
+WorkerMain = Callable[[Channel, ServedModel | None], int]
+"""Runs in the forked worker and returns its exit status: a boot, or a renewal for the model that is served."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class Supervisor:
 
     def _in_renewal(self, channel: Channel) -> int:
         assert self._model
-        return self._worker_main(channel, self._model.version)
+        return self._worker_main(channel, self._model.served)
 
     def _on_packet(self, packet: Packet) -> None:
         if "loaded" in packet.record:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from agent import unhandled
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
@@ -66,7 +67,7 @@ def work(
     channel: Channel,
     find_config: FindConfig,
     open_hardware: OpenHardware,
-    served_version: int | None = None,
+    served: ServedModel | None = None,
     out: str | None = None,
 ) -> int:
     """Run one boot or one renewal and report it over `channel`.
@@ -75,7 +76,7 @@ def work(
         channel: to the supervisor.
         find_config: as above.
         open_hardware: as above.
-        served_version: of the model whose lease is to be renewed; None boots.
+        served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
 
     Returns:
@@ -90,13 +91,13 @@ def work(
     unhandled.silence_libraries()
     with ExitStack() as undo:
         try:
-            if served_version is None:
+            if served is None:
                 announce = partial(_announce, channel)
                 record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
-                asyncio.run(_renew(find_config, open_hardware, served_version, notify))
+                asyncio.run(_renew(find_config, open_hardware, served, notify))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
             failure = as_agent_error(error)
             undo.close()  # first: when the supervisor hears of the failure, nothing is left here
@@ -165,7 +166,7 @@ async def _boot(
         directory=loaded.directory,
         single_file=loaded.files[0].path if len(loaded.files) == 1 else None,
         descriptors=loaded.descriptors,
-        version=loaded.version,
+        served=ServedModel(loaded.manifest_digest, loaded.version),
         lease=None if lease_s is None else Lease(lease_s, lease_from),
         watch_gpus=cfg.gpu.count > 0,
         simulated_machine=cfg.simulation.machine if cfg.simulation else None,
@@ -173,7 +174,7 @@ async def _boot(
     return {"loaded": handed.record()}, handed.descriptors
 
 
-async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_version: int, notify: Notify) -> None:
+async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel, notify: Notify) -> None:
     """What a boot does up to the Verdict, without its stages: those have their figures.
 
     A route is not waited for: without one the broker cannot be reached, and that may be tried again.
@@ -187,7 +188,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served_ve
 
     async with _broker(measured, notify) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
-        await renew(measured.config, devices, broker, served_version, notify)
+        await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
 
 
 def _unheard(_: Event) -> None:

@@ -78,6 +78,12 @@ class HeldSource:
         self._source = source
         self.held = True
 
+    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
+        return self._source.read_manifest(reference, max_bytes)
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        return self._source.referrers(digest)
+
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._source.read_blob(digest, max_bytes)
 

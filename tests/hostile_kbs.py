@@ -31,6 +31,8 @@ RESOURCE = "kbs:///models/demo/key"
 SESSION = "0123456789abcdef0123456789abcdef"
 EXPIRED = "Thu, 01 Jan 1970 00:05:00 GMT"
 KEY = bytes(range(32))
+MAX_HEAD_BYTES = 128 << 10
+"""Of a request, as Trustee's HTTP server has it."""
 NONCE = "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="
 
 __all__ = ["AUTHORITY", "CA", "LEAF", "NAME", "signed"]
@@ -181,7 +183,7 @@ async def served(kbs: Kbs, leaf: Signer | None = LEAF) -> AsyncIterator[str]:
             chain = Path(folder) / "leaf.pem"
             chain.write_bytes(key_pem(leaf) + pem(leaf))
             context.load_cert_chain(chain)
-    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context, limit=MAX_HEAD_BYTES)
     try:
         host, port = server.sockets[0].getsockname()
         yield f"{'https' if leaf else 'http'}://{host}:{port}"

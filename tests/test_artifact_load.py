@@ -146,6 +146,12 @@ class Store:
         self.may_answer = threading.Event()
         self.may_answer.set()
 
+    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
+        return self.read_blob(reference, max_bytes)
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        return self._source.referrers(digest)
+
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         self._fail()
         return self._source.read_blob(digest, max_bytes)
@@ -404,6 +410,12 @@ def test_the_key_asked_for_must_be_the_one_the_manifest_names(sealed: Sealed, gi
     with pytest.raises(ConfigError) as caught:
         boot(config(sealed, "directory", given), key_uri="kbs:///models/tiny/2")
     assert caught.value.key == "broker.key_uri"
+
+
+def test_the_name_in_the_configuration_must_be_the_models(sealed: Sealed, given: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        boot(config(sealed, "directory", given, name="another"))
+    assert caught.value.key == "artifact.name"
 
 
 # --- key and version --------------------------------------------------------------------------------------------------

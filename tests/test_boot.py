@@ -16,7 +16,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from agent.artifact.signature import public_pem
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.evidence.ccel import parse_event_log, parse_runtime_event, replay
 from agent.server.presets import command_digest
@@ -219,6 +221,30 @@ def test_eight_gpus_boot_with_the_switches_between_them(tmp_path: Path, silicon:
         assert (passed["gpus"], passed["switches"], passed["preset"]) == (8, 4, preset)
         attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
         assert "switch-1" in attested["reference_value_ids"]
+
+
+def test_a_signed_model_boots_and_the_evidence_is_about_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        key = ed25519.Ed25519PrivateKey.generate()
+        world = World(tmp_path, silicon, undo, signing_key=key)
+        agent = world.start()
+        agent.wait_for("server_ready")
+        outcome = agent.stop()
+        assert outcome.status == 0
+        stages = [event["stage"] for event in outcome.events if event["event"] == "stage_ended"]
+        assert stages.index("identify") < min(stages.index("attest"), stages.index("prepare"))
+        # The row pins this manifest: the broker would have denied evidence about another.
+        attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert "tiny-v3" in attested["reference_value_ids"]
+
+
+def test_what_nobody_signed_ends_the_boot_before_the_broker_hears_of_it(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, signing_key=ed25519.Ed25519PrivateKey.generate())
+        world.artifact["provider_keys"] = [public_pem(ed25519.Ed25519PrivateKey.generate())]
+        outcome = world.boot()
+        assert outcome.failure["class"] == "ManifestSignatureError"
+        assert world.audit() == []
 
 
 def test_the_key_comes_after_the_gate_and_the_gate_after_the_verdict(world: World) -> None:

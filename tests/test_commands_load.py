@@ -74,6 +74,18 @@ def test_the_model_is_left_open_in_the_folder_and_nothing_else_is(world: World, 
     check_loaded(world, out)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a folder to another group")
+def test_the_group_of_a_pod_can_read_the_model(world: World, out: Path) -> None:
+    """What fsGroup makes of an emptyDir."""
+    os.chown(out, -1, 12345)
+    os.chmod(out, 0o2770)
+    assert load(world, out)[0] == 0
+    model = out / PUBLISHED_NAME
+    assert {path.stat().st_gid for path in (model, *model.iterdir())} == {12345}
+    assert stat.S_IMODE(model.stat().st_mode) & 0o070 == 0o050
+    check_loaded(world, out)
+
+
 def test_a_second_load_replaces_what_the_first_left(world: World, out: Path) -> None:
     assert load(world, out)[0] == 0
     os.chmod(out / PUBLISHED_NAME, 0o750)

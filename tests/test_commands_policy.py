@@ -80,8 +80,7 @@ def printed(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 def digests(site: Site) -> tuple[str, str]:
     config = parse(site.file("keyturn.toml").read_bytes()).config
     assert config.server
-    assert config.server
-    return config.artifact.manifest_digest, command_digest(config.server.command)
+    return config.artifact.digest, command_digest(config.server.command)
 
 
 def test_the_broker_releases_the_key_under_the_printed_row(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -189,6 +189,33 @@ def test_sample_evidence_and_plain_http_are_simulations() -> None:
     assert not parse(EXAMPLE.encode()).config.tee.simulated
 
 
+SIGNED = """provider_keys = ["-----BEGIN PUBLIC KEY-----"]
+tag = "stable"
+name = "my-model"
+#"""
+
+
+def test_a_model_is_named_by_digest_or_by_signature() -> None:
+    signed = change("manifest_digest =", SIGNED)
+    artifact = parse(signed.encode()).config.artifact
+    assert (artifact.tag, artifact.name, artifact.manifest_digest) == ("stable", "my-model", None)
+    with pytest.raises(RuntimeError, match="identified"):
+        _ = artifact.digest
+    for text, key in (
+        (change("manifest_digest =", "#"), "artifact.manifest_digest"),
+        (change("manifest_digest =", SIGNED.removesuffix("#") + "manifest_digest ="), "artifact.manifest_digest"),
+        (change('tag = "stable"', "", signed), "artifact.tag"),
+        (change("manifest_digest =", 'tag = "stable"\nmanifest_digest ='), "artifact.tag"),
+        (change('name = "my-model"\n', "", signed), "artifact.name"),
+    ):
+        assert failure(text)[:2] == (NEEDS, key)
+    for text, key in (
+        (change('"stable"', '"a/b"', signed), "artifact.tag"),
+        (change('"my-model"\n', '".."\n', signed), "artifact.name"),
+    ):
+        assert failure(text)[:2] == (BAD, key)
+
+
 def test_a_mistake_is_told_without_its_value() -> None:
     text = change("[server]", '[server]\nenvironment = {API_KEY = ["hunter2"]}')
     with pytest.raises(ConfigError) as caught:

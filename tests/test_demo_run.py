@@ -50,9 +50,9 @@ def test_a_td_boots_as_well() -> None:
     assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
 
 
-@pytest.mark.parametrize("tee", ["snp", "tdx"])
-def test_a_container_in_a_coco_guest_boots_as_well(tee: str) -> None:
-    status, result, events = demo("--once", "--attester", "coco", "--tee", tee)
+@pytest.mark.parametrize(("tee", "more"), [("snp", ()), ("tdx", ("--gpus", "8", "--ppcie")), ("snp", ("--broker", "rcar"))])
+def test_a_container_in_a_coco_guest_boots_as_well(tee: str, more: tuple[str, ...]) -> None:
+    status, result, events = demo("--once", "--attester", "coco", "--tee", tee, *more)
     check_good(status, result)
     opened = next(event for event in events if event["event"] == "attester_opened")
     assert (opened["tee"], opened["interface"]) == (tee, "api-server-rest")

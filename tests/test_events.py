@@ -48,7 +48,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
 
 
 def test_the_stages_are_frozen() -> None:
-    stages = "config devices network prepare attest release-key measure secure unwrap load publish server"
+    stages = "config devices network identify prepare attest release-key measure secure unwrap load publish server"
     assert [stage.value for stage in Stage] == stages.split()
 
 

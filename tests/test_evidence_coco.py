@@ -10,6 +10,7 @@ from cryptography import x509
 from agent.errors import (
     Absence,
     AgentError,
+    CountedDevice,
     DeviceError,
     EvidenceBindingError,
     EvidenceVerificationError,
@@ -20,8 +21,9 @@ from agent.errors import (
     NoAttesterError,
     Owner,
 )
-from agent.evidence import Evidence, GpuNonce, ReportData, Tee
+from agent.evidence import Evidence, GpuNonce, GpuSystem, ReportData, Tee
 from agent.evidence.coco import CocoAttester, CocoGpus
+from agent.evidence.nscq import GpusAndSwitches
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.trustee_json import parse_evidence
 from agent.guest.api_server import ApiServer
@@ -212,6 +214,32 @@ def test_a_gpu_that_gives_no_evidence_is_never_a_shorter_list(two_gpus: Simulate
     with gpus_of(two_gpus) as gpus, pytest.raises(GpuCountError) as caught:
         gpus.collect(NONCE)
     assert (caught.value.expected, caught.value.got) == (2, 0)
+
+
+@pytest.fixture
+def ppcie(silicon: Path, tmp_path: Path) -> SimulatedMachine:
+    return SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
+
+
+def all_of(machine: SimulatedMachine) -> GpuSystem:
+    return GpusAndSwitches(machine.gpu_system(), machine.switch_system())
+
+
+@pytest.mark.parametrize("names_gpus", [True, False])
+def test_switches_come_after_the_gpus(ppcie: SimulatedMachine, names_gpus: bool) -> None:
+    components = Components.of(ppcie, Tee.SNP)
+    components.names_gpus = names_gpus
+    with serve(components) as url:
+        found = CocoGpus(ApiServer(url), all_of(ppcie)).collect(NONCE)
+    own = all_of(ppcie).collect(NONCE)
+    assert [(device.arch, device.uuid) for device in found] == [(device.arch, device.uuid) for device in own]
+    assert len(found) == 12
+
+
+def test_a_switch_that_gives_no_evidence_is_never_a_shorter_list(ppcie: SimulatedMachine) -> None:
+    with serve(Components(ppcie.attester(), ppcie.gpu_system())) as url, pytest.raises(GpuCountError) as caught:
+        CocoGpus(ApiServer(url), all_of(ppcie)).collect(NONCE)
+    assert (caught.value.expected, caught.value.got, caught.value.device) == (4, 0, CountedDevice.NVSWITCH)
 
 
 def test_a_server_too_old_for_base64_is_told_by_its_gpu_nonce(two_gpus: SimulatedMachine) -> None:

@@ -97,7 +97,7 @@ def test_nothing_is_fetched_without_the_gate() -> None:
 def test_a_verdict_has_what_the_boot_needs_and_no_lease() -> None:
     with guest(token()) as this:
         claims = this.attest()[0].claims
-    assert (claims.key_uri, claims.policy_version, claims.tee_pubkey) == (URI, "CoCo-Attestation-Service", TEE)
+    assert (claims.key_uri, claims.policy_version, claims.tee_pubkey) == (URI, "unversioned", TEE)
     assert (claims.lease_s, claims.min_model_version, claims.simulated) == (None, 0, False)
 
 

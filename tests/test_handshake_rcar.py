@@ -324,6 +324,41 @@ def test_a_denial_names_the_worst_that_the_token_says() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cpu0:executables:executables-unrecognised:33",
+        "gpu0:hardware:hardware-unrecognised:97",
+        "cpu0:tcb-status:OutOfDate",
+        "cpu0:security-advisory:INTEL-SA-00828",
+        "cpu0:sample-evidence:warning",
+        "cpu0:status:contraindicated",
+        "cpu0:collateral:affirming",
+    ],
+)
+def test_what_is_not_affirmed_can_be_read_again(name: str) -> None:
+    finding = rcar.parse_not_affirmed(Ident(name))
+    assert finding is not None
+    assert rcar._named(finding) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "x",
+        "cpu0:",
+        "cpu0:what",
+        "cpu0:executables",
+        "cpu0:executables:x:y",
+        "cpu0:status:odd",
+        "cpu0:tcb-status",
+        "unprintable",
+    ],
+)
+def test_another_name_is_no_finding(name: str) -> None:
+    assert rcar.parse_not_affirmed(Ident(name)) is None
+
+
 STATUSES = [
     (301, ProtocolProblem.REDIRECT),
     (308, ProtocolProblem.REDIRECT),

@@ -196,6 +196,15 @@ def test_a_load_balancers_cookie_stays_with_the_session() -> None:
     assert boot.kbs.asked[2].headers["cookie"] == f"AWSALB=a+b/c=; kbs-session-id={SESSION}"
 
 
+def test_the_longest_head_fits_into_trustees_limit() -> None:
+    cookies = tuple(f"c{index:02}={'x' * 1020}" for index in range(15))
+    boot = Boot(Kbs(cookies=(f"kbs-session-id={SESSION}", *cookies), changes={"x": "y" * (70 << 10)}))
+    assert boot.run() == KEY
+    head = boot.kbs.asked[2].headers
+    assert len(head["authorization"]) > 90 << 10
+    assert head["cookie"].count(";") == 15
+
+
 def test_a_plugin_and_a_query_go_into_the_path() -> None:
     boot = Boot(Kbs(), replace(SITE, resource_uri="kbs+external:///vault/models/key?version=2&x=%20"))
     assert boot.run() == KEY

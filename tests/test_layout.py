@@ -6,9 +6,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules without a test file of their own, and where they are tested instead.
 ELSEWHERE = {
+    "artifact.identify": "test_artifact_signature",  # from seal to boot
     "artifact.sources.directory": "test_artifact_sources",  # one contract, every source
     "artifact.sources.http": "test_artifact_sources",
     "sim.fuse": "test_sim_configfs",  # its one file system
+    "artifact.sources.layout": "test_artifact_signature",
     **dict.fromkeys(("sim.trustee_as", "sim.trustee_knobs", "sim.trustee_sessions"), "test_sim_trustee"),
 }
 # Test files that are about more than one module.

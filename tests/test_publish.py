@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.artifact import DestinationKind, given
+from agent.artifact import DestinationKind, ServedModel, given
 from agent.config import EXAMPLE, parse
 from agent.errors import DestinationError
 from agent.guest import mounts
@@ -18,10 +18,11 @@ from tests.children import in_child
 SERVER = parse(EXAMPLE.encode()).config.server
 assert SERVER is not None
 PLAN: ServerPlan = plan_server(SERVER)
+SERVED = ServedModel("sha256:" + "5a" * 32, 3)
 
 
 def handed(destination: DestinationKind, descriptors: tuple[int, ...] = (), directory: str | None = None) -> HandedModel:
-    return HandedModel(PLAN, destination, directory, "weights/model.gguf", descriptors, 3, Lease(60, 123.5), True, None)
+    return HandedModel(PLAN, destination, directory, "weights/model.gguf", descriptors, SERVED, Lease(60, 123.5), True, None)
 
 
 def test_what_the_worker_hands_over_survives_the_channel() -> None:

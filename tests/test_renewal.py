@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
 from agent.channel import Channel
 from agent.closed import Ident
@@ -364,3 +365,19 @@ def test_the_death_of_the_supervisor_ends_a_renewal(world: World) -> None:
         assert select.select([worker], [], [], 5)[0]
     finally:
         os.close(worker)
+
+
+def test_a_lease_is_renewed_for_what_is_served_wherever_the_tag_points_by_then(tmp_path: Path, silicon: Path) -> None:
+    """The row knows the served version alone: evidence about a newer release would be denied."""
+    with ExitStack() as undo:
+        key = ed25519.Ed25519PrivateKey.generate()
+        world = World(tmp_path, silicon, undo, signing_key=key)
+        world.row["lease_s"] = 10
+        agent = world.start()
+        agent.wait_for("server_ready")
+        world.seal(4, key)
+        index = world.layout / "index.json"
+        index.write_text(index.read_text().replace('"tiny-v3"', '"tiny-v2"').replace('"tiny-v4"', '"tiny-v3"'))
+        agent.wait_for("lease_renewed")
+        agent.wait_for("lease_renewed")
+        assert agent.stop().status == 0

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig
 from agent.errors import ConfigError, ConfigProblem
@@ -168,7 +169,7 @@ def test_the_supervisor_tells_them_at_the_end_of_its_turn_and_goes_on() -> None:
                 time.sleep(0.01)  # once the worker is there, the hooks are in place
             throw_away_and_fail()
 
-        def worker(channel: Channel, served_version: int | None) -> int:
+        def worker(channel: Channel, _: ServedModel | None) -> int:
             while len(os.listdir(f"/proc/{os.getppid()}/task")) > 1:  # until the thread has raised
                 time.sleep(0.01)
             return 3

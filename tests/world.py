@@ -23,6 +23,7 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 
 from agent.artifact.seal import seal_model
+from agent.artifact.signature import PrivateKey, public_pem
 from agent.broker import bootstrap
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest.initdata import fit
@@ -87,6 +88,7 @@ class World:
         key: bytes = KEY,
         stem: str = "model",
         tee: Tee = Tee.SNP,
+        signing_key: PrivateKey | None = None,
     ) -> None:
         self.folder = folder
         self.undo = undo
@@ -101,7 +103,7 @@ class World:
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes(data)
         self.layout = folder / "layout"
-        self.manifest_digest = seal_model(source, self.layout, key, KEY_URI, "tiny", 3, lambda *_: None)
+        self.manifest_digest = self.seal(3, signing_key, key)
         self.broker = bootstrap.create(folder / "broker", "kbs.test", datetime.now(UTC))
         key_file = folder / "broker" / "keys" / KEY_URI.removeprefix("kbs:///")
         key_file.parent.mkdir(parents=True, exist_ok=True)
@@ -120,6 +122,9 @@ class World:
             "allow_simulated": True,
         }
         self.artifact: dict[str, Any] = {"source": str(self.layout), "manifest_digest": self.manifest_digest, "min_version": 1}
+        if signing_key:
+            del self.artifact["manifest_digest"]
+            self.artifact |= {"provider_keys": [public_pem(signing_key)], "tag": "tiny-v3", "name": "tiny"}
         model = "{model}" if files == 1 else f"{{model_dir}}/{stem}-1.gguf"
         self.server: dict[str, Any] = {
             "preset": "custom",
@@ -175,12 +180,16 @@ class World:
         self.host_data: bytes | None = None
         """What the guest is launched with; None: the digest of its configuration."""
 
+    def seal(self, version: int, signing_key: PrivateKey | None = None, key: bytes = KEY) -> str:
+        """Another version into the layout. Returns the digest of its manifest."""
+        keys = [signing_key] if signing_key else []
+        return seal_model(self.folder / "source", self.layout, key, KEY_URI, "tiny", version, lambda *_: None, keys)
+
     # --- CoCo ---------------------------------------------------------------------------------------------------------
 
     def through_coco(self) -> Components:
         """Evidence and nothing else comes from an api-server-rest; gives what is behind it."""
-        gpus = self.machine.gpu_system() if self.gpu["count"] else None
-        components = Components(self.machine.attester(self.row_tee), gpus, self.machine.runtime(self.row_tee))
+        components = Components.of(self.machine, self.row_tee)
         url = self.undo.enter_context(serve(components))
         self.tee = {"attester": "simulated-coco", "coco_url": url}
         return components

@@ -27,6 +27,14 @@ class LoadedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """Which sealed model it is: the digest of its manifest, `sha256:…`, and its version."""
+
+    manifest_digest: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedArtifact:
     """A model whose every byte was authenticated, closed for writing. Only `load.load` makes one.
 
@@ -40,6 +48,7 @@ class LoadedArtifact:
     """
 
     model_name: Ident
+    manifest_digest: str
     version: int
     files: tuple[LoadedFile, ...]
     destination: DestinationKind

@@ -166,6 +166,7 @@ class Prepared:
     def __init__(
         self,
         source: BlobSource,
+        manifest_digest: str,
         model: ModelConfig,
         destination: Destination,
         timeout_s: int,
@@ -173,6 +174,7 @@ class Prepared:
         allow_swap: bool,
     ) -> None:
         self.source = source
+        self.manifest_digest = manifest_digest
         self.model = model
         self.destination = destination
         self.timeout_s = timeout_s
@@ -227,7 +229,7 @@ async def prepare(
 
     Args:
         source: where the blobs lie.
-        config: the measured configuration of the artifact.
+        config: the measured configuration of the artifact, identified.
         key_uri: the key the broker is asked for.
         undo: gets the compensation, which frees threads and memory.
         gid: group that may read the plaintext, or None: our own.
@@ -237,7 +239,7 @@ async def prepare(
     Raises:
         ArtifactUnavailableError: the store does not deliver, within `config.timeout_s`.
         ManifestDigestError, MalformedManifestError, MalformedHeaderError: not the promised artifact.
-        ConfigError: the configuration names another key than the manifest.
+        ConfigError: the configuration names another key or another model than the manifest.
         RollbackError: older than the configured minimum.
         InsufficientMemoryError, DestinationError, SwapActiveError: no memory for it here.
     """
@@ -266,25 +268,28 @@ async def load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progr
     return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
 
 
-def read_model(read_blob: Callable[[str, int], bytes], config: ArtifactConfig, key_uri: str) -> ModelConfig:
+def read_model(source: BlobSource | PatientSource, config: ArtifactConfig, key_uri: str) -> ModelConfig:
     """What the store holds under the promised digest, authenticated. Needs no key.
 
     Args:
-        read_blob: of a source, patient or not.
-        config: the measured configuration of the artifact.
+        source: where the blobs lie.
+        config: the measured configuration of the artifact, identified.
         key_uri: the key the broker is asked for.
 
     Raises:
         ArtifactUnavailableError: the store does not deliver.
         ManifestDigestError, MalformedManifestError, MalformedHeaderError: not the promised artifact.
-        ConfigError: the configuration names another key than the manifest.
+        ConfigError: the configuration names another key or another model than the manifest.
         RollbackError: older than the configured minimum.
     """
-    manifest = parse_manifest(read_blob(config.manifest_digest, MAX_MANIFEST_BYTES), config.manifest_digest)
-    model = parse_config(read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+    manifest = parse_manifest(source.read_manifest(config.digest, MAX_MANIFEST_BYTES), config.digest)
+    model = parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
     # refusal: test_the_key_asked_for_must_be_the_one_the_manifest_names
     if model.key_uri != key_uri:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
+    # refusal: test_the_name_in_the_configuration_must_be_the_models
+    if config.name is not None and model.model_name != config.name:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.name"))
     # refusal: test_a_model_below_the_configured_floor_is_refused_before_any_memory_is_taken
     _check_floor(model, config.min_version)  # the verdict's floor comes with the key
     return model
@@ -302,13 +307,13 @@ def _prepare(
     memory: MemoryInfo,
 ) -> Prepared:
     # 1. The promised manifest, and the file table it promises.
-    model = read_model(PatientSource(source, config.timeout_s, stop).read_blob, config, key_uri)
+    model = read_model(PatientSource(source, config.timeout_s, stop), config, key_uri)
     # 2. It fits, into memory that stays memory.
     sizes = [file.size for file in model.files]
     # refusal: test_a_model_that_does_not_fit_is_refused_before_a_byte_of_it_is_fetched
     check_memory(sizes, config.headroom_mib << 20, memory)
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
-    prepared = Prepared(source, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
+    prepared = Prepared(source, config.digest, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
     for file in model.files:
         destination.create(file.path, file.size)
@@ -339,6 +344,7 @@ def _load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress, 
     prepared.destination.seal_read_only()
     return LoadedArtifact(
         model_name=model.model_name,
+        manifest_digest=prepared.manifest_digest,
         version=model.version,
         files=tuple(LoadedFile(file.path, file.size) for file in model.files),
         destination=prepared.destination.kind,

@@ -21,6 +21,7 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ARTIFACT_TYPE = "application/vnd.keyturn.model.v1"
 CONFIG_TYPE = "application/vnd.keyturn.model.config.v1+json"
+SIGNATURE_TYPE = "application/vnd.keyturn.signature.v1"
 FILE_TYPE = "application/vnd.keyturn.model.file.v1+aes256-gcm-hkdf-1mb"
 TITLE = "org.opencontainers.image.title"
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -151,6 +152,11 @@ def digest_of(data: bytes) -> str:
     return "sha256:" + hashlib.sha256(data).hexdigest()
 
 
+def is_digest(text: str) -> bool:
+    """Is it a digest as every document here writes them?"""
+    return _DIGEST.fullmatch(text) is not None
+
+
 # --- manifest ---------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +186,7 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     _require(oci.media_type == MANIFEST_TYPE, "mediaType")
     _require(oci.artifact_type == ARTIFACT_TYPE, "artifactType")
     _require(oci.config.media_type == CONFIG_TYPE, "config.mediaType")
-    _require(_DIGEST.fullmatch(oci.config.digest) is not None, "config.digest")
+    _require(is_digest(oci.config.digest), "config.digest")
     _require(0 < oci.config.size <= MAX_CONFIG_BYTES, "config.size")
     # 4. Its blobs. That they are the ones of the file table is checked with the file table.
     _require(0 < len(oci.layers) <= MAX_FILES, "layers")
@@ -188,7 +194,7 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     for i, layer in enumerate(oci.layers):
         # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
         _require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
-        _require(_DIGEST.fullmatch(layer.digest) is not None, f"layers[{i}].digest")
+        _require(is_digest(layer.digest), f"layers[{i}].digest")
         _require(TITLE in layer.annotations, f"layers[{i}].annotations")
         layers.append(Layer(layer.annotations[TITLE], layer.digest, layer.size))
     return Manifest(expected_digest, oci.config.digest, oci.config.size, tuple(layers))
@@ -276,7 +282,7 @@ def pack_config(config: ModelConfig) -> bytes:
 def _parse_file(i: int, raw: _File, version: int) -> SealedFile:
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
-    _require(_DIGEST.fullmatch(raw.blob_digest) is not None, f"files[{i}].blob_digest")
+    _require(is_digest(raw.blob_digest), f"files[{i}].blob_digest")
     _require(1 <= raw.sealed_version <= version, f"files[{i}].sealed_version")
     header = _unhex(raw.header, HEADER_BYTES, f"files[{i}].header")
     parse_header(header, i)
@@ -329,8 +335,8 @@ def check_paths(paths: Sequence[str]) -> None:
 # --- index ------------------------------------------------------------------------------------------------------------
 
 
-def parse_index(index_bytes: bytes) -> tuple[IndexEntry, ...]:
-    """The sealed models an `index.json` names; manifests of other artifact types are passed over.
+def parse_index(index_bytes: bytes, artifact_type: str = ARTIFACT_TYPE) -> tuple[IndexEntry, ...]:
+    """What an image index names of one artifact type (sealed models, signatures); everything else is passed over.
 
     Raises:
         MalformedManifestError: not an OCI image index, or above 4 MiB.
@@ -344,26 +350,30 @@ def parse_index(index_bytes: bytes) -> tuple[IndexEntry, ...]:
     entries = []
     for descriptor in index.manifests:
         # Copying tools may drop artifactType from the index: absent means perhaps, other means no.
-        if descriptor.media_type == MANIFEST_TYPE and descriptor.artifact_type in (None, ARTIFACT_TYPE):
+        if descriptor.media_type == MANIFEST_TYPE and descriptor.artifact_type in (None, artifact_type):
             # refusal: test_an_index_with_a_defect_is_refused
-            _require(_DIGEST.fullmatch(descriptor.digest) is not None, "index.digest")
+            _require(is_digest(descriptor.digest), "index.digest")
             entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
     return tuple(entries)
 
 
-def add_to_index(index_bytes: bytes | None, manifest_bytes: bytes, ref_name: str) -> bytes:
+def add_to_index(
+    index_bytes: bytes | None, manifest_bytes: bytes, ref_name: str | None, artifact_type: str = ARTIFACT_TYPE
+) -> bytes:
     """The index with one manifest more; everything else in it stays as it is.
 
     Args:
         index_bytes: the index so far, accepted by `parse_index`, or None.
         manifest_bytes: the manifest to name.
-        ref_name: its name, not yet in the index.
+        ref_name: its name, not yet in the index; None: it has none, as what is about another manifest.
+        artifact_type: the manifest's.
     """
     index: dict[str, Any] = {"schemaVersion": 2, "mediaType": INDEX_TYPE, "manifests": []}
     if index_bytes is not None:
         index = msgspec.json.decode(index_bytes)
+    annotations = {} if ref_name is None else {REF_NAME: ref_name}
     descriptor = _Descriptor(
-        MANIFEST_TYPE, digest_of(manifest_bytes), len(manifest_bytes), ARTIFACT_TYPE, annotations={REF_NAME: ref_name}
+        MANIFEST_TYPE, digest_of(manifest_bytes), len(manifest_bytes), artifact_type, annotations=annotations
     )
     index["manifests"] = [*index["manifests"], msgspec.to_builtins(descriptor)]
     return _canonical(index)

@@ -8,13 +8,14 @@ import contextlib
 import fcntl
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
 import msgspec
 
 from agent.artifact import manifest as m
+from agent.artifact import signature
 from agent.artifact.stream import (
     NONCE_PREFIX_BYTES,
     SALT_BYTES,
@@ -34,7 +35,14 @@ _LAYOUT_VERSION = "1.0.0"
 
 
 def seal_model(
-    model_dir: Path, out_dir: Path, key: bytes, key_uri: str, name: str, version: int, progress: Callable[[int, int], None]
+    model_dir: Path,
+    out_dir: Path,
+    key: bytes,
+    key_uri: str,
+    name: str,
+    version: int,
+    progress: Callable[[int, int], None],
+    signing_keys: Sequence[signature.PrivateKey] = (),
 ) -> str:
     """Seal every file of a folder, and name the result `<name>-v<version>` in an OCI image layout.
 
@@ -46,6 +54,7 @@ def seal_model(
         name: model name.
         version: greater than that of every release before.
         progress: called after each segment with the plaintext bytes done and in all.
+        signing_keys: the provider's: each signs the manifest.
 
     Returns:
         The manifest digest, `sha256:…`.
@@ -84,9 +93,12 @@ def seal_model(
             manifest_bytes = _pack_and_check(config)
             _write_blob(blobs, [m.pack_config(config)], undo)
             digest = _write_blob(blobs, [manifest_bytes], undo)
+            named = m.add_to_index(index, manifest_bytes, f"{name}-v{version}")
+            for signing_key in signing_keys:
+                named = _add_signature(blobs, named, manifest_bytes, signing_key, undo)
             _sync_folder(blobs)
             undo.callback(_restore_index, out, index)
-            _write_small(out / "index.json", m.add_to_index(index, manifest_bytes, f"{name}-v{version}"))
+            _write_small(out / "index.json", named)
             undo.pop_all()
     except OSError as error:
         raise SealError(SealProblem.IO, code=error.errno or 0) from error
@@ -111,6 +123,17 @@ def _pack_and_check(config: m.ModelConfig) -> bytes:
     except MalformedManifestError as error:
         raise SealError(SealProblem.BAD_VALUE, error.field) from error
     return manifest_bytes
+
+
+def _add_signature(
+    blobs: Path, index: bytes, manifest_bytes: bytes, key: signature.PrivateKey, undo: contextlib.ExitStack
+) -> bytes:
+    """The index with one signature more; its blobs are written."""
+    cose = signature.sign_manifest(m.digest_of(manifest_bytes), key)
+    about = signature.pack_signature_manifest(manifest_bytes, cose)
+    for blob in (signature.EMPTY, cose, about):
+        _write_blob(blobs, [blob], undo)
+    return m.add_to_index(index, about, None, m.SIGNATURE_TYPE)
 
 
 # --- the model folder -------------------------------------------------------------------------------------------------
@@ -241,7 +264,8 @@ def _write_blob(blobs: Path, chunks: Iterable[bytes | memoryview], undo: context
         stream.flush()
         os.fsync(stream.fileno())
     final = blobs / digest.hexdigest()
-    undo.callback(final.unlink, missing_ok=True)
+    if not final.exists():  # another model's may have the same contents
+        undo.callback(final.unlink, missing_ok=True)
     temporary.rename(final)
     return f"sha256:{digest.hexdigest()}"
 

@@ -9,7 +9,9 @@ import json
 import re
 import sys
 import warnings
+from contextlib import closing
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 from agent import unhandled
@@ -23,10 +25,11 @@ from agent.jose import pack_b64, pack_jwk, parse_object, parse_point
 from agent.threads import signals_wait
 
 if TYPE_CHECKING:
-    from agent.config import Measured
+    from agent.config import Measured, MeasuredConfig
     from agent.evidence.collect import Devices
 
 MAX_RUNTIME_DATA_BYTES = 4 << 10
+_STORE_TIMEOUT_S = 30.0
 _NONCE = re.compile(r"[0-9A-Fa-f]{64}")
 
 
@@ -127,9 +130,19 @@ def _open(measured: "Measured") -> "Devices":
         gpu_count=config.gpu.count,
         switch_count=config.gpu.switches,
         expected_ready=expected,
-        manifest_digest=config.artifact.manifest_digest,
+        manifest_digest=_manifest_digest(config),
         server_command_digest=command_digest(plan.argv if plan else ()),
     )
+
+
+def _manifest_digest(config: "MeasuredConfig") -> str:
+    if config.artifact.manifest_digest is not None:
+        return config.artifact.manifest_digest
+    from agent.artifact.identify import find_manifest
+    from agent.artifact.sources import open_source
+
+    with closing(open_source(config.artifact.source, config.artifact.ca_pem, _STORE_TIMEOUT_S)) as store:
+        return find_manifest(store, config.artifact, Event()).digest
 
 
 def check_held(proc: Path = Path("/proc")) -> None:

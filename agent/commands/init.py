@@ -4,6 +4,7 @@ import argparse
 import os
 from typing import Any, NoReturn
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
 from agent.commands.run import health_address, open_hardware, watch_gpus
@@ -36,10 +37,10 @@ def run(args: argparse.Namespace) -> NoReturn:
 
 
 def _supervise(hints: dict[str, str]) -> BootReport:
-    def worker(channel: Channel, served_version: int | None) -> int:
+    def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find_in_guest, open_hardware, served_version)
+        return work(channel, find_in_guest, open_hardware, served)
 
     asked = hints.get("keyturn.health")
     address = None if asked is None else health_address(asked)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from agent.artifact import manifest as m
+from agent.artifact.identify import signatures_of
+from agent.artifact.signature import PublicKey, parse_provider_key, parse_signature, verify_signatures
 from agent.artifact.sources import LayoutSource, open_source
 from agent.artifact.stream import (
     HEADER_BYTES,
@@ -38,7 +40,7 @@ from agent.errors import (
 
 _TIMEOUT_S = 30.0
 _MAX_WORKERS = 8
-_MAX_CA_BYTES = 1 << 20
+_MAX_PEM_BYTES = 1 << 20
 _REFERENCE = re.compile(r"(.+?)(?:@(sha256:[0-9a-f]{64}))?")
 
 
@@ -50,6 +52,9 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
     parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, 32 raw bytes; for --check")
     parser.add_argument("--ca-file", metavar="PEM", type=Path, help="the only CA to trust for https; default: the system's")
+    parser.add_argument(
+        "--signed-by", metavar="PEM", type=Path, help="fail unless this public key has signed the manifest (`seal --sign`)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object a manifest")
     parser.set_defaults(usage_error=parser.error)
 
@@ -58,19 +63,26 @@ def run(args: argparse.Namespace) -> int:
     if args.check != (args.key_file is not None):
         args.usage_error("--check and --key-file belong together")
     key = read_key_file(args.key_file) if args.check else None
+    signer = _read_signer(args.signed_by) if args.signed_by else None
     match = _REFERENCE.fullmatch(args.ref)
     if match is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
     location, digest = match.groups()
-    ca_pem = read_ca(args.ca_file) if args.ca_file else None
+    ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
     with contextlib.closing(open_source(location, ca_pem, _TIMEOUT_S)) as source:
         for wanted in [digest] if digest else _digests_in_index(source):
-            manifest = m.parse_manifest(source.read_blob(wanted, m.MAX_MANIFEST_BYTES), wanted)
+            manifest = m.parse_manifest(source.read_manifest(wanted, m.MAX_MANIFEST_BYTES), wanted)
             config = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
             if key is not None:
                 with progress_line("checking") as progress:
                     check_model(source, config, key, progress)
-            print(json.dumps(_record(manifest, config, args.check)) if args.json else _table(manifest, config, args.check))
+            # Whoever has a digest needs neither index nor signature.
+            signatures = [] if digest and signer is None else [*signatures_of(source, wanted)]
+            if signer is not None:
+                verify_signatures(signatures, wanted, [signer])
+            signers = [found.key_id.hex() for cose in signatures if (found := parse_signature(cose))]
+            show = _record if args.json else _table
+            print(show(manifest, config, signers, args))
     return 0
 
 
@@ -82,12 +94,19 @@ def _digests_in_index(source: LayoutSource) -> list[str]:
     return digests
 
 
-def read_ca(path: Path) -> str:
+def _read_signer(path: Path) -> PublicKey:
+    try:
+        return parse_provider_key(read_pem(path, "signed-by"))
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("signed-by")) from None
+
+
+def read_pem(path: Path, argument: str) -> str:
     try:
         with path.open("rb") as stream:
-            return stream.read(_MAX_CA_BYTES).decode("ascii")
+            return stream.read(_MAX_PEM_BYTES).decode("ascii")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("ca-file")) from error
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident(argument)) from error
 
 
 # --- check ------------------------------------------------------------------------------------------------------------
@@ -164,15 +183,17 @@ def _check_segment(source: LayoutSource, item: _Segment, ciphertext: memoryview,
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def _record(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> dict[str, object]:
-    return {
+def _record(manifest: m.Manifest, config: m.ModelConfig, signers: list[str], args: argparse.Namespace) -> str:
+    record = {
         "manifest_digest": manifest.digest,
         "model_name": config.model_name,
         "version": config.version,
         "key_uri": config.key_uri,
         "plaintext_bytes": config.total_plaintext_bytes,
         "ciphertext_bytes": sum(file.layout.ciphertext_bytes for file in config.files),
-        "checked": checked,
+        "checked": args.check,
+        "key_ids": signers,
+        "signature_verified": args.signed_by is not None,
         "files": [
             {
                 "path": file.path,
@@ -184,9 +205,10 @@ def _record(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> dict[
             for file in config.files
         ],
     }
+    return json.dumps(record)
 
 
-def _table(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> str:
+def _table(manifest: m.Manifest, config: m.ModelConfig, signers: list[str], args: argparse.Namespace) -> str:
     lines = [
         f"model     {config.model_name}, version {config.version}",
         f"key       {config.key_uri}",
@@ -198,6 +220,9 @@ def _table(manifest: m.Manifest, config: m.ModelConfig, checked: bool) -> str:
     lines += [
         f"{size_text(file.size):>10}  {file.sealed_version:>9}  {file.blob_digest[:19]}  {file.path}" for file in config.files
     ]
-    if checked:
+    lines += ["", *(f"signed    by key {signer}, so it says" for signer in signers)] if signers else []
+    if args.signed_by:
+        lines += ["verified  the key of --signed-by signed this manifest"]
+    if args.check:
         lines += ["", "checked   every segment of every file opens with this key"]
     return "\n".join(lines)

@@ -8,6 +8,7 @@ supervisor.
 import argparse
 from typing import Any
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.commands.run import add_faces, add_source, config_finder, host_hints, open_hardware, watch_gpus
 from agent.supervisor import Supervisor
@@ -33,9 +34,9 @@ def add_parser(verbs: Any, summary: str) -> None:
 def run(args: argparse.Namespace) -> int:
     find = config_finder(args)
 
-    def worker(channel: Channel, served_version: int | None) -> int:
+    def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served_version, args.out)
+        return work(channel, find, open_hardware, served, args.out)
 
     return Supervisor("load", host_hints(args, None), worker, watch_gpus).run()

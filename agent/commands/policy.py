@@ -11,15 +11,17 @@ import json
 import sys
 from datetime import datetime
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from agent import config
 from agent.artifact import manifest as m
+from agent.artifact.identify import find_manifest
 from agent.artifact.sources import open_source
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
 from agent.commands import trustee_policy
-from agent.commands.inspect import read_ca
+from agent.commands.inspect import read_pem
 from agent.commands.policy_values import (
     MAX_FILE_BYTES,
     Approved,
@@ -214,7 +216,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("gpu.switches"))
-    model = _read_model(args, measured)
+    manifest_digest, model = _read_model(args, measured)
     plan = plan_of(measured)
     return Approved(
         image=image,
@@ -227,7 +229,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         key_uri=measured.broker.key_uri,
         model_name=model.model_name,
         model_version=model.version,
-        manifest_digest=measured.artifact.manifest_digest,
+        manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),
     )
 
@@ -240,12 +242,12 @@ def _check_tee(image: Image | None, measured: config.MeasuredConfig) -> None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("tee.attester"))
 
 
-def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> m.ModelConfig:
-    """The model that the configuration pins: its digest authenticates the manifest, and the manifest the rest."""
-    digest = measured.artifact.manifest_digest
-    ca_pem = read_ca(args.ca_file) if args.ca_file else None
+def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tuple[str, m.ModelConfig]:
+    """The model that the configuration names, by digest or by who signed it, and the digest of its manifest."""
+    ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
     with contextlib.closing(open_source(args.model, ca_pem, _TIMEOUT_S)) as source:
-        manifest = m.parse_manifest(source.read_blob(digest, m.MAX_MANIFEST_BYTES), digest)
+        digest = find_manifest(source, measured.artifact, Event()).digest
+        manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest)
         model = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.key_uri != measured.broker.key_uri:
@@ -253,7 +255,7 @@ def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> m.
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.version < measured.artifact.min_version:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.min_version"))
-    return model
+    return digest, model
 
 
 def _read(file: str, name: str) -> bytes:

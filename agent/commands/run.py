@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
@@ -72,10 +73,10 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--health takes HOST:PORT")
     find: Callable[[], FoundConfig | None] = find_in_guest if args.guest else config_finder(args)
 
-    def worker(channel: Channel, served_version: int | None) -> int:
+    def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served_version)
+        return work(channel, find, open_hardware, served)
 
     return Supervisor("run", host_hints(args, address), worker, watch_gpus).run()
 

@@ -7,14 +7,17 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from agent.artifact.seal import check_identity, seal_model
+from agent.artifact.signature import PrivateKey, key_id, parse_signing_key, public_pem
 from agent.artifact.stream import KEY_BYTES
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
+
+_MAX_PEM_BYTES = 16 << 10
 
 
 def add_parser(verbs: Any, summary: str) -> None:
@@ -31,6 +34,15 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--key-file", metavar="K", type=Path, help="32 raw bytes; default: a new key in NAME-vN.key beside the output folder"
     )
+    parser.add_argument(
+        "--sign",
+        metavar="PEM",
+        type=Path,
+        action="append",
+        default=[],
+        help="sign the manifest with this private key (unencrypted PKCS#8; P-256, P-384 or Ed25519, as `openssl genpkey "
+        "-algorithm ed25519` makes one); give it twice while a key is replaced",
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -41,21 +53,26 @@ def run(args: argparse.Namespace) -> int:
     # What lies in the layout gets uploaded, what lies in the model folder gets sealed.
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
         raise SealError(SealProblem.INSIDE)
+    signing_keys = [_read_signing_key(path) for path in args.sign]
     with _termination_unwinds(), contextlib.ExitStack() as undo:
         key = read_key_file(key_file) if args.key_file else _create_key_file(key_file, undo)
         with progress_line("sealing") as progress:
-            digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress)
+            digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress, signing_keys)
         undo.pop_all()
     if args.json:
-        print(json.dumps({"manifest_digest": digest, "layout": str(out), "key_file": str(key_file), "key_uri": args.key_uri}))
+        record = {"manifest_digest": digest, "layout": str(out), "key_file": str(key_file), "key_uri": args.key_uri}
+        if signing_keys:
+            record["signed_by"] = [key_id(key.public_key()).hex() for key in signing_keys]
+        print(json.dumps(record))
     else:
-        print(_summary(args, out, key_file, digest))
+        print(_summary(args, out, key_file, digest, signing_keys))
     return 0
 
 
-def _summary(args: argparse.Namespace, out: Path, key_file: Path, digest: str) -> str:
+def _summary(args: argparse.Namespace, out: Path, key_file: Path, digest: str, signing_keys: Sequence[PrivateKey]) -> str:
+    signed = "".join(f"\nsigned with key {key_id(key.public_key()).hex()}" for key in signing_keys)
     return f"""\
-sealed {args.name} version {args.model_version} into {out}
+sealed {args.name} version {args.model_version} into {out}{signed}
 
 1. Give the key to the broker. With the directory key store of `keyturn broker`:
      install -D -m 0600 {shlex.quote(str(key_file))} STORE/{args.key_uri.removeprefix("kbs:///")}
@@ -67,7 +84,27 @@ sealed {args.name} version {args.model_version} into {out}
      [artifact]
      source = {json.dumps(str(out))}  # or the https URL of the copy
      manifest_digest = "{digest}"
-     min_version = {args.model_version}"""
+     min_version = {args.model_version}""" + (_by_signature(args, signing_keys) if signing_keys else "")
+
+
+def _by_signature(args: argparse.Namespace, signing_keys: Sequence[PrivateKey]) -> str:
+    pems = ",\n".join(f'"""\n{public_pem(key)}"""' for key in signing_keys)
+    return f"""
+
+   or, so that later releases need no new configuration, in place of manifest_digest:
+     name = "{args.name}"
+     tag = "{args.name}-v{args.model_version}"  # or a name that you move
+     provider_keys = [{pems}]"""
+
+
+def _read_signing_key(path: Path) -> PrivateKey:
+    try:
+        with path.open("rb") as stream:
+            return parse_signing_key(stream.read(_MAX_PEM_BYTES))
+    except OSError as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("sign")) from error
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("sign")) from None
 
 
 def _create_key_file(path: Path, undo: contextlib.ExitStack) -> bytes:

@@ -27,7 +27,6 @@ from agent.evidence import Tee
 from agent.guest import mounts
 from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
 from agent.sim import api_server_rest
-from agent.sim.api_server_rest import Components
 from agent.sim.machine import SimulatedMachine
 from agent.verify.ppcie import SWITCHES
 
@@ -158,7 +157,7 @@ def run(options: Options, view: View) -> Result:
                 broker = running.enter_context(_broker(options, folder, machine, model, view))
                 api_server = None
                 if options.coco:
-                    components = Components(machine.attester(options.tee), machine.gpu_system(), machine.runtime(options.tee))
+                    components = api_server_rest.Components.of(machine, options.tee)
                     api_server = running.enter_context(api_server_rest.serve(components))
             report_root = None
             if options.configfs:

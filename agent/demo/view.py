@@ -40,6 +40,7 @@ _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _MEANING = {
     "config": "read the configuration, take its digest",
     "devices": "open CPU TEE and GPU, check their modes",
+    "identify": "find the manifest that the provider signed",
     "prepare": "authenticate the manifest, reserve guest memory",
     "attest": "broker's nonce → GPU evidence → CPU evidence → verdict",
     "release-key": "get the model key, still sealed to this guest",

@@ -13,6 +13,7 @@ to know `encoding=base64` makes a report over that text, and is told by it; with
 from agent.closed import Ident
 from agent.errors import (
     Absence,
+    CountedDevice,
     DeviceError,
     EvidenceBindingError,
     EvidenceFormat,
@@ -33,6 +34,7 @@ from agent.evidence import (
     ReportData,
     Tee,
 )
+from agent.evidence.binding import split
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import parse_report
 from agent.evidence.tdx_abi import parse_quote, quote_report_data
@@ -134,7 +136,7 @@ class CocoGpus:
     """
 
     def __init__(self, api: ApiServer, nvml: GpuSystem) -> None:
-        """`nvml` is the container's own view of the same GPUs."""
+        """`nvml` is the container's own view of the same GPUs, and of the NVSwitches where the configuration names any."""
         self._api = api
         self._nvml = nvml
 
@@ -148,29 +150,34 @@ class CocoGpus:
         self._nvml.set_ready()
 
     def collect(self, nonce: GpuNonce) -> tuple[GpuEvidence, ...]:
-        """Fresh Evidence of every GPU over `nonce` (32 bytes), in the order of NVML, which the attestation-agent reads too.
+        """Fresh Evidence of every GPU over `nonce` (32 bytes), in the order of NVML, then of every NVSwitch in that of NSCQ.
 
-        NVAT does not tell the UUIDs: a GPU without one has the name that NVML gives it at its place. It proves nothing, and the
-        names of two GPUs that were exchanged would change nothing either: every report is signed by a key of its own.
+        The attestation-agent reads both too. NVAT does not tell the UUIDs: a device without one has the name that it has here
+        at its place. It proves nothing, and two names that were exchanged would change nothing either: every report is signed
+        by a key of its own.
 
         Raises:
             GuestApiError: the server misbehaved, or is too old.
             DeviceError: the attestation-agent got no evidence.
-            GpuCountError: of more or fewer GPUs than NVML shows; an agent that got none from a GPU leaves it out.
+            GpuCountError: of more or fewer devices than are seen here; an agent that got none from a device leaves it out.
             MalformedEvidenceError: text, report or chain does not parse.
             EvidenceBindingError: a report carries another nonce.
             EvidenceVerificationError: a report is not signed by the key whose certificate came with it.
         """
-        gpus = self._nvml.inspect().gpus
+        inventory = self._nvml.inspect()
         try:
             members = self._api.additional_evidence(nonce)
         except GuestApiError as error:
             raise _of_device(error) from None
-        found = _parse_devices(members)
+        gpus, switches = split(_parse_devices(members))
         # refusal: test_a_gpu_that_gives_no_evidence_is_never_a_shorter_list
-        if len(found) != len(gpus):
-            raise GpuCountError(len(gpus), len(found))
-        named = tuple(_named(evidence, gpu.uuid) for evidence, gpu in zip(found, gpus, strict=True))
+        if len(gpus) != len(inventory.gpus):
+            raise GpuCountError(len(inventory.gpus), len(gpus))
+        # refusal: test_a_switch_that_gives_no_evidence_is_never_a_shorter_list
+        if len(switches) != len(inventory.switches):
+            raise GpuCountError(len(inventory.switches), len(switches), CountedDevice.NVSWITCH)
+        uuids = [gpu.uuid for gpu in inventory.gpus] + [switch.uuid for switch in inventory.switches]
+        named = tuple(_named(evidence, uuid) for evidence, uuid in zip((*gpus, *switches), uuids, strict=True))
         for evidence in named:
             _check(evidence, nonce)
         return named

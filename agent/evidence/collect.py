@@ -41,8 +41,18 @@ class Devices:
     gpus: GpuSystem | None
     inventory: GpuInventory | None
     expected_ready: ExpectedReady
-    manifest_digest: str
+    manifest_digest: str | None
     server_command_digest: str
+
+    def to_load(self, manifest_digest: str) -> "Devices":
+        """The same devices; their evidence says that this is what will be loaded."""
+        return replace(self, manifest_digest=manifest_digest)
+
+    @property
+    def _manifest_digest(self) -> str:
+        if self.manifest_digest is None:
+            raise RuntimeError("evidence is about a model: it is identified first")
+        return self.manifest_digest
 
     def collect(self, data: RuntimeData) -> CompositeEvidence:
         """Fresh Evidence over `data`. Blocking: seconds for GPUs, up to 65 s for a throttled SNP device, two minutes for a
@@ -76,7 +86,7 @@ class Devices:
                 ready=self.inventory.ready,
                 renewal=self.expected_ready is ExpectedReady.OURS,
                 driver_version=self.inventory.driver_version,
-                manifest_digest=self.manifest_digest,
+                manifest_digest=self._manifest_digest,
                 server_command_digest=self.server_command_digest,
             )
             text = additional_evidence(evidence, claims)
@@ -96,7 +106,7 @@ class Devices:
             sealed: the key, which nobody has opened yet.
             evidence: what the Verdict is about; None where the guest's own components gave it.
         """
-        event = release_event(verdict, sealed, evidence, self.manifest_digest, self.server_command_digest)
+        event = release_event(verdict, sealed, evidence, self._manifest_digest, self.server_command_digest)
         return self.runtime.measure(event)
 
     def secure(self, verdict: Verdict, measured: MeasuredRelease) -> SecuredDevices:
@@ -150,7 +160,7 @@ def open_devices(
     switch_count: int = 0,
     architecture: str | None = None,
     expected_ready: ExpectedReady,
-    manifest_digest: str,
+    manifest_digest: str | None,
     server_command_digest: str,
 ) -> Devices:
     """Check what must hold of the GPUs before attestation.
@@ -163,7 +173,7 @@ def open_devices(
         switch_count: configured number of NVSwitches.
         architecture: configured one of every GPU; None for any.
         expected_ready: the ready state of the GPUs, and whose work it is.
-        manifest_digest: what the evidence says will be loaded.
+        manifest_digest: what the evidence says will be loaded; None: `to_load` comes later.
         server_command_digest: what the evidence says will be run.
 
     Raises:

@@ -28,7 +28,7 @@ from agent.handshake import KeptKey, TokenClaims, Verdict
 from agent.handshake.broker import Collect, OnAttempt
 from agent.handshake.ear import Ear, decode_unverified_ear, verify_ear
 from agent.handshake.machine import Trust
-from agent.handshake.rcar import not_affirmed
+from agent.handshake.rcar import UNVERSIONED, not_affirmed
 from agent.keys import EphemeralKey
 from agent.threads import in_thread
 
@@ -142,7 +142,7 @@ def _claims(ear: Ear, key_uri: Ident, *, simulated: bool) -> TokenClaims:
         nonce=Nonce((cpu.nonce or "").encode()),
         tee_pubkey=cpu.tee_pubkey,
         key_uri=key_uri,
-        policy_version=ear.issuer or Ident("unknown"),
+        policy_version=UNVERSIONED,
         min_model_version=0,
         lease_s=None,
         simulated=simulated,

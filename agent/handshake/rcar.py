@@ -27,6 +27,7 @@ from agent.errors import (
 )
 from agent.evidence import BindingHash, CompositeEvidence, Nonce, OpaqueNonce, Tee, trustee_json
 from agent.handshake import TeePublicKey
+from agent.handshake.ar4si import Tier, TrustClaim, meaning_of, tier_of
 from agent.handshake.ear import MAX_EAR_BYTES, Finding, FindingKind, decode_unverified_ear, findings
 from agent.jose import nonce_text, pack_jwk, parse_object, string
 
@@ -45,7 +46,7 @@ UNVERSIONED = Ident("unversioned")
 
 _MAX_NONCE_CHARS = 1024
 _MAX_COOKIES = 16
-_MAX_COOKIE_CHARS = 4096
+_MAX_COOKIE_CHARS = 1024  # all of them, beside the longest bearer, still fit into a head
 _SESSION = "kbs-session-id"
 _COOKIE = re.compile(r"([!#$%&'*+.^_`|~0-9A-Za-z-]{1,256})=([!#-+\--:<-\[\]-~]*)")  # RFC 6265, 4.1.1
 _COMPACT_JWS = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+")
@@ -316,3 +317,19 @@ def _named(finding: Finding) -> Ident:
     else:
         parts += [finding.kind.value.replace(" ", "-").lower(), finding.detail or finding.tier.value]
     return Ident.of_peer(":".join(map(str, parts)))
+
+
+def parse_not_affirmed(name: Ident) -> Finding | None:
+    """The finding that `not_affirmed` names so; None: it is no such name. The tier of a TCB status is not in it."""
+    submod, what, detail, *value = [*name.split(":", 3), "", ""][:4]
+    try:
+        device = Ident(submod)
+        if what in {claim.value for claim in TrustClaim}:
+            claim, number = TrustClaim(what), int(value[0])
+            return Finding(device, FindingKind.CLAIM, tier_of(number), claim, number, meaning_of(claim, number))
+        kind = next(kind for kind in FindingKind if kind.value.replace(" ", "-").lower() == what)
+        if kind in (FindingKind.TCB_STATUS, FindingKind.ADVISORY):
+            return Finding(device, kind, Tier.WARNING, detail=Ident(detail))
+        return Finding(device, kind, Tier(detail))
+    except (ValueError, StopIteration):
+        return None

@@ -15,14 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from http import HTTPStatus
+from typing import Self
 from urllib.parse import parse_qsl, urlsplit
 
 from agent.errors import AgentError
 from agent.evidence import REPORT_DATA_BYTES, Attester, Evidence, GpuNonce, GpuSystem, ReportData, Tee
 from agent.evidence.ccel import RuntimeEvent
+from agent.evidence.nscq import GpusAndSwitches
 from agent.evidence.runtime import Runtime
 from agent.evidence.trustee_json import pack_evidence
 from agent.jose import pack_b64, parse_b64url
+from agent.sim.machine import SimulatedMachine
 
 VERSION = "Guest Components Version: v0.21.0-121-g8246e5e"
 _NONCE_BYTES = 32
@@ -67,6 +70,14 @@ class Components:
     enables_log: bool = True
     asked: list[str] = field(default_factory=list)
     entries: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, machine: SimulatedMachine, tee: Tee) -> Self:
+        """The components of a machine's guest, without a key broker service."""
+        gpus = machine.gpu_system() if machine.gpu.count else None
+        if gpus and machine.gpu.switches:
+            gpus = GpusAndSwitches(gpus, machine.switch_system())
+        return cls(machine.attester(tee), gpus, machine.runtime(tee))
 
 
 @contextmanager

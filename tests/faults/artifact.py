@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import rfc8785
+from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
 from agent.artifact.seal import seal_model
+from agent.artifact.signature import PrivateKey, public_pem
 from agent.errors import (
     ArtifactUnavailableError,
     ConfigError,
@@ -17,10 +20,12 @@ from agent.errors import (
     MalformedHeaderError,
     MalformedManifestError,
     ManifestDigestError,
+    ManifestSignatureError,
     RollbackError,
     SealError,
     SealProblem,
     SegmentAuthenticationError,
+    SignatureCheck,
     StoreProblem,
     TruncatedArtifactError,
 )
@@ -132,6 +137,50 @@ def old_manifest(world: FaultWorld) -> None:
     shutil.copy(old / "blobs" / digest.replace(":", "/"), blob(world, world.manifest_digest))
 
 
+def _signed(sign: Callable[[FaultWorld, PrivateKey], object]) -> Callable[[FaultWorld], None]:
+    """A configuration that believes one key, and a store in which `sign` has done something with it."""
+
+    def arrange(world: FaultWorld) -> None:
+        key = ed25519.Ed25519PrivateKey.generate()
+        del world.artifact["manifest_digest"]
+        world.artifact |= {"provider_keys": [public_pem(key)], "tag": "tiny-v4", "name": "tiny"}
+        sign(world, key)
+
+    return arrange
+
+
+def _seal_signed(world: FaultWorld, version: int, *keys: PrivateKey) -> str:
+    source = world.folder / "source"
+    return seal_model(source, world.layout, world.canaries.key, KEY_URI, "tiny", version, lambda *_: None, keys)
+
+
+def signature_of_another_release(world: FaultWorld, key: PrivateKey) -> None:
+    """The store moves a good signature to a manifest that it was not made for."""
+    old, new = _seal_signed(world, 5, key), _seal_signed(world, 4)
+    for path in (world.layout / "blobs/sha256").iterdir():
+        data = path.read_bytes()
+        if b'"subject"' in data:
+            moved = data.replace(old.encode(), new.encode())
+            place_manifest(world, moved)
+
+
+def place_manifest(world: FaultWorld, data: bytes) -> None:
+    index = world.layout / "index.json"
+    blob(world, digest_of(data)).write_bytes(data)
+    index.write_bytes(add_to_index(index.read_bytes(), data, None, SIGNATURE_TYPE))
+
+
+def old_release_under_a_new_tag(world: FaultWorld, key: PrivateKey) -> None:
+    """Signed for ever: only the floor stands against it."""
+    _seal_signed(world, 2, key)
+    world.artifact |= {"tag": "tiny-v2", "min_version": 3}
+
+
+def another_model_under_the_tag(world: FaultWorld, key: PrivateKey) -> None:
+    _seal_signed(world, 4, key)
+    world.artifact["name"] = "another"
+
+
 def nobody_listens(world: FaultWorld) -> None:
     world.artifact |= {"source": f"http://127.0.0.1:{free_port()}", "timeout_s": 2}
 
@@ -188,6 +237,20 @@ ROWS = [
     # --- the sealed model ---------------------------------------------------------------------------------------------
     Fault("manifest replaced", ManifestDigestError, manifest_replaced),
     Fault("manifest of the older release", ManifestDigestError, old_manifest),
+    *(
+        Fault(name, ManifestSignatureError, _signed(sign), {"check": check})
+        for name, sign, check in (
+            ("manifest that nobody signed", lambda world, _: _seal_signed(world, 4), SignatureCheck.MISSING),
+            (
+                "manifest that somebody else signed",
+                lambda world, _: _seal_signed(world, 4, ed25519.Ed25519PrivateKey.generate()),
+                SignatureCheck.KEY,
+            ),
+            ("signature of another release", signature_of_another_release, SignatureCheck.MANIFEST),
+        )
+    ),
+    Fault("signed release below the floor", RollbackError, _signed(old_release_under_a_new_tag), {"version": 2, "floor": 3}),
+    Fault("another signed model", ConfigError, _signed(another_model_under_the_tag), {"key": "artifact.name"}),
     Fault("file dropped from the manifest", MalformedManifestError, _measured_manifest(lambda m: m["layers"].pop()), files=2),
     Fault("manifest without files", MalformedManifestError, _measured_manifest(lambda m: m.update(layers=[]))),
     Fault(

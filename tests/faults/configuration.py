@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.commands.run import open_hardware, watch_gpus
 from agent.config_source import FoundConfig, find_in_guest
@@ -133,7 +134,7 @@ def bug_in_the_worker(world: FaultWorld) -> str:
     def find_config() -> FoundConfig | None:
         raise ZeroDivisionError(world.canaries.config_secret)
 
-    def worker(channel: Channel, _: int | None) -> int:
+    def worker(channel: Channel, _: ServedModel | None) -> int:
         return work(channel, find_config, open_hardware)
 
     def boot() -> str:

@@ -26,13 +26,13 @@ from typing import Any, ClassVar
 import urllib3
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import http_policy, jose, keys
-from agent.artifact import DestinationKind
+from agent.artifact import DestinationKind, ServedModel, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import http
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
@@ -54,6 +54,7 @@ from agent.errors import (
     EvidenceVerificationError,
     GuestApiError,
     MalformedEvidenceError,
+    ManifestSignatureError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import (
@@ -862,6 +863,34 @@ def model_config_seeds() -> list[bytes]:
     return [m.pack_config(MODEL)]
 
 
+FOREIGN_SIGNER = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(31) + b"\1").public_key()
+
+
+def signature_of_manifest(data: bytes) -> None:
+    """Under no key: what is read of it means what its bytes say, and nothing verifies."""
+    found = signature.parse_signature(data)
+    if found is not None:
+        assert len(data) <= signature.MAX_SIGNATURE_BYTES
+        assert found.protected in data
+        assert found.payload in data
+    with suppress(ManifestSignatureError):
+        signature.verify_signatures([data], m.digest_of(b""), [FOREIGN_SIGNER])
+        raise AssertionError("a signature of nobody")
+
+
+def signature_of_manifest_seeds() -> list[bytes]:
+    return [signature.sign_manifest(m.digest_of(b""), ed25519.Ed25519PrivateKey.from_private_bytes(bytes(32)))]
+
+
+def signature_manifest(data: bytes) -> None:
+    digest = signature.parse_signature_manifest(data, m.digest_of(b""))
+    assert digest is None or m.is_digest(digest)
+
+
+def signature_manifest_seeds() -> list[bytes]:
+    return [signature.pack_signature_manifest(b"", b"cose")]
+
+
 def index(data: bytes) -> None:
     entries = m.parse_index(data)
     assert m.parse_index(m.add_to_index(data, b"{}", "new"))[:-1] == entries
@@ -1107,8 +1136,20 @@ def handed_model(data: bytes) -> None:
 
 def handed_model_seeds() -> list[bytes]:
     models = (
-        HandedModel(PLAN, DestinationKind.TMPFS, None, "model.gguf", (7,), 3, Lease(60, 12.5), True, "/machine"),
-        HandedModel(PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), 0, None, False, None),
+        HandedModel(
+            PLAN,
+            DestinationKind.TMPFS,
+            None,
+            "model.gguf",
+            (7,),
+            ServedModel("sha256:" + "5a" * 32, 3),
+            Lease(60, 12.5),
+            True,
+            "/machine",
+        ),
+        HandedModel(
+            PLAN, DestinationKind.DIRECTORY, "/mnt/model", None, (7,), ServedModel("sha256:" + "5a" * 32, 0), None, False, None
+        ),
     )
     return [json.dumps(each.record()).encode() for each in models]
 
@@ -1248,6 +1289,8 @@ TARGETS = {
         Target("manifest", manifest, manifest_seeds),
         Target("model_config", model_config, model_config_seeds),
         Target("index", index, index_seeds),
+        Target("signature_of_manifest", signature_of_manifest, signature_of_manifest_seeds),
+        Target("signature_manifest", signature_manifest, signature_manifest_seeds),
         Target("stream_header", stream_header, stream_header_seeds),
         Target("redirect", redirect, redirect_seeds),
         Target("store_answer", store_answer, store_answer_seeds),

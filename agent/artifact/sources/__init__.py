@@ -12,10 +12,29 @@ from agent.errors import ConfigError, ConfigProblem
 
 
 class BlobSource(Protocol):
-    """Blobs by digest. Safe for any number of threads; close it when none of them is inside.
+    """Manifests by name or digest, blobs by digest. Safe for any number of threads; close it when none of them is inside.
 
     A network read also ends, as a timeout, at the limits of the reading thread (`http_limited.py`).
     """
+
+    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
+        """A manifest as the store has it: whoever parses it authenticates it first.
+
+        Args:
+            reference: `sha256:` and 64 hexadecimal digits, or a tag.
+            max_bytes: a longer manifest is not read.
+
+        Raises:
+            ArtifactUnavailableError: as `read_blob`.
+            MalformedManifestError: the index of a layout is not one.
+        """
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        """Digests of the manifests that may be signatures of the manifest `digest`, at most 64, the newest last.
+
+        Raises:
+            ArtifactUnavailableError, MalformedManifestError: as `read_manifest`.
+        """
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         """A small blob as a whole, as the store has it: whoever parses it compares the digest first.

@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 
+from agent.artifact.sources.layout import NamedByIndex
 from agent.errors import ArtifactUnavailableError, StoreProblem
 
 _PROBLEMS = {
@@ -17,7 +18,7 @@ _PROBLEMS = {
 }
 
 
-class DirectorySource:
+class DirectorySource(NamedByIndex):
     """Opens a blob for each read: a few microseconds beside a MiB, and nothing to keep or to run out of.
 
     No deadline and no cancellation ends a read that the kernel has begun: where the folder is a network file system whose

@@ -22,6 +22,7 @@ from urllib3.exceptions import (
 
 from agent import __version__, http_policy
 from agent.artifact.sources.directory import blob_path
+from agent.artifact.sources.layout import NamedByIndex
 from agent.errors import ArtifactUnavailableError, StoreProblem
 from agent.http_limited import limited, pool
 
@@ -31,7 +32,7 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:(\d{1,19})|\*)")
 
 
-class HttpSource:
+class HttpSource(NamedByIndex):
     """As many requests at a time as there are threads; 32 connections are kept.
 
     A request ends in time, however slowly its bytes come: 1 MiB within a minute is a rate no load could live with.

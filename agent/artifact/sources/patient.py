@@ -28,6 +28,12 @@ class PatientSource:
         self._schedule = RetrySchedule(deadline=time.monotonic() + timeout_s)
         self._stop = stop
 
+    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
+        return self._retried(lambda: self._source.read_manifest(reference, max_bytes))
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        return self._retried(lambda: self._source.referrers(digest))
+
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._retried(lambda: self._source.read_blob(digest, max_bytes))
 
