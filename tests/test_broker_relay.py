@@ -193,6 +193,41 @@ def test_a_second_hello_opens_another_session(site: RelaySite) -> None:
     assert [entry.cookie for entry in site.kbs.log] == [False, False]
 
 
+def test_a_token_that_fits_into_a_header_outlives_the_session(site: RelaySite) -> None:
+    _, key, sealed = played(site, lambda: site.boot(site.kbs.forget_sessions))
+    open_jwe(sealed.jwe, key, memoryview(bytearray(32)))
+
+
+def test_a_lost_session_of_eight_gpus_is_told_and_not_tried_again(tmp_path: Path, silicon: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "eight", gpus=8, silicon=silicon)
+    with upstream(machine) as kbs:
+        site = RelaySite(tmp_path, machine, kbs)
+        error = failure(site, kbs.forget_sessions)
+    assert isinstance(error, TrusteeRefusedError)
+    assert (error.refusal, error.attempts, site.retries) == (TrusteeRefusal.NO_SESSION, 1, [])
+
+
+def test_guests_at_the_same_time_get_their_own_sessions_and_keys(site: RelaySite) -> None:
+    async def scene() -> list[bytes]:
+        found = []
+        for _, key, sealed in await asyncio.gather(*(site.boot() for _ in range(16))):
+            opened = bytearray(32)
+            open_jwe(sealed.jwe, key, memoryview(opened))
+            found.append(bytes(opened))
+        return found
+
+    assert played(site, scene) == [KEY] * 16
+    attests = [line for line in site.audit() if line["step"] == "attest"]
+    assert len({line["nonce"] for line in attests}) == len({line["request_id"] for line in attests}) == 16
+
+
+def test_what_cannot_be_recorded_is_not_passed_on(site: RelaySite) -> None:
+    site.audit_path = Path("/dev/full")
+    error = failure(site)
+    assert isinstance(error, BrokerFailureError)
+    assert (error.status, error.reason) == (9, "AUDIT_LOG")
+
+
 # --- what the guest believes --------------------------------------------------------------------------------------------
 
 
