@@ -67,12 +67,12 @@ def signals_wait() -> Iterator[None]:
     came: list[int] = []
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     # The mask is this thread's alone: what the kernel gives to another thread, a library's, would still act on this one.
-    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    handlers = {number: signal.signal(number, lambda signum, _: came.append(signum)) for number in numbers}
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number in came:
-            signal.raise_signal(number)
+        for signum in came:
+            signal.raise_signal(signum)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
