@@ -246,7 +246,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
         )
         return RcarBroker(site, trust, at.timeout_s, on_retry, on_unaffirmed)
     from agent.handshake import TokenKind
-    from agent.handshake.grpc_client import GrpcBroker
+    from agent.handshake.grpc_client import GrpcBroker, InitData
 
     assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"
     return GrpcBroker(
@@ -258,6 +258,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
         on_retry,
         TokenKind(at.tokens),
         on_unaffirmed,
+        InitData(measured.initdata, measured.digest) if measured.initdata is not None else None,
         simulated=cfg.tee.simulated,
     )
 

@@ -18,7 +18,7 @@ from agent.errors import AgentError
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
 from agent.handshake import SealedKey, TokenKind, Verdict
 from agent.handshake.broker import Collect
-from agent.handshake.grpc_client import GrpcBroker
+from agent.handshake.grpc_client import GrpcBroker, InitData
 from agent.handshake.machine import Trust
 from agent.handshake.token import parse_token_key
 from agent.keys import EphemeralKey
@@ -53,6 +53,7 @@ class RelaySite:
         self.reported: list[AgentError] = []
         self.retries: list[tuple[str, float]] = []
         self.unaffirmed: list[Ident] = []
+        self.init_data: InitData | None = None
         self.timeout_s = 30.0
         self.trust = Trust((parse_token_key(kbs.token_key_pem),), True)
         self.collect: Collector = self._collect
@@ -96,6 +97,7 @@ class RelaySite:
             on_retry,
             TokenKind.TRUSTEE,
             self.unaffirmed.append,
+            self.init_data,
             simulated=True,
         )
 

@@ -18,6 +18,7 @@ from agent.errors import (
     BrokerFailureError,
     BrokerIdentityError,
     BrokerUnreachableError,
+    ConfigNotMeasuredError,
     DenialReason,
     EvidencePrecheckError,
     IdentityProblem,
@@ -32,8 +33,19 @@ from agent.errors import (
 )
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
 from agent.evidence.binding import report_data
-from agent.handshake import MAX_TRUSTEE_TOKEN_BYTES, Accepted, Attestation, Challenge, Hello, KeyRequest, ear, rcar
+from agent.handshake import (
+    MAX_INIT_DATA_BYTES,
+    MAX_TRUSTEE_TOKEN_BYTES,
+    Accepted,
+    Attestation,
+    Challenge,
+    Hello,
+    KeyRequest,
+    ear,
+    rcar,
+)
 from agent.handshake import grpc_wire as wire
+from agent.handshake.grpc_client import InitData
 from agent.handshake.grpc_status import OVERLOADED, Failure, reason_of, refusal_of
 from agent.handshake.machine import Trust
 from agent.jose import pack_b64
@@ -111,6 +123,33 @@ def test_a_guest_gets_its_key_through_a_relay_and_everything_is_as_the_kbs_made_
     ]
     assert [entry.cookie for entry in kbs.log] == [False, True, True]
     assert kbs.log[2].bearer
+
+
+INITDATA = b'version = "0.1.0"\nalgorithm = "sha256"\n[data]\n"aa.toml" = "[token_configs]\\n"\n'
+
+
+def test_initdata_goes_along_and_the_token_says_what_it_is(site: RelaySite) -> None:
+    site.init_data = InitData(INITDATA, hashlib.sha256(INITDATA).digest())
+    site.machine.host_data = site.init_data.digest
+    verdict, _, _ = played(site, site.boot)
+    evidence = claims_of(verdict.token)["submods"]["cpu0"]["ear.veraison.annotated-evidence"]
+    assert evidence["init_data"] == site.machine.host_data.hex()
+    assert evidence["init_data_claims"] == {"aa.toml": {"token_configs": {}}}
+
+
+def test_initdata_that_the_tee_does_not_know_is_not_sent(site: RelaySite) -> None:
+    site.init_data = InitData(INITDATA, hashlib.sha256(INITDATA).digest())
+    assert isinstance(failure(site), ConfigNotMeasuredError)
+    assert [entry.path.split("/")[3] for entry in site.kbs.log] == ["auth"]
+
+
+def test_initdata_above_the_bound_stays_here_and_no_claim_is_made_of_it(site: RelaySite) -> None:
+    document = INITDATA + b"#" * MAX_INIT_DATA_BYTES
+    site.init_data = InitData(document, hashlib.sha256(document).digest())
+    site.machine.host_data = site.init_data.digest
+    verdict, _, _ = played(site, site.boot)
+    evidence = claims_of(verdict.token)["submods"]["cpu0"]["ear.veraison.annotated-evidence"]
+    assert (evidence["init_data"], evidence["init_data_claims"]) == (site.machine.host_data.hex(), None)
 
 
 def test_the_request_id_stands_in_both_logs(site: RelaySite) -> None:

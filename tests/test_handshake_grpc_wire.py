@@ -229,6 +229,13 @@ def test_a_token_has_the_bound_of_its_kind_and_a_key_without_version_is_a_relays
     assert raised.value.problem is ProtocolProblem.OVERSIZED
 
 
+def test_initdata_comes_as_it_was_sent_and_is_bounded() -> None:
+    sent = Attestation(ID, KEY, EVIDENCE, 'version = "0.1.0" # ü')
+    assert wire.parse_attest_request(wire.pack_attest_request(sent), STATE) == sent
+    assert problem(wire.parse_attest_request, attestation(init_data=b"i" * 262145)) is ProtocolProblem.OVERSIZED
+    assert problem(wire.parse_attest_request, attestation(init_data=b"\xff")) is ProtocolProblem.MALFORMED
+
+
 def test_a_relays_session_goes_back_as_it_came_and_is_bounded() -> None:
     accepted = Accepted(ID, "a.b.c", Ident("p1"), (), b"\0 any bytes" * 100)
     assert wire.parse_attest_response(wire.pack_attest_response(accepted), STATE) == accepted

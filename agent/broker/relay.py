@@ -143,7 +143,8 @@ class Relay:
     async def attest(self, hello: Hello, challenge: Challenge, cookies: dict[str, str], sent: Attestation) -> Accepted:
         """The KBS's token over the Evidence, and its session."""
         try:
-            body = await asyncio.to_thread(rcar.pack_attestation, challenge.nonce, sent.tee_pubkey, sent.evidence, None)
+            packed = challenge.nonce, sent.tee_pubkey, sent.evidence, sent.init_data or None
+            body = await asyncio.to_thread(rcar.pack_attestation, *packed)
             answer = await self._ask(Exchange.ATTEST, f"{rcar.PREFIX}/attest", body, hello.request_id, cookies)
             token = rcar.parse_token(answer, _ATTEST)
         except AgentError as error:

@@ -20,6 +20,7 @@ MAX_TRUSTEE_TOKEN_BYTES = 256 << 10
 """Such a token repeats the evidence: about 20 KiB for each GPU, 170 KiB for eight (`ear.py` has the same bound)."""
 MAX_JWE_BYTES = 8 << 10
 MAX_SESSION_BYTES = 4 << 10
+MAX_INIT_DATA_BYTES = 256 << 10
 MAX_QUOTE_BYTES = 128 << 10
 MAX_EVENT_LOG_BYTES = 256 << 10
 MIN_CHALLENGE_LIFE_S = 180
@@ -60,9 +61,12 @@ class Challenge:
 
 @dataclass(frozen=True, slots=True)
 class Attestation:
+    """`init_data` is the whole initdata document of this guest, for a Trustee behind a relay; `""` where there is none."""
+
     request_id: Ident
     tee_pubkey: TeePublicKey
     evidence: CompositeEvidence
+    init_data: str = field(default="", repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self, TypeVar, assert_never
 
@@ -23,7 +23,16 @@ import grpc.aio
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerUnreachableError, KeyReleaseDeniedError, TrusteeRefusedError, Unreachable
 from agent.evidence import RuntimeData, Tee
-from agent.handshake import MAX_MESSAGE_BYTES, Attestation, KeyRequest, SealedKey, TokenKind, Verdict, grpc_wire
+from agent.handshake import (
+    MAX_INIT_DATA_BYTES,
+    MAX_MESSAGE_BYTES,
+    Attestation,
+    KeyRequest,
+    SealedKey,
+    TokenKind,
+    Verdict,
+    grpc_wire,
+)
 from agent.handshake.broker import Collect, OnAttempt, OnRetry, OnUnaffirmed, collected, retried
 from agent.handshake.machine import (
     Action,
@@ -52,6 +61,14 @@ _Result = TypeVar("_Result")
 _Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class InitData:
+    """The initdata document that this guest was launched with, UTF-8, and its digest. One above 256 KiB is not sent."""
+
+    document: bytes = field(repr=False)
+    digest: bytes
+
+
 class GrpcBroker:
     """One broker identity at one or more addresses. Use as `async with`; not for two handshakes at a time."""
 
@@ -65,6 +82,7 @@ class GrpcBroker:
         on_retry: OnRetry = lambda *_: None,
         tokens: TokenKind = TokenKind.KEYTURN,
         on_unaffirmed: OnUnaffirmed = lambda _: None,
+        init_data: InitData | None = None,
         simulated: bool = False,
     ) -> None:
         """Nothing is connected yet.
@@ -78,6 +96,7 @@ class GrpcBroker:
             on_retry: told why an attempt failed, how many have, and how many seconds the next one waits.
             tokens: whose tokens count: our broker's, or those of a Trustee attestation service behind a relay.
             on_unaffirmed: after a denial, told each thing in a Trustee token that is not affirmed.
+            init_data: of this guest, sent to a Trustee behind a relay; None: none is at hand, and no claim is made from it.
             simulated: the evidence is a simulator's, which a Trustee token does not say.
         """
         if not endpoints:
@@ -90,6 +109,7 @@ class GrpcBroker:
         self._on_retry = on_retry
         self._tokens = tokens
         self._on_unaffirmed = on_unaffirmed
+        self._init_data = init_data
         self._simulated = simulated
         self._schedule: RetrySchedule | None = None
         self._channel: grpc.aio.Channel | None = None
@@ -190,15 +210,17 @@ class GrpcBroker:
         return EarVerifier(tee, self._simulated)
 
     def _checked(self, asked: RuntimeData, attestation: Attestation) -> Attestation:
-        """What Trustee would refuse without a word is found here. No initdata goes over this wire, so none is compared."""
+        """With what Trustee needs beside it; what it would refuse without a word is found here."""
         if self._tokens is TokenKind.KEYTURN:
             return attestation
         from agent.evidence import binding, precheck
 
         evidence = attestation.evidence
         wanted = binding.report_data(asked, evidence.additional_evidence)
-        primary = precheck.check_before_sending(evidence.primary, wanted, None)
-        return replace(attestation, evidence=replace(evidence, primary=primary))
+        init_data = self._init_data
+        primary = precheck.check_before_sending(evidence.primary, wanted, init_data.digest if init_data else None)
+        text = init_data.document if init_data and len(init_data.document) <= MAX_INIT_DATA_BYTES else b""
+        return replace(attestation, evidence=replace(evidence, primary=primary), init_data=text.decode())
 
     async def _release_once(self, machine: Handshake, request: KeyRequest) -> SealedKey:
         method = self._connect().unary_unary(grpc_wire.RELEASE_KEY_METHOD, bytes, bytes)

@@ -21,6 +21,7 @@ from agent.handshake import (
     MAX_CERTIFICATE_BYTES,
     MAX_CERTIFICATES,
     MAX_EVENT_LOG_BYTES,
+    MAX_INIT_DATA_BYTES,
     MAX_JWE_BYTES,
     MAX_MESSAGE_BYTES,
     MAX_QUOTE_BYTES,
@@ -93,6 +94,7 @@ def pack_attest_request(message: Hello | Attestation) -> bytes:
             wire.attestation.tee_pubkey.x = message.tee_pubkey.x
             wire.attestation.tee_pubkey.y = message.tee_pubkey.y
             wire.attestation.additional_evidence = message.evidence.additional_evidence.encode()
+            wire.attestation.init_data = message.init_data.encode()
     return wire.SerializeToString()
 
 
@@ -121,14 +123,14 @@ def parse_attest_request(data: bytes, state: Ident) -> Hello | Attestation:
             if (len(sent.tee_pubkey.x), len(sent.tee_pubkey.y)) != (COORDINATE_BYTES, COORDINATE_BYTES):
                 raise _malformed(state)
             primary = _parse_primary(sent, state)
-            if len(sent.additional_evidence) > MAX_ADDITIONAL_EVIDENCE_BYTES:
+            if len(sent.additional_evidence) > MAX_ADDITIONAL_EVIDENCE_BYTES or len(sent.init_data) > MAX_INIT_DATA_BYTES:
                 raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
             try:
-                additional = sent.additional_evidence.decode()
+                additional, init_data = sent.additional_evidence.decode(), sent.init_data.decode()
             except UnicodeDecodeError:
                 raise _malformed(state) from None
             key = TeePublicKey(sent.tee_pubkey.x, sent.tee_pubkey.y)
-            return Attestation(request_id, key, CompositeEvidence(primary, additional))
+            return Attestation(request_id, key, CompositeEvidence(primary, additional), init_data)
         case _:
             raise _malformed(state)
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18keyturn/kbs/v1/kbs.proto\x12\x0ekeyturn.kbs.v1\"\x8a\x01\n\rAttestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05hello\x18\x02 \x01(\x0b\x32\x15.keyturn.kbs.v1.HelloH\x00\x12\x32\n\x0b\x61ttestation\x18\x03 \x01(\x0b\x32\x1b.keyturn.kbs.v1.AttestationH\x00\x42\t\n\x07message\"\x8b\x01\n\x0e\x41ttestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\tchallenge\x18\x02 \x01(\x0b\x32\x19.keyturn.kbs.v1.ChallengeH\x00\x12*\n\x07verdict\x18\x03 \x01(\x0b\x32\x17.keyturn.kbs.v1.VerdictH\x00\x42\t\n\x07message\"?\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x0f\n\x07key_uri\x18\x02 \x01(\t\x12\x0b\n\x03tee\x18\x03 \x01(\t\"0\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65xpires_in_s\x18\x02 \x01(\r\"$\n\x0cTeePublicKey\x12\t\n\x01x\x18\x01 \x01(\x0c\x12\t\n\x01y\x18\x02 \x01(\x0c\"\xc8\x01\n\x0b\x41ttestation\x12\x30\n\ntee_pubkey\x18\x01 \x01(\x0b\x32\x1c.keyturn.kbs.v1.TeePublicKey\x12*\n\x03snp\x18\x02 \x01(\x0b\x32\x1b.keyturn.kbs.v1.SnpEvidenceH\x00\x12*\n\x03tdx\x18\x04 \x01(\x0b\x32\x1b.keyturn.kbs.v1.TdxEvidenceH\x00\x12\x1b\n\x13\x61\x64\x64itional_evidence\x18\x03 \x01(\x0c\x42\x12\n\x10primary_evidence\"1\n\x0bSnpEvidence\x12\x0e\n\x06report\x18\x01 \x01(\x0c\x12\x12\n\ncert_chain\x18\x02 \x03(\x0c\"/\n\x0bTdxEvidence\x12\r\n\x05quote\x18\x01 \x01(\x0c\x12\x11\n\tevent_log\x18\x02 \x01(\x0c\"m\n\x07Verdict\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.keyturn.kbs.v1.AcceptedH\x00\x12(\n\x06\x64\x65nied\x18\x02 \x01(\x0b\x32\x16.keyturn.kbs.v1.DeniedH\x00\x42\n\n\x08\x64\x65\x63ision\"_\n\x08\x41\x63\x63\x65pted\x12\r\n\x05token\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\t\x12\x1b\n\x13reference_value_ids\x18\x03 \x03(\t\x12\x0f\n\x07session\x18\x04 \x01(\x0c\"y\n\x06\x44\x65nied\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.keyturn.kbs.v1.DenialReason\x12\r\n\x05\x63laim\x18\x02 \x01(\t\x12\x1a\n\x12reference_value_id\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\"X\n\x11ReleaseKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07key_uri\x18\x03 \x01(\t\x12\x0f\n\x07session\x18\x04 \x01(\x0c\"Z\n\x12ReleaseKeyResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03jwe\x18\x02 \x01(\x0c\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x13\n\x0bkey_version\x18\x04 \x01(\r*\xbb\x01\n\x0c\x44\x65nialReason\x12\x1d\n\x19\x44\x45NIAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45NIAL_REASON_CLAIM\x10\x01\x12\x18\n\x14\x44\x45NIAL_REASON_DEVICE\x10\x02\x12\x1c\n\x18\x44\x45NIAL_REASON_COLLATERAL\x10\x03\x12!\n\x1d\x44\x45NIAL_REASON_REFERENCE_VALUE\x10\x04\x12\x18\n\x14\x44\x45NIAL_REASON_POLICY\x10\x05\x32\xad\x01\n\tKeyBroker\x12K\n\x06\x41ttest\x12\x1d.keyturn.kbs.v1.AttestRequest\x1a\x1e.keyturn.kbs.v1.AttestResponse(\x01\x30\x01\x12S\n\nReleaseKey\x12!.keyturn.kbs.v1.ReleaseKeyRequest\x1a\".keyturn.kbs.v1.ReleaseKeyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18keyturn/kbs/v1/kbs.proto\x12\x0ekeyturn.kbs.v1\"\x8a\x01\n\rAttestRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x05hello\x18\x02 \x01(\x0b\x32\x15.keyturn.kbs.v1.HelloH\x00\x12\x32\n\x0b\x61ttestation\x18\x03 \x01(\x0b\x32\x1b.keyturn.kbs.v1.AttestationH\x00\x42\t\n\x07message\"\x8b\x01\n\x0e\x41ttestResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12.\n\tchallenge\x18\x02 \x01(\x0b\x32\x19.keyturn.kbs.v1.ChallengeH\x00\x12*\n\x07verdict\x18\x03 \x01(\x0b\x32\x17.keyturn.kbs.v1.VerdictH\x00\x42\t\n\x07message\"?\n\x05Hello\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x0f\n\x07key_uri\x18\x02 \x01(\t\x12\x0b\n\x03tee\x18\x03 \x01(\t\"0\n\tChallenge\x12\r\n\x05nonce\x18\x01 \x01(\x0c\x12\x14\n\x0c\x65xpires_in_s\x18\x02 \x01(\r\"$\n\x0cTeePublicKey\x12\t\n\x01x\x18\x01 \x01(\x0c\x12\t\n\x01y\x18\x02 \x01(\x0c\"\xdb\x01\n\x0b\x41ttestation\x12\x30\n\ntee_pubkey\x18\x01 \x01(\x0b\x32\x1c.keyturn.kbs.v1.TeePublicKey\x12*\n\x03snp\x18\x02 \x01(\x0b\x32\x1b.keyturn.kbs.v1.SnpEvidenceH\x00\x12*\n\x03tdx\x18\x04 \x01(\x0b\x32\x1b.keyturn.kbs.v1.TdxEvidenceH\x00\x12\x1b\n\x13\x61\x64\x64itional_evidence\x18\x03 \x01(\x0c\x12\x11\n\tinit_data\x18\x05 \x01(\x0c\x42\x12\n\x10primary_evidence\"1\n\x0bSnpEvidence\x12\x0e\n\x06report\x18\x01 \x01(\x0c\x12\x12\n\ncert_chain\x18\x02 \x03(\x0c\"/\n\x0bTdxEvidence\x12\r\n\x05quote\x18\x01 \x01(\x0c\x12\x11\n\tevent_log\x18\x02 \x01(\x0c\"m\n\x07Verdict\x12,\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x0b\x32\x18.keyturn.kbs.v1.AcceptedH\x00\x12(\n\x06\x64\x65nied\x18\x02 \x01(\x0b\x32\x16.keyturn.kbs.v1.DeniedH\x00\x42\n\n\x08\x64\x65\x63ision\"_\n\x08\x41\x63\x63\x65pted\x12\r\n\x05token\x18\x01 \x01(\t\x12\x16\n\x0epolicy_version\x18\x02 \x01(\t\x12\x1b\n\x13reference_value_ids\x18\x03 \x03(\t\x12\x0f\n\x07session\x18\x04 \x01(\x0c\"y\n\x06\x44\x65nied\x12,\n\x06reason\x18\x01 \x01(\x0e\x32\x1c.keyturn.kbs.v1.DenialReason\x12\r\n\x05\x63laim\x18\x02 \x01(\t\x12\x1a\n\x12reference_value_id\x18\x03 \x01(\t\x12\x16\n\x0epolicy_version\x18\x04 \x01(\t\"X\n\x11ReleaseKeyRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05token\x18\x02 \x01(\t\x12\x0f\n\x07key_uri\x18\x03 \x01(\t\x12\x0f\n\x07session\x18\x04 \x01(\x0c\"Z\n\x12ReleaseKeyResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0b\n\x03jwe\x18\x02 \x01(\x0c\x12\x0e\n\x06key_id\x18\x03 \x01(\t\x12\x13\n\x0bkey_version\x18\x04 \x01(\r*\xbb\x01\n\x0c\x44\x65nialReason\x12\x1d\n\x19\x44\x45NIAL_REASON_UNSPECIFIED\x10\x00\x12\x17\n\x13\x44\x45NIAL_REASON_CLAIM\x10\x01\x12\x18\n\x14\x44\x45NIAL_REASON_DEVICE\x10\x02\x12\x1c\n\x18\x44\x45NIAL_REASON_COLLATERAL\x10\x03\x12!\n\x1d\x44\x45NIAL_REASON_REFERENCE_VALUE\x10\x04\x12\x18\n\x14\x44\x45NIAL_REASON_POLICY\x10\x05\x32\xad\x01\n\tKeyBroker\x12K\n\x06\x41ttest\x12\x1d.keyturn.kbs.v1.AttestRequest\x1a\x1e.keyturn.kbs.v1.AttestResponse(\x01\x30\x01\x12S\n\nReleaseKey\x12!.keyturn.kbs.v1.ReleaseKeyRequest\x1a\".keyturn.kbs.v1.ReleaseKeyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'keyturn.kbs.v1.kbs_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DENIALREASON']._serialized_start=1297
-  _globals['_DENIALREASON']._serialized_end=1484
+  _globals['_DENIALREASON']._serialized_start=1316
+  _globals['_DENIALREASON']._serialized_end=1503
   _globals['_ATTESTREQUEST']._serialized_start=45
   _globals['_ATTESTREQUEST']._serialized_end=183
   _globals['_ATTESTRESPONSE']._serialized_start=186
@@ -44,21 +44,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_TEEPUBLICKEY']._serialized_start=442
   _globals['_TEEPUBLICKEY']._serialized_end=478
   _globals['_ATTESTATION']._serialized_start=481
-  _globals['_ATTESTATION']._serialized_end=681
-  _globals['_SNPEVIDENCE']._serialized_start=683
-  _globals['_SNPEVIDENCE']._serialized_end=732
-  _globals['_TDXEVIDENCE']._serialized_start=734
-  _globals['_TDXEVIDENCE']._serialized_end=781
-  _globals['_VERDICT']._serialized_start=783
-  _globals['_VERDICT']._serialized_end=892
-  _globals['_ACCEPTED']._serialized_start=894
-  _globals['_ACCEPTED']._serialized_end=989
-  _globals['_DENIED']._serialized_start=991
-  _globals['_DENIED']._serialized_end=1112
-  _globals['_RELEASEKEYREQUEST']._serialized_start=1114
-  _globals['_RELEASEKEYREQUEST']._serialized_end=1202
-  _globals['_RELEASEKEYRESPONSE']._serialized_start=1204
-  _globals['_RELEASEKEYRESPONSE']._serialized_end=1294
-  _globals['_KEYBROKER']._serialized_start=1487
-  _globals['_KEYBROKER']._serialized_end=1660
+  _globals['_ATTESTATION']._serialized_end=700
+  _globals['_SNPEVIDENCE']._serialized_start=702
+  _globals['_SNPEVIDENCE']._serialized_end=751
+  _globals['_TDXEVIDENCE']._serialized_start=753
+  _globals['_TDXEVIDENCE']._serialized_end=800
+  _globals['_VERDICT']._serialized_start=802
+  _globals['_VERDICT']._serialized_end=911
+  _globals['_ACCEPTED']._serialized_start=913
+  _globals['_ACCEPTED']._serialized_end=1008
+  _globals['_DENIED']._serialized_start=1010
+  _globals['_DENIED']._serialized_end=1131
+  _globals['_RELEASEKEYREQUEST']._serialized_start=1133
+  _globals['_RELEASEKEYREQUEST']._serialized_end=1221
+  _globals['_RELEASEKEYRESPONSE']._serialized_start=1223
+  _globals['_RELEASEKEYRESPONSE']._serialized_end=1313
+  _globals['_KEYBROKER']._serialized_start=1506
+  _globals['_KEYBROKER']._serialized_end=1679
 # @@protoc_insertion_point(module_scope)

@@ -69,16 +69,18 @@ class TeePublicKey(_message.Message):
     def __init__(self, x: _Optional[bytes] = ..., y: _Optional[bytes] = ...) -> None: ...
 
 class Attestation(_message.Message):
-    __slots__ = ("tee_pubkey", "snp", "tdx", "additional_evidence")
+    __slots__ = ("tee_pubkey", "snp", "tdx", "additional_evidence", "init_data")
     TEE_PUBKEY_FIELD_NUMBER: _ClassVar[int]
     SNP_FIELD_NUMBER: _ClassVar[int]
     TDX_FIELD_NUMBER: _ClassVar[int]
     ADDITIONAL_EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    INIT_DATA_FIELD_NUMBER: _ClassVar[int]
     tee_pubkey: TeePublicKey
     snp: SnpEvidence
     tdx: TdxEvidence
     additional_evidence: bytes
-    def __init__(self, tee_pubkey: _Optional[_Union[TeePublicKey, _Mapping[str, object]]] = ..., snp: _Optional[_Union[SnpEvidence, _Mapping[str, object]]] = ..., tdx: _Optional[_Union[TdxEvidence, _Mapping[str, object]]] = ..., additional_evidence: _Optional[bytes] = ...) -> None: ...
+    init_data: bytes
+    def __init__(self, tee_pubkey: _Optional[_Union[TeePublicKey, _Mapping[str, object]]] = ..., snp: _Optional[_Union[SnpEvidence, _Mapping[str, object]]] = ..., tdx: _Optional[_Union[TdxEvidence, _Mapping[str, object]]] = ..., additional_evidence: _Optional[bytes] = ..., init_data: _Optional[bytes] = ...) -> None: ...
 
 class SnpEvidence(_message.Message):
     __slots__ = ("report", "cert_chain")
