@@ -63,6 +63,37 @@ def test_a_configuration_that_worked_with_our_broker_needs_another_broker_sectio
     assert (accepted["policy_version"], accepted["simulated"], accepted["lease_s"]) == ("unversioned", True, None)
 
 
+@pytest.mark.parametrize("initdata", [None, "sha384"])
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_a_boot_through_a_relay_needs_one_word_and_the_attestation_services_key(
+    tmp_path: Path, silicon: Path, tee: Tee, initdata: str | None
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=tee)
+        before = dict(world.broker_config)
+        kbs = world.behind_a_relay()
+        assert {key for key, value in world.broker_config.items() if before.get(key) != value} == {"tokens", "token_keys"}
+        agent = world.start(initdata=initdata)
+        agent.wait_for("server_ready")
+        assert ask(world.port, "/about")["sha256"] == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+        outcome = agent.stop()
+        (request,) = [event["request_id"] for event in outcome.events if event["event"] == "requested"]
+        assert [entry.request_id for entry in kbs.log if entry.path != "/healthz"] == [request] * 3
+        assert world.audit() == [("attest", "relayed", None), ("release", "allowed", None)]
+    assert outcome.status == 0
+
+
+def test_a_denial_behind_a_relay_says_which_claims_failed_of_which_device(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo)
+        kbs = world.behind_a_relay()
+        kbs.set_resource_policy("affirming")
+        failed = failure(Site(world, kbs), 16, broker=True)
+    assert (failed["class"], failed["owner"]) == ("KeyReleaseDeniedError", "authority")
+    assert failed["fields"]["claim"] == failed["findings"][0]
+    assert "gpu0:hardware:hardware-unrecognised:97" in failed["findings"]
+
+
 def test_the_key_may_lie_elsewhere_and_stays_the_models(site: Site) -> None:
     site.kbs.plugins["vault"] = lambda path, _: {"models/tiny": site.world.key_file.read_bytes()}[path]
     site.kbs.set_resource_policy("allow_all")
@@ -73,9 +104,9 @@ def test_the_key_may_lie_elsewhere_and_stays_the_models(site: Site) -> None:
     assert site.paths()[-1] == "vault/models/tiny"
 
 
-def failure(site: Site, status: int) -> dict[str, Any]:
+def failure(site: Site, status: int, *, broker: bool = False) -> dict[str, Any]:
     """How a boot ends, before the gate."""
-    outcome = site.world.start(broker=False).wait()
+    outcome = site.world.start(broker=broker).wait()
     assert outcome.status == status, outcome.events
     assert "gate_passed" not in outcome.names()
     machine = SimulatedMachine.load(site.world.machine.directory)

@@ -20,6 +20,7 @@ from typing import Self, TypeVar, assert_never
 import grpc
 import grpc.aio
 
+from agent import keys
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerUnreachableError, KeyReleaseDeniedError, TrusteeRefusedError, Unreachable
 from agent.evidence import RuntimeData, Tee
@@ -228,6 +229,7 @@ class GrpcBroker:
         response = grpc_wire.parse_key_response(answer, Ident(machine.state.value), self._tokens)
         action = machine.receive(response, int(time.time()))
         assert isinstance(action, Done), "the table knows one action for a key"
+        keys.parse_jwe(action.sealed_key.jwe)  # before the gate: what could never be opened must not cost the machine
         return action.sealed_key
 
     def connect(self) -> None:
