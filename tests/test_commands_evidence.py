@@ -249,6 +249,15 @@ def test_gpus_in_a_mode_that_protects_nothing_make_no_evidence(world: World) -> 
     assert json.loads(done.stderr)["class"] == "GpuModeError"
 
 
+def test_gpus_of_another_architecture_than_a_boot_takes_make_no_evidence(world: World) -> None:
+    world.gpu["architecture"] = "blackwell"
+    done = evidence(*launched(world))
+    assert (done.returncode, done.stdout) == (13, "")
+    assert json.loads(done.stderr)["class"] == "GpuCountError"
+    world.gpu["architecture"] = "hopper"
+    assert printed(*launched(world))["additional_evidence"]
+
+
 def test_without_a_configuration_there_is_nothing_to_collect(tmp_path: Path) -> None:
     done = evidence("--config", str(tmp_path / "absent"))
     assert (done.returncode, done.stdout, json.loads(done.stderr)["class"]) == (10, "", "ConfigError")
