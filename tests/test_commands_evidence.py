@@ -124,6 +124,16 @@ def test_a_guest_that_has_passed_its_gate_gives_what_it_renews_with(world: World
     assert isinstance(appraise(world, found, NONCE), Accepted)
 
 
+def test_a_ready_state_that_the_image_sets_is_no_renewal(world: World) -> None:
+    world.gpu["ready_state"], world.row_gpu["ready"] = "preset", True
+    world.machine.gpu.ready = 1
+    found = printed(*launched(world))
+    _, claims = parse_additional_evidence(found["additional_evidence"])
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, False)
+    assert isinstance(appraise(world, found, NONCE), Accepted)
+
+
 def test_without_gpus_there_is_no_additional_evidence(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)
