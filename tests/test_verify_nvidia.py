@@ -314,7 +314,8 @@ def test_a_signature_of_zeros_does_not_verify(gpus: Silicon) -> None:
 def test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify(devices: SimulatedSet) -> None:
     for device in (devices.gpus[0], devices.blackwell, devices.switches[0]):
         verify = verify_switch if device.arch == "LS10" else verify_gpu
-        for other in (bytes(48), b"\1" * 48):  # zeros are the second of the two that a Blackwell leaf lists
+        almost = (bytes((FWID[0] ^ 1,)) + FWID[1:], FWID[:-1] + bytes((FWID[-1] ^ 1,)))
+        for other in (bytes(48), b"\1" * 48, *almost):  # zeros are the second of the two that a Blackwell leaf lists
             with pytest.raises(EvidenceVerificationError) as caught:
                 verify(device.saying({20: other}), NONCE, [devices.root], NOW)
             assert caught.value.check is EvidenceCheck.FWID

@@ -503,6 +503,7 @@ def test_a_chain_is_held_against_lists_where_there_are_any(vendor: Vendor) -> No
     assert verify_snp(evidence, roots, [], NOW, [listed(vendor, [2, 3])]).revocation_checked
     for lists, check in (
         ([listed(vendor, [ASK_SERIAL])], EvidenceCheck.REVOCATION),
+        ([listed(vendor, [roots[0].serial_number])], EvidenceCheck.REVOCATION),
         ([], EvidenceCheck.REVOCATION_LIST),
         ([listed(vendor, [], days=(-9, -8))], EvidenceCheck.REVOCATION_LIST_VALIDITY),
         (
