@@ -21,8 +21,9 @@ from agent.errors import (
     NoAttesterError,
     Unfit,
 )
-from agent.evidence import Attester, Evidence, ReportData, Tee
+from agent.evidence import Attester, Evidence, GpuSystem, ReportData, Tee
 from agent.evidence.ccel import pack_event_log
+from agent.evidence.gpu_watch import open_nvml
 from agent.evidence.rtmr import REGISTER
 from agent.examination import Finding, Guest, Skip, examine
 from agent.fitness import Places
@@ -121,6 +122,19 @@ def test_keys_that_weaken_the_gpus_are_found_without_opening_any(tmp_path: Path)
     assert (error.mode, error.got) == (GpuMode.REGISTRY_KEYS, 1)
     files[0].write_text("console=ttyS0\n")
     assert finding("gpu-parameters", guest_with(EXAMPLE, gpu_parameters=files)) == Finding("gpu-parameters")
+
+
+def test_gpus_that_no_other_process_holds_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens a confidential GPU and is the last to close it loses it: here there is a library and nobody who holds one."""
+
+    def opened(_: MeasuredConfig) -> GpuSystem:
+        raise AssertionError("the GPUs were opened")
+
+    monkeypatch.setattr(open_nvml, "__defaults__", ((Path("libc.so.6"),),))  # any library that loads
+    guest = guest_with(EXAMPLE)
+    guest.open_gpus = opened
+    assert finding("gpu", guest) == Finding("gpu", skipped=Skip.GPU_NOT_HELD)
+    assert finding("gpu-inventory", guest) == Finding("gpu-inventory", skipped=Skip.GPU_NOT_OPEN)
 
 
 def tdx_guest(machine: SimulatedMachine, tmp_path: Path) -> Guest:
