@@ -25,7 +25,10 @@ from agent.errors import (
     BrokerUnreachableError,
     ConfigError,
     ConfigProblem,
+    DeviceError,
+    EvidenceFormat,
     IdentityProblem,
+    MalformedEvidenceError,
     NoAttesterError,
     ServerStartError,
     SimulationRefusal,
@@ -104,9 +107,10 @@ def _tdx(guest: Guest) -> Seen:
     """What a TDX guest has beside its quotes. What is not there is told, and fails only where it is required; so does what is
     broken.
     """
-    from agent.evidence.ccel import MAX_LOG_BYTES, parse_event_log
+    from agent.evidence.ccel import MAX_LOG_BYTES, pack_event_log, parse_event_log
     from agent.evidence.rtmr import INTERFACE, REGISTER
     from agent.evidence.tdx_guest import read_port
+    from agent.handshake import MAX_EVENT_LOG_BYTES
 
     required = guest.measured is not None and guest.config.tee.runtime_measurement == "required"
     if needed(guest.tee, Skip.NO_TEE).tee is not Tee.TDX:
@@ -122,9 +126,15 @@ def _tdx(guest: Guest) -> Seen:
         quote_service = "none-named"
     try:
         with at.event_log.open("rb") as file:
-            events = f"{len(parse_event_log(file.read(MAX_LOG_BYTES + 1)).events)}-events"
-    except OSError as error:
+            log = parse_event_log(file.read(MAX_LOG_BYTES + 1))
+        events, size = f"{len(log.events)}-events", len(pack_event_log(log))
+        # refusal: test_an_event_log_that_no_boot_could_send_is_a_failure
+        if size > MAX_EVENT_LOG_BYTES:
+            raise MalformedEvidenceError(EvidenceFormat.EVENT_LOG, Ident("length"), size, MAX_EVENT_LOG_BYTES)
+    except (FileNotFoundError, PermissionError) as error:
         events = f"errno-{error.errno}"
+    except OSError as error:
+        raise DeviceError(Ident("event-log"), Ident("read"), error.errno or 0) from error
     register = "present" if (at.measurements / REGISTER).exists() else "absent"
     if required and register == "absent" and guest.config.simulation is None:
         raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)

@@ -20,7 +20,7 @@ from agent.broker.policy import appraise, parse_policy
 from agent.broker.token import TokenKey
 from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason
-from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, Nonce, RuntimeData, Tee
+from agent.evidence import CompositeEvidence, Evidence, GpuEvidence, Nonce, ReportData, RuntimeData, Tee
 from agent.evidence.binding import additional_evidence, device_nonce, parse_additional_evidence, report_data
 from agent.evidence.ccel import RuntimeEvent, pack_event_log, parse_event_log, parse_runtime_event
 from agent.evidence.snp_abi import parse_report
@@ -137,6 +137,22 @@ def test_a_certificate_that_does_not_parse_is_collateral(site: Site) -> None:
     verdict = authority(site).attest(HELLO, replace(good, evidence=replace(good.evidence, primary=primary)), NONCE)
     assert isinstance(verdict, Denied)
     assert (verdict.reason, verdict.claim) == (DenialReason.COLLATERAL, "snp.malformed.certificate")
+
+
+@pytest.mark.parametrize("place", [32, 47, 48, 63])
+def test_all_64_bytes_of_the_report_data_are_compared(site: Site, place: int) -> None:
+    """Digest and padding: a guest that puts something else behind the digest signed something else."""
+    good = attestation(site)
+    wanted = report_data(RuntimeData(NONCE, PUBLIC.x, PUBLIC.y), good.evidence.additional_evidence)
+    other = bytearray(wanted)
+    other[place] ^= 1
+    verdicts = []
+    for data in (wanted, ReportData(bytes(other))):
+        primary = site.machine.attester().collect(data)
+        sent = replace(good, evidence=replace(good.evidence, primary=primary))
+        verdicts.append(authority(site).attest(HELLO, sent, NONCE))
+    assert isinstance(verdicts[0], Accepted)
+    assert isinstance(verdicts[1], Denied) and verdicts[1].claim == "snp.report-data"
 
 
 def test_a_decision_sees_one_version_of_the_policy(site: Site) -> None:

@@ -394,10 +394,11 @@ def test_the_tables_above_reach_every_claim() -> None:
     assert reached == set(Claim)
 
 
-def test_every_status_but_revoked_can_be_allowed_by_its_name() -> None:
-    for status in set(TcbStatus) - {TcbStatus.REVOKED}:
+def test_every_status_can_be_allowed_by_its_name_and_there_is_none_for_revoked() -> None:
+    for status in TcbStatus:
         assert judge(tdx_policy(tdx__tcb=f'["{status.value}"]'), td=td(status))
-    assert denied(data=tdx_policy(), td=td(TcbStatus.REVOKED)).claim == Claim.TCB_STATUS.value
+    with pytest.raises(ConfigError):
+        parse_policy(tdx_policy(tdx__tcb='["Revoked"]'))
 
 
 def test_an_event_log_may_be_required_and_may_always_come() -> None:

@@ -124,6 +124,16 @@ def test_a_guest_that_has_passed_its_gate_gives_what_it_renews_with(world: World
     assert isinstance(appraise(world, found, NONCE), Accepted)
 
 
+def test_a_ready_state_that_the_image_sets_is_no_renewal(world: World) -> None:
+    world.gpu["ready_state"], world.row_gpu["ready"] = "preset", True
+    world.machine.gpu.ready = 1
+    found = printed(*launched(world))
+    _, claims = parse_additional_evidence(found["additional_evidence"])
+    assert claims is not None
+    assert (claims.ready, claims.renewal) == (True, False)
+    assert isinstance(appraise(world, found, NONCE), Accepted)
+
+
 def test_without_gpus_there_is_no_additional_evidence(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, gpus=0)
@@ -247,6 +257,15 @@ def test_gpus_in_a_mode_that_protects_nothing_make_no_evidence(world: World) -> 
     done = evidence(*launched(world))
     assert (done.returncode, done.stdout) == (13, "")
     assert json.loads(done.stderr)["class"] == "GpuModeError"
+
+
+def test_gpus_of_another_architecture_than_a_boot_takes_make_no_evidence(world: World) -> None:
+    world.gpu["architecture"] = "blackwell"
+    done = evidence(*launched(world))
+    assert (done.returncode, done.stdout) == (13, "")
+    assert json.loads(done.stderr)["class"] == "GpuCountError"
+    world.gpu["architecture"] = "hopper"
+    assert printed(*launched(world))["additional_evidence"]
 
 
 def test_without_a_configuration_there_is_nothing_to_collect(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What the checks ask of devices and kernel; what each check finds in a guest is `test_commands_doctor.py`."""
 
+import errno
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,22 +14,28 @@ from agent.doctor import CHECKS
 from agent.errors import (
     Absence,
     AgentError,
+    DeviceError,
     EvidenceFormat,
+    GpuFaultError,
     GpuMode,
     GpuModeError,
     GuestUnfitError,
     MalformedEvidenceError,
     NoAttesterError,
     Unfit,
+    VmRestartRequiredError,
 )
-from agent.evidence import Attester, Evidence, ReportData, Tee
+from agent.evidence import Attester, Evidence, GpuSystem, ReportData, Tee
 from agent.evidence.ccel import pack_event_log
+from agent.evidence.gpu_watch import open_nvml
 from agent.evidence.rtmr import REGISTER
 from agent.examination import Finding, Guest, Skip, examine
 from agent.fitness import Places
+from agent.handshake import MAX_EVENT_LOG_BYTES
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_event_log
 from tests.children import in_child
+from tests.gpus import gpu_machine
 
 
 class Counting(Attester):
@@ -123,6 +130,19 @@ def test_keys_that_weaken_the_gpus_are_found_without_opening_any(tmp_path: Path)
     assert finding("gpu-parameters", guest_with(EXAMPLE, gpu_parameters=files)) == Finding("gpu-parameters")
 
 
+def test_gpus_that_no_other_process_holds_are_not_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever opens a confidential GPU and is the last to close it loses it. Here is a library, and nobody who holds one."""
+
+    def opened(_: MeasuredConfig) -> GpuSystem:
+        raise AssertionError("the GPUs were opened")
+
+    monkeypatch.setattr(open_nvml, "__defaults__", ((Path("libc.so.6"),),))  # any library that loads
+    guest = guest_with(EXAMPLE)
+    guest.open_gpus = opened
+    assert finding("gpu", guest) == Finding("gpu", skipped=Skip.GPU_NOT_HELD)
+    assert finding("gpu-inventory", guest) == Finding("gpu-inventory", skipped=Skip.GPU_NOT_OPEN)
+
+
 def tdx_guest(machine: SimulatedMachine, tmp_path: Path) -> Guest:
     text = configured(machine).data.decode().replace("simulated-snp", "simulated-tdx")
     names = ("measurements", "event_log", "attest_conf")
@@ -165,3 +185,42 @@ def test_an_event_log_that_is_none_is_a_failure_and_another_tee_has_none(machine
     assert isinstance(error, MalformedEvidenceError)
     assert error.format is EvidenceFormat.EVENT_LOG
     assert finding("tdx", guest_with(configured(machine).data.decode())).skipped is Skip.NO_TDX
+
+
+def test_an_event_log_that_no_boot_could_send_is_a_failure(machine: SimulatedMachine, tmp_path: Path) -> None:
+    guest, log = tdx_guest(machine, tmp_path), make_event_log(machine)
+    for events, too_long in ((log.events * 300, False), (log.events * 6000, True)):
+        guest.places.event_log.write_bytes(pack_event_log(replace(log, events=events)).ljust(1 << 20, b"\xff"))
+        found = finding("tdx", guest)
+        assert (found.error is not None) is too_long
+        if too_long:
+            error = failed(found)
+            assert isinstance(error, MalformedEvidenceError)
+            assert (error.field, error.expected) == ("length", MAX_EVENT_LOG_BYTES)
+
+
+@pytest.mark.parametrize(("state", "ready", "expected"), [("own", 1, VmRestartRequiredError), ("preset", 0, GpuFaultError)])
+def test_a_ready_state_that_a_boot_could_not_use_is_a_failure(
+    tmp_path: Path, state: str, ready: int, expected: type[AgentError]
+) -> None:
+    machine = gpu_machine(tmp_path / "machine", count=1)
+    text = configured(machine).data.decode().replace('ready_state = "own"', f'ready_state = "{state}"')
+
+    def found() -> type[AgentError] | None:
+        checks = ("configuration", "gpu", "gpu-inventory")
+        *_, last = examine(guest_with(text), {name: CHECKS[name] for name in checks})
+        assert last.skipped is None
+        return None if last.error is None else type(last.error)
+
+    for now, wanted in ((ready, expected), (1 - ready, None)):
+        machine.gpu.ready = now
+        machine.save()
+        assert in_child(found) is wanted
+
+
+def test_an_event_log_that_cannot_be_read_is_a_failure_as_it_is_in_a_boot(machine: SimulatedMachine, tmp_path: Path) -> None:
+    guest = tdx_guest(machine, tmp_path)
+    guest.places.event_log.mkdir()
+    error = failed(finding("tdx", guest))
+    assert isinstance(error, DeviceError)
+    assert (error.interface, error.code) == ("event-log", errno.EISDIR)

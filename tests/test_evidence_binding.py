@@ -167,6 +167,8 @@ def test_trustees_own_text_has_no_claims() -> None:
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="SWX-1"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(arch="VOLTA"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="GPU 1"))),
+        ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="GPU-1 1"))),
+        ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(uuid="GPU-1\n"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(evidence="AA"))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(evidence="AB=="))),
         ("device_evidence_list", changed(lambda n: n["device_evidence_list"][0].update(evidence=""))),

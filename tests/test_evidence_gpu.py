@@ -413,7 +413,12 @@ def test_other_lines_are_no_fault(gpus: SimulatedMachine, text: bytes) -> None:
 
 
 def test_a_confidential_computing_fault_is_a_fault(gpus: SimulatedMachine) -> None:
-    assert fault_of(log(gpus, b"3,9,9,-;NVRM: ConfCompute: Fatal error hit!\n")) == (GpuFault.CC_FATAL, 0)
+    line = b"3,9,9,-;NVRM: ConfCompute: Fatal error hit!\n"
+    system = log(gpus, line)
+    assert fault_of(system) == (GpuFault.CC_FATAL, 0)
+    for before_the_read_ends in range(0, len(line), 5):
+        (gpus.directory / "kmsg").write_bytes(b"x" * ((64 << 10) - before_the_read_ends) + line)
+        assert fault_of(system) == (GpuFault.CC_FATAL, 0)
 
 
 def test_a_log_that_only_blocks_has_ended(gpus: SimulatedMachine) -> None:

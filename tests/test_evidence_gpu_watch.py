@@ -17,7 +17,7 @@ import pytest
 from agent.channel import Channel
 from agent.errors import AgentError, DeviceError, GpuFault, GpuFaultError, NoAttesterError
 from agent.events import message_from_record
-from agent.evidence.gpu_watch import FATAL_XIDS, NVML_LIBRARIES, watch
+from agent.evidence.gpu_watch import FATAL_XIDS, NVML_LIBRARIES, KernelLog, watch
 from agent.sim.machine import SimulatedMachine
 from agent.sim.nvml import SimulatedNvml, nvml_calls
 from tests.children import in_child, readable
@@ -179,3 +179,24 @@ def test_it_is_small(nvml_library: Path, tmp_path: Path) -> None:
     memory, imported = (json.loads(line) for line in done.stdout.splitlines())
     assert memory["Rss"] < MAX_RESIDENT_KIB, memory
     assert imported == []
+
+
+def test_a_kernel_log_that_loses_records_for_ever_is_unreadable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No file of ours does what /dev/kmsg does when a flood of messages overtakes its reader: EPIPE at every read."""
+    (tmp_path / "kmsg").touch()
+    log = KernelLog(tmp_path / "kmsg")
+    reads = 0
+
+    def overtaken(descriptor: int, size: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        if reads > 100_000:
+            raise AssertionError("it reads for ever")
+        raise BrokenPipeError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "read", overtaken)
+        with pytest.raises(GpuFaultError) as told:
+            log.check()
+    log.close()
+    assert told.value.fault is GpuFault.KERNEL_LOG_UNREADABLE

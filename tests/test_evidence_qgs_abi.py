@@ -46,3 +46,12 @@ def test_an_answer_survives_the_round_trip(error: int, made: bytes, selected_id:
     frame = pack_quote_response(response)
     assert parse_frame_length(frame[:4], MAX_QUOTE_BYTES) == len(frame) - 4
     assert parse_quote_response(frame[4:]) == response
+
+
+@pytest.mark.parametrize(("id_bytes", "quote_bytes"), [(16, 4), (15, 5), (0, 5), (16, 6), (0xFFFFFFF0, 0x20)])
+def test_sizes_that_are_not_those_of_the_whole_message_are_refused(id_bytes: int, quote_bytes: int) -> None:
+    message = bytearray(pack_quote_response(QuoteResponse(0, b"quote", bytes(16)))[4:])
+    message[16:24] = struct.pack("<II", id_bytes, quote_bytes)
+    with pytest.raises(MalformedEvidenceError) as caught:
+        parse_quote_response(bytes(message))
+    assert caught.value.field == "qgs_sizes"

@@ -286,6 +286,17 @@ def test_a_simulated_gpu_is_nothing_to_production(gpus: Silicon) -> None:
     assert check_that_fails(gpus.first, NONCE, []) is EvidenceCheck.CERTIFICATE_CHAIN
 
 
+def test_a_root_of_the_same_name_with_another_key_is_not_trusted(gpus: Silicon, tmp_path: Path) -> None:
+    other = simulated_root(gpu_machine(tmp_path / "other"))
+    assert other.subject == gpus.root.subject
+    assert check_that_fails(gpus.first, NONCE, [other]) is EvidenceCheck.CERTIFICATE_CHAIN
+    root = issue("NVIDIA Device Identity CA", None)
+    device = issue_device(HOPPER, issue_authority(HOPPER, root))
+    evidence = Device(HOPPER.arch, *device, ((6, bytes(8)), (3, b"590.12\0"), (20, FWID))).evidence
+    assert check_that_fails(evidence, NONCE, []) is EvidenceCheck.CERTIFICATE_CHAIN
+    verify_gpu(evidence, NONCE, [root[1]], NOW)
+
+
 def test_another_nonce_does_not_verify(gpus: Silicon) -> None:
     assert check_that_fails(gpus.first, GpuNonce(bytes(32)), [gpus.root]) is EvidenceCheck.NONCE
 
@@ -314,7 +325,8 @@ def test_a_signature_of_zeros_does_not_verify(gpus: Silicon) -> None:
 def test_a_report_of_other_firmware_than_the_key_was_made_for_does_not_verify(devices: SimulatedSet) -> None:
     for device in (devices.gpus[0], devices.blackwell, devices.switches[0]):
         verify = verify_switch if device.arch == "LS10" else verify_gpu
-        for other in (bytes(48), b"\1" * 48):  # zeros are the second of the two that a Blackwell leaf lists
+        almost = (bytes((FWID[0] ^ 1,)) + FWID[1:], FWID[:-1] + bytes((FWID[-1] ^ 1,)))
+        for other in (bytes(48), b"\1" * 48, *almost):  # zeros are the second of the two that a Blackwell leaf lists
             with pytest.raises(EvidenceVerificationError) as caught:
                 verify(device.saying({20: other}), NONCE, [devices.root], NOW)
             assert caught.value.check is EvidenceCheck.FWID

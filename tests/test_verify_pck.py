@@ -95,10 +95,10 @@ class Vendor:
         return builder.add_extension(usage, critical=True).add_extension(constraints, critical=True)
 
     def crl(
-        self, issuer: str, key: ec.EllipticCurvePrivateKey, revoked: Sequence[int] = (), days: int = 5
+        self, issuer: str, key: ec.EllipticCurvePrivateKey, revoked: Sequence[int] = (), days: int = 5, since: int = -10
     ) -> x509.CertificateRevocationList:
         builder = x509.CertificateRevocationListBuilder().issuer_name(name(issuer))
-        builder = builder.last_update(NOW - 10 * DAY).next_update(NOW + days * DAY)
+        builder = builder.last_update(NOW + since * DAY).next_update(NOW + days * DAY)
         for serial in revoked:
             entry = x509.RevokedCertificateBuilder().serial_number(serial).revocation_date(NOW - 11 * DAY).build()
             builder = builder.add_revoked_certificate(entry)
@@ -247,6 +247,8 @@ def test_with_lists_each_issuer_needs_one_that_is_its_own_and_current() -> None:
         [root, vendor.crl("CA", p256())],
         [root, vendor.crl("CA", vendor.ca_key, days=-1)],
         [vendor.crl("SIMULATED root", vendor.root_key, days=-1), ca],
+        [root, vendor.crl("CA", vendor.ca_key, since=1)],
+        [vendor.crl("SIMULATED root", vendor.root_key, since=1), ca],
     ):
         with pytest.raises(EvidenceVerificationError) as refused:
             vendor.verify(lists)

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
 from agent.evidence.snp_abi import (
+    PARSED_VERSIONS,
     REPORT_BYTES,
     SIGNED_BYTES,
     Product,
@@ -34,7 +35,7 @@ from agent.evidence.snp_abi import (
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import issue_leaf, make_crl, make_report, sign_report
 from agent.verify.crl import RevocationList, parse_crl
-from agent.verify.snp import AMD_EXTENSIONS, SnpClaims, load_certificate, verify_snp
+from agent.verify.snp import ACCEPTED_VERSIONS, AMD_EXTENSIONS, SnpClaims, load_certificate, verify_snp
 from tests.shared import shared_data
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -107,6 +108,20 @@ def test_no_byte_of_a_recorded_report_can_be_another(name: str) -> None:
 def test_a_genuine_version_2_report_is_refused(name: str) -> None:
     evidence, day, _ = recorded(name)
     refuse(evidence, EvidenceCheck.REPORT_VERSION, now=day)
+
+
+@pytest.mark.parametrize(
+    "name", ["milan-v2-vcek", "milan-v2-vcek-azure", "milan-v2-vcek-debug-policy", "milan-v2-vcek-reported-older"]
+)
+def test_a_genuine_version_2_report_verifies_for_who_asks_for_it(name: str) -> None:
+    evidence, day, row = recorded(name)
+    claims = verify_snp(evidence, [], [], day, versions=PARSED_VERSIONS)
+    assert (claims.report.version, claims.product.value) == (2, row["product"])
+    changed = bytearray(evidence.report)
+    changed[0x050] ^= 1
+    with pytest.raises(EvidenceVerificationError) as refused:
+        verify_snp(dataclasses.replace(evidence, report=bytes(changed)), [], [], day, versions=PARSED_VERSIONS)
+    assert refused.value.check is EvidenceCheck.REPORT_SIGNATURE
 
 
 def test_a_recorded_report_does_not_verify_with_the_certificate_of_another_chip() -> None:
@@ -208,8 +223,10 @@ def test_a_report_for_another_tcb_than_the_certificate_is_refused(machine: Simul
 
 
 def test_a_report_of_another_chip_than_the_certificate_is_refused(machine: SimulatedMachine) -> None:
-    machine.chip_id = bytes(64)  # what a host that masks the chip id gives
-    refuse(machine.attester().collect(REPORT_DATA), EvidenceCheck.CERTIFICATE_CHIP_ID, roots_of(machine))
+    masked = bytes(64)  # what a host that masks the chip id gives
+    for other in (masked, machine.chip_id[:8] + bytes(56), machine.chip_id[:-1] + bytes((machine.chip_id[-1] ^ 1,))):
+        machine.chip_id = other
+        refuse(machine.attester().collect(REPORT_DATA), EvidenceCheck.CERTIFICATE_CHIP_ID, roots_of(machine))
 
 
 def test_certificates_are_valid_only_in_their_time(machine: SimulatedMachine) -> None:
@@ -331,9 +348,9 @@ class Vendor:
         )
         return Evidence(Tee.SNP, sign_report(self.report, signer), self.chain())
 
-    def verify(self, root: bytes | None = None) -> SnpClaims:
+    def verify(self, root: bytes | None = None, versions: range = ACCEPTED_VERSIONS) -> SnpClaims:
         evidence = self.evidence()
-        return verify_snp(evidence, [load_certificate(root or evidence.cert_chain[2])], [], NOW)
+        return verify_snp(evidence, [load_certificate(root or evidence.cert_chain[2])], [], NOW, versions=versions)
 
 
 @pytest.fixture(scope="module")
@@ -488,6 +505,7 @@ def test_a_chain_is_held_against_lists_where_there_are_any(vendor: Vendor) -> No
     assert verify_snp(evidence, roots, [], NOW, [listed(vendor, [2, 3])]).revocation_checked
     for lists, check in (
         ([listed(vendor, [ASK_SERIAL])], EvidenceCheck.REVOCATION),
+        ([listed(vendor, [roots[0].serial_number])], EvidenceCheck.REVOCATION),
         ([], EvidenceCheck.REVOCATION_LIST),
         ([listed(vendor, [], days=(-9, -8))], EvidenceCheck.REVOCATION_LIST_VALIDITY),
         (
@@ -546,6 +564,7 @@ def test_a_simulated_version_2_report_is_refused_and_versions_4_and_5_are_not(ve
     with pytest.raises(EvidenceVerificationError) as refused:
         vendor.verify()
     assert refused.value.check is EvidenceCheck.REPORT_VERSION
+    assert vendor.verify(versions=PARSED_VERSIONS).product is Product.GENOA  # which the root says
     vendor.report = dataclasses.replace(v3, version=4)
     vendor.verify()
     vendor.report = dataclasses.replace(v3, version=5, launch_mitigations=1, current_mitigations=1)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
-from agent.evidence.ccel import pack_event_log, parse_event_log
+from agent.evidence.ccel import EV_EVENT_TAG, SHA384, Event, pack_event_log, parse_event_log
 from agent.evidence.tdx_abi import TdAttributes, TdxQuote, pack_qe_report, pack_quote, parse_quote, quote_length, signed_part
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_quote, make_td_report, raw_signature, sign_quote
@@ -212,6 +212,15 @@ def test_a_debug_td_is_refused_though_everything_else_is_genuine(machine: Simula
     machine.policy |= 1 << 19
     error = refuse(collect(machine), EvidenceCheck.TD_DEBUG, roots_of(machine))
     assert (error.got, error.expected) == (1, 0)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_log_must_have_made_every_register(machine: SimulatedMachine, number: int) -> None:
+    td, log = verify_tdx(collect(machine), roots_of(machine), NOW).td, make_event_log(machine)
+    more = Event(number + 1, EV_EVENT_TAG, ((SHA384, bytes(48)),), b"")
+    with pytest.raises(EvidenceVerificationError) as refused:
+        check_event_log(dataclasses.replace(log, events=(*log.events, more)), td)
+    assert (refused.value.check, refused.value.got) == (EvidenceCheck.RTMR, number)
 
 
 def test_an_event_log_with_one_event_more_or_less_is_refused(machine: SimulatedMachine) -> None:

@@ -5,6 +5,7 @@ import datetime
 import json
 import sys
 
+import dcap_qvl
 import pytest
 
 from agent.errors import EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
@@ -44,6 +45,31 @@ def test_recorded_platforms_that_were_up_to_date_are(name: str) -> None:
 def test_a_platform_at_a_level_that_intel_does_not_list_is_refused(name: str) -> None:
     evidence, claims, collateral, at, said = recorded(name)
     assert "No matching TCB level" in said
+    refuse(claims, evidence, collateral, at)
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What dcap-qvl returns. No recorded platform was anything but up to date, so its word is put into its mouth here."""
+
+    status: str
+    advisory_ids: tuple[str, ...] = ("INTEL-SA-00001",)
+
+
+@pytest.mark.parametrize("status", [status for status in TcbStatus if status is not TcbStatus.NOT_EVALUATED])
+def test_a_level_is_told_as_intel_tells_it(status: TcbStatus, monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence, claims, collateral, at, _ = recorded("v4-uptodate")
+    monkeypatch.setattr(dcap_qvl, "verify", lambda *_: Said(status.value))
+    evaluated = evaluate_tcb(claims, evidence, collateral, at)
+    assert (evaluated.tcb_status, evaluated.advisory_ids) == (status, ("INTEL-SA-00001",))
+
+
+@pytest.mark.parametrize("status", ["Revoked", "", "uptodate", "SomethingNew"])
+def test_a_platform_that_is_revoked_or_whose_level_is_no_word_of_ours_is_refused(
+    status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evidence, claims, collateral, at, _ = recorded("v4-uptodate")
+    monkeypatch.setattr(dcap_qvl, "verify", lambda *_: Said(status))
     refuse(claims, evidence, collateral, at)
 
 

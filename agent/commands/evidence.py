@@ -129,6 +129,7 @@ def _open(measured: "Measured") -> "Devices":
         open_runtime(config),
         gpu_count=config.gpu.count,
         switch_count=config.gpu.switches,
+        architecture=config.gpu.architecture and config.gpu.architecture.upper(),
         expected_ready=expected,
         manifest_digest=_manifest_digest(config),
         server_command_digest=command_digest(plan.argv if plan else ()),

@@ -36,6 +36,7 @@ from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, MAX_REPORT_BYTES
 from agent.evidence.gpu_abi import parse_report as parse_gpu_report
 from agent.evidence.snp_abi import (
     MAX_CERTIFICATE_TABLE_BYTES,
+    PARSED_VERSIONS,
     REPORT_BYTES,
     GuestPolicy,
     SigningKey,
@@ -88,8 +89,8 @@ def add_parser(verbs: Any, summary: str) -> None:
     snp = kinds.add_parser(
         "snp",
         help="an SEV-SNP attestation report",
-        description="Verify an SEV-SNP attestation report, version 3 to 5: a genuine AMD chip signed it, at the TCB it "
-        "reports. Revocation is checked with --crl.",
+        description="Verify an SEV-SNP attestation report, version 2 to 5: a genuine AMD chip signed it, at the TCB it "
+        "reports. A broker takes none of version 2, which does not name the processor. Revocation is checked with --crl.",
         epilog="The chain is VCEK (or VLEK), ASK (or ASVK) and ARK. Where the host has none for you AMD has: on a terminal, "
         "and without --endorsement, you are told where. Example: keyturn verify snp report.bin --endorsement vcek.der "
         "--endorsement cert_chain.pem",
@@ -203,7 +204,7 @@ def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     if not endorsements and sys.stderr.isatty() and (urls := kds_urls(parse_snp_report(report_bytes))):
         print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
     lists = None if args.crl is None else [parse_crl(_read(file, MAX_CRL_BYTES, "crl")) for file in args.crl]
-    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now, lists)
+    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now, lists, PARSED_VERSIONS)
     report = claims.report
     record: dict[str, object] = {
         "tee": "snp",

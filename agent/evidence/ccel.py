@@ -83,15 +83,15 @@ def parse_event_log(data: bytes) -> EventLog:
     """The log in `data`.
 
     Args:
-        data: at most 4 MiB, as the kernel gives it. It may end in padding that is 0xFF or zero throughout: the firmware
-            reserves more than it writes, and the attestation agent ends its log with eight bytes of 0xFF.
+        data: at most 4 MiB, as the kernel gives it. It may end in padding of 0xFF and zeros: the firmware reserves more than
+            it writes, and the attestation agent ends its log with eight bytes of 0xFF, wherever in the padding that is.
 
     Raises:
         MalformedEvidenceError: too long, or an entry that is not one; `field` names the part.
     """
     if len(data) > MAX_LOG_BYTES:
         raise _malformed("length", len(data), MAX_LOG_BYTES)
-    padding_start = min(len(data.rstrip(b"\xff")), len(data.rstrip(b"\0")))
+    padding_start = len(data.rstrip(b"\0\xff"))  # inside the last event, perhaps; no event is of these two alone
     reader = _Reader(data)
     spec_id = _parse_spec_id(reader)
     sizes = dict(spec_id.algorithms)

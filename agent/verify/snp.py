@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -36,12 +37,13 @@ from agent.verify.crl import RevocationList, check_not_revoked
 from agent.verify.roots import AMD_ARK_SHA256, SIMULATED_MARK, UNREADABLE, fingerprint
 
 ACCEPTED_VERSIONS = range(3, 6)
-"""Version 2 does not name the processor; Trustee refuses it too."""
+"""What evidence may have. Version 2 does not name the processor; Trustee refuses it too."""
 AMD_EXTENSIONS = "1.3.6.1.4.1.3704.1."
 """The arc of the VCEK and VLEK extensions."""
 HWID_EXTENSION = "4"
 SPL_EXTENSIONS = {"bootloader": "3.1", "tee": "3.2", "snp": "3.3", "microcode": "3.8", "fmc": "3.9"}
 
+_T = TypeVar("_T")
 _LEAF_NAMES = {SigningKey.VCEK: "SEV-VCEK", SigningKey.VLEK: "SEV-VLEK"}
 _PSS = padding.PSS(padding.MGF1(SHA384()), salt_length=48)
 _UNDERSTOOD_CRITICAL = {ExtensionOID.BASIC_CONSTRAINTS, ExtensionOID.KEY_USAGE}
@@ -70,6 +72,7 @@ def verify_snp(
     endorsements: Sequence[x509.Certificate],
     now: datetime,
     revocation_lists: Sequence[RevocationList] | None = None,
+    versions: range = ACCEPTED_VERSIONS,
 ) -> SnpClaims:
     """The claims of `evidence`, verified.
 
@@ -80,6 +83,7 @@ def verify_snp(
         now: the moment certificates and lists must be valid at, with time zone.
         revocation_lists: AMD's, of any processor generation; a current one of this root must be among them. None: revocation
             is not checked.
+        versions: of reports. A version 2 report is of the processor generation whose root vouches for it.
 
     Raises:
         MalformedEvidenceError: report, certificate or extension does not parse, or the processor is unknown.
@@ -88,11 +92,11 @@ def verify_snp(
     # 1. The report parses, with every reserved bit zero.
     report = parse_report(evidence.report)
 
-    # 2. Its version names the processor.
+    # 2. Its version is one that the caller takes, and names the processor from 3 on.
     # refusal: test_a_simulated_version_2_report_is_refused_and_versions_4_and_5_are_not
-    if report.version not in ACCEPTED_VERSIONS:
+    if report.version not in versions:
         raise _failed(EvidenceCheck.REPORT_VERSION, EvidenceFormat.SNP_REPORT)
-    product = product_of(report)
+    named = None if report.cpuid_family is None else product_of(report)
 
     # 3. It is signed at all: with the chip key masked, or no key chosen, the firmware leaves the signature zero.
     # refusal: test_an_unsigned_report_is_refused_before_its_signature_is_looked_at
@@ -107,8 +111,9 @@ def verify_snp(
     root = _first(c for c in (*map(_read, roots), *known) if c.subject == intermediate.issuer and c.fingerprint in trusted)
 
     # 5. The root is that of this processor generation: AMD has one per generation.
+    product = _first(product for product in Product if root.common_name.endswith(f"-{product.value}"))
     # refusal: test_a_spoiled_chain_is_refused
-    if not root.common_name.endswith(f"-{product.value}"):
+    if named not in (None, product):
         raise _failed(EvidenceCheck.CERTIFICATE_CHAIN)
 
     # 6. Root and intermediate may issue certificates; no certificate says something critical that we do not understand.
@@ -275,7 +280,7 @@ def _choose_leaf(report: SnpReport, known: Sequence[_Certificate]) -> _Certifica
     return _first(candidates)
 
 
-def _first(candidates: Iterable[_Certificate]) -> _Certificate:
+def _first(candidates: Iterable[_T]) -> _T:
     for candidate in candidates:
         return candidate
     # refusal: test_the_certificate_must_be_of_the_kind_the_report_names

@@ -37,7 +37,7 @@ _MODE64BIT = 0x4
 
 
 class TcbStatus(enum.Enum):
-    """What Intel's TCB information says of the platform's patch levels, in Intel's words."""
+    """What Intel's TCB information says of the platform's patch levels, in Intel's words. `Revoked` is none: it is refused."""
 
     NOT_EVALUATED = "not_evaluated"  # ours: nobody asked, or no collateral was at hand
     UP_TO_DATE = "UpToDate"
@@ -48,7 +48,6 @@ class TcbStatus(enum.Enum):
     OUT_OF_DATE_CONFIGURATION_NEEDED = "OutOfDateConfigurationNeeded"
     TD_RELAUNCH_ADVISED = "TDRelaunchAdvised"
     TD_RELAUNCH_ADVISED_CONFIGURATION_NEEDED = "TDRelaunchAdvisedConfigurationNeeded"
-    REVOKED = "Revoked"
 
 
 @dataclass(frozen=True, slots=True)
