@@ -13,7 +13,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO
-from urllib.parse import urlsplit
 
 import urllib3
 from urllib3.exceptions import (
@@ -198,7 +197,7 @@ def read_part(response: urllib3.BaseHTTPResponse, offset: int, out: memoryview) 
 
 def read_whole(response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
     """A whole body. Raises ArtifactUnavailableError: it is a part, or longer than `max_bytes`."""
-    if response.status == 206 or response.status == 416:
+    if response.status in (206, 416):
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER, response.status)
     pieces = []
     left = max_bytes + 1
