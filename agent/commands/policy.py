@@ -21,7 +21,7 @@ from agent.artifact.sources import open_source
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
 from agent.commands import trustee_policy
-from agent.commands.inspect import read_pem
+from agent.commands.seal import read_pem
 from agent.commands.policy_values import (
     MAX_FILE_BYTES,
     Approved,

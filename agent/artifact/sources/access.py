@@ -5,6 +5,8 @@ They come from the measured configuration or from a file of the provider's, neve
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 
 @dataclass(frozen=True, slots=True)
 class Access:
@@ -27,3 +29,22 @@ class Access:
 
 
 ANONYMOUS = Access()
+
+
+class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    user: str | None = None
+    secret: str | None = None
+    session_token: str | None = None
+    endpoint: str | None = None
+    region: str = ANONYMOUS.region
+
+
+def parse_access(data: bytes) -> Access:
+    """A provider's file: TOML with the keys that `[artifact]` has for a store. Raises ValueError: it is none."""
+    try:
+        found = msgspec.toml.decode(data, type=_File)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise ValueError("not credentials") from None  # their texts can quote values
+    if (found.user is None) != (found.secret is None):
+        raise ValueError("not credentials")
+    return Access(found.user, found.secret, found.session_token, found.endpoint, found.region)

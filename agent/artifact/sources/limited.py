@@ -93,6 +93,13 @@ class _Socket(socket.socket):
     def recv_into(self, *arguments: Any) -> int:
         return _in_slices(super().recv_into, *arguments)
 
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        # Not super().sendall: after a timeout it does not tell how much was sent.
+        with memoryview(data) as view, view.cast("B") as left:
+            sent = 0
+            while sent < len(left):
+                sent += _in_slices(super().send, left[sent:], flags)
+
 
 class _TlsSocket(ssl.SSLSocket):
     """OpenSSL goes on where a slice ended, in the middle of a record or of the handshake."""
@@ -102,6 +109,10 @@ class _TlsSocket(ssl.SSLSocket):
 
     def recv_into(self, *arguments: Any) -> int:
         return _in_slices(super().recv_into, *arguments)
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """Called by sendall; after a slice OpenSSL gets the same bytes again, as it asks for."""
+        return _in_slices(super().send, data, flags)
 
 
 def _connect(connection: HTTPConnection) -> socket.socket:

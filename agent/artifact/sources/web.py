@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO
+from typing import Protocol
 
 import urllib3
 from urllib3.exceptions import (
@@ -39,11 +39,19 @@ _REDIRECTS = (301, 302, 303, 307, 308)
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(?:(\d{1,19})|\*)")
 
 
+class Body(Protocol):
+    """What is sent, as a file has it."""
+
+    def read(self, size: int = -1, /) -> bytes: ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Upload:
     """A body to be sent: `open_body` gives it from its start each time it is called."""
 
-    open_body: Callable[[], IO[bytes]]
+    open_body: Callable[[], Body]
     length: int
 
 
@@ -160,7 +168,7 @@ class WebClient:
             return self.open_pool(url).urlopen(
                 ask.method,
                 urllib3.util.parse_url(url).request_uri,
-                body=body,
+                body=body,  # type: ignore[arg-type]  # it reads, and closes, and nothing else
                 headers=headers,
                 retries=False,
                 redirect=False,
