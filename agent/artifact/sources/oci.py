@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Self
+from urllib.parse import urlsplit
 
 import msgspec
 import urllib3
@@ -45,7 +46,10 @@ class Repository:
         match = _LOCATION.fullmatch(location)
         if match is None or len(match[3]) > _MAX_REPOSITORY:
             raise ValueError("not a repository")
-        return cls(f"{'http' if match[1] else 'https'}://{match[2].lower()}", match[3])
+        url = f"{'http' if match[1] else 'https'}://{match[2].lower()}"
+        if urlsplit(url).port == 0:
+            raise ValueError("not a port")
+        return cls(url, match[3])
 
 
 class Registry:
