@@ -750,11 +750,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "https host. `curl -s -r 0-99 -D - -o /dev/null URL` shows all three. A registry's name for a model must lead "
                 "to one manifest, or to an index with one sealed model."
             ),
-            "Changed: an object of the bucket was replaced while it was read; upload a release under new names only.",
             "TLS: `artifact.ca_pem` for a private CA; otherwise the image must carry the system's CA certificates.",
             (
-                "A folder: regular files without symbolic links, readable by the agent. Slow rather than broken: raise "
-                "`artifact.timeout_s`."
+                "A folder: regular files without symbolic links, readable by the agent. Changed: somebody replaced an object "
+                "of the bucket while it was read. Slow rather than broken: raise `artifact.timeout_s`."
             ),
         ),
         "URLs, file names and the store's error pages are not printed: the source can carry a secret in its path, and "

@@ -65,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         repository = parse_repository(args.to, access)
         check_repository(repository, ca_pem, access, REGISTRY_TIMEOUT_S)
     out = Path(f"{args.name}-v{args.model_version}.layout" if repository else args.to).resolve()
+    if repository and out.exists():  # it is ours to remove only if it is ours
+        raise SealError(SealProblem.SEALED_BEFORE)
     key_file = args.key_file or out.parent / f"{args.name}-v{args.model_version}.key"
     # What lies in the layout gets uploaded, what lies in the model folder gets sealed.
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
