@@ -56,7 +56,7 @@ def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
     tmp_path: Path, machine: SimulatedMachine, model: site.SealedModel, user: site.ServerUser | None, tee: Tee
 ) -> None:
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, tee, model, broker, "http://127.0.0.1:1/", 8080, user)
+        text = site.configuration_text(machine, tee, model, broker, {"source": "http://127.0.0.1:1/"}, 8080, user)
         measured = config.parse(text.encode())
         machine.host_data = measured.digest
         broker.load_policy(site.policy_text(machine, tee, model))

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from agent.demo import layout_server, site
+from agent.demo import site, stores
+from agent.demo.stores import StoreKind
 from agent.errors import EXIT_STATUS, AgentError, Owner, Step, error_to_record
 from agent.events import Message, ServerReady, ServerStarted, StageEnded, message_from_record
 from agent.evidence import Tee
@@ -45,6 +46,7 @@ class Options:
         configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
         gpus: how many the machine has.
         ppcie: with eight GPUs, and the four NVSwitches between them.
+        source: the store that the model is read from.
     """
 
     once: bool
@@ -53,6 +55,7 @@ class Options:
     configfs: bool = False
     gpus: int = 1
     ppcie: bool = False
+    source: StoreKind = StoreKind.HTTP
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,15 +146,15 @@ def run(options: Options, view: View) -> Result:
                 site.flip_byte(model.layout)
         with ExitStack() as running:
             with view.preparing("model store and key broker"):
-                store_url = running.enter_context(layout_server.serve(model.layout))
                 broker = running.enter_context(site.run_broker(folder, machine, model.key))
+                store = running.enter_context(stores.serve(options.source, model.layout, folder, broker.files))
             report_root = None
             if options.configfs:
                 with view.preparing("configfs-tsm"):
                     report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
-                port = _free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store_url, port, user, report_root).encode()
+                port = stores.free_port()
+                text = site.configuration_text(machine, options.tee, model, broker, store, port, user, report_root).encode()
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
@@ -219,14 +222,6 @@ def _stop_on_signal(agent: subprocess.Popen[str]) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    """A port that was free a moment ago: the server takes a number, not a socket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -284,13 +284,14 @@ def configuration_text(
     tee: Tee,
     model: SealedModel,
     broker: Broker,
-    store_url: str,
+    store: Mapping[str, str],
     server_port: int,
     user: ServerUser | None,
     report_root: Path | None = None,
 ) -> str:
-    """The guest's configuration: all the agent gets."""
+    """The guest's configuration: all the agent gets. `store`: what `stores.serve` gave."""
     via = "" if report_root is None else f"report_root = {json.dumps(str(report_root))}\n"
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in store.items())
     if user is None:
         server_user = ""
     elif user.uid == 0:
@@ -320,7 +321,7 @@ key_uri = "{KEY_URI}"
 allow_simulated = true
 
 [artifact]
-source = "{store_url}"
+{settings}
 manifest_digest = "{model.manifest_digest}"
 min_version = {MODEL_VERSION}
 destination = "auto"
