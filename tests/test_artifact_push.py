@@ -1,6 +1,9 @@
 """What a push does with a layout or a registry that is not as it should be. Real registries: test_artifact_sources_oci.py."""
 
 import os
+import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from agent.artifact import manifest as m
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
 from agent.artifact.sources.access import Access
+from agent.artifact.sources.limited import limited
 from agent.artifact.sources.oci import Repository
 from agent.errors import ArtifactUnavailableError, MalformedManifestError, ManifestDigestError, StoreProblem
 from tests.range_server import make_certificate
@@ -128,6 +132,32 @@ def test_a_blob_that_is_too_short_is_not_waited_for(layout: Path, tmp_path: Path
     stored = Stored()
     assert refused(layout, stored, tmp_path) is StoreProblem.BAD_ANSWER
     assert stored.put == {}
+
+
+def test_a_registry_that_takes_no_more_bytes_is_not_waited_for(layout: Path) -> None:
+    """Behind small buffers a body finds no room; the limits of a read hold for what is sent as well."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        done = threading.Event()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                for reply in (b"404 Not Found\r\nContent-Length: 0", b"202 OK\r\nLocation: /x\r\nContent-Length: 0"):
+                    connection.recv(4096)
+                    connection.sendall(b"HTTP/1.1 %b\r\n\r\n" % reply)
+                done.wait(30)
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        repository = Repository.parse(f"oci+http://127.0.0.1:{listener.getsockname()[1]}/a")
+        started = time.monotonic()
+        with pytest.raises(ArtifactUnavailableError) as caught, limited(started + 1.0):
+            push_layout(layout, repository, None, LOGIN, TIMEOUT_S, lambda *_: None)
+        done.set()
+        thread.join()
+    assert caught.value.problem is StoreProblem.TIMEOUT
+    assert time.monotonic() - started < 5
 
 
 def test_a_layout_that_is_none_is_refused(layout: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.artifact import manifest as m
 from agent.artifact import push, signature
-from agent.artifact.identify import identify
+from agent.artifact.identify import find_manifest
 from agent.artifact.load import read_model
 from agent.artifact.seal import seal_model
 from agent.artifact.sources import BlobSource, LayoutSource, open_source
@@ -70,7 +70,7 @@ def open_oci(registry: DockerRegistry, access: Access = ANONYMOUS) -> LayoutSour
 def check_all(source: BlobSource, sealed: Sealed) -> None:
     """By digest, by signature, and every byte, as the layout has them."""
     model = read_model(source, sealed.pinned(), KEY_URI)
-    assert identify(source, sealed.signed(), threading.Event()).digest == sealed.digest
+    assert find_manifest(source, sealed.signed(), threading.Event()).digest == sealed.digest
     for file in model.files:
         expected = (sealed.layout / "blobs" / file.blob_digest.replace(":", "/")).read_bytes()
         out = memoryview(bytearray(1 << 20))
@@ -170,7 +170,7 @@ def test_skopeo_carries_it_from_layout_to_registry_to_registry(sealed: Sealed, t
         with closing(open_oci(first, LOGIN)) as source:
             assert read_model(source, sealed.pinned(), KEY_URI).version == 3
             with pytest.raises(ManifestSignatureError):  # skopeo takes what a name stands for, and nothing beside it
-                identify(source, sealed.signed(), threading.Event())
+                find_manifest(source, sealed.signed(), threading.Event())
         push_to(first, sealed, LOGIN)
         beside = sealed.digest.replace(":", "-")
         for name in (tag, beside):
@@ -403,7 +403,7 @@ def test_a_digest_that_the_registry_claims_is_not_believed(ask: Ask, sealed: Sea
     source, _ = ask(lambda _: Reply(200, (MANIFEST, ("Docker-Content-Digest", sealed.digest)), bad))
     assert source.read_manifest(sealed.digest, 1 << 20) == bad  # `parse_manifest` compares what it is given
     with pytest.raises(ManifestSignatureError):
-        identify(_Answering(source), sealed.signed(), threading.Event())
+        find_manifest(_Answering(source), sealed.signed(), threading.Event())
 
 
 class _Answering:

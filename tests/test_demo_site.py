@@ -78,7 +78,7 @@ def test_a_machine_with_switches_is_configured_and_wanted_as_one(
 ) -> None:
     machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, Tee.SNP, model, broker, "http://127.0.0.1:1/", 8080, None)
+        text = site.configuration_text(machine, Tee.SNP, model, broker, {"source": "http://127.0.0.1:1/"}, 8080, None)
     gpu = config.parse(text.encode()).config.gpu
     assert (gpu.count, gpu.switches) == (8, 4)
     row = parse_policy(site.policy_text(machine, Tee.SNP, model).encode()).rows[site.KEY_URI].gpu

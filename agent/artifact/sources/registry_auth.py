@@ -169,10 +169,10 @@ class RegistryAuth:
         realm = challenge.parameters.get("realm", "")
         try:
             scheme, user, host, _ = there = http_policy.origin(realm)
-            # refusal: test_a_realm_that_no_credentials_may_go_to_is_refused
+            # refusal: test_artifact_sources_oci.py::test_a_realm_that_no_credentials_may_go_to_is_refused
             if user is not None or host is None or "#" in realm or not realm.isascii() or not realm.isprintable():
                 raise _bad()
-            # refusal: test_a_realm_that_no_credentials_may_go_to_is_refused
+            # refusal: test_artifact_sources_oci.py::test_a_realm_that_no_credentials_may_go_to_is_refused
             if scheme != "https" and there != http_policy.origin(self._url):
                 raise _bad()
         except ValueError:
@@ -205,7 +205,7 @@ def parse_token_answer(data: bytes) -> tuple[str, int]:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise _bad() from None
     token = answer.token or answer.access_token or ""
-    # refusal: test_a_token_that_is_none_is_refused
+    # refusal: test_artifact_sources_oci.py::test_a_token_that_is_none_is_refused
     if _BEARER.fullmatch(token) is None:
         raise _bad()
     life_s = _LIFE_S if answer.expires_in is None else answer.expires_in

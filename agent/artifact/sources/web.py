@@ -238,8 +238,13 @@ def _translated() -> Iterator[None]:
     """urllib3's exceptions as ours, over the whole life of an answer; their texts quote the peer and go no further."""
     try:
         yield
-    except (NewConnectionError, ProtocolError, IncompleteRead):  # NewConnectionError is a ConnectTimeoutError by descent only
-        raise ArtifactUnavailableError(StoreProblem.UNREACHABLE) from None
+    except (
+        NewConnectionError,
+        ProtocolError,
+        IncompleteRead,
+    ) as error:  # NewConnectionError is a ConnectTimeoutError by descent
+        late = any(isinstance(argument, TimeoutError) for argument in error.args)  # a body that found no room
+        raise ArtifactUnavailableError(StoreProblem.TIMEOUT if late else StoreProblem.UNREACHABLE) from None
     except (ConnectTimeoutError, ReadTimeoutError):
         raise ArtifactUnavailableError(StoreProblem.TIMEOUT) from None
     except SSLError as error:
