@@ -251,7 +251,19 @@ def test_a_challenge_that_nothing_answers_ends_the_request(ask: Ask, value: str)
 
 
 @pytest.mark.parametrize(
-    "realm", ["http://127.0.0.1:9/t", "ftp://x/t", "/t", "", "https://u:p@127.0.0.1:9/t", "https://[", "https://a#b"]
+    "realm",
+    [
+        "http://127.0.0.1:9/t",
+        "ftp://x/t",
+        "/t",
+        "",
+        "https://u:p@127.0.0.1:9/t",
+        "https:///t",
+        "https://127.0.0.1:9/\xe9",
+        "https://127.0.0.1:9/\tt",
+        "https://[",
+        "https://a#b",
+    ],
 )
 def test_a_realm_that_no_credentials_may_go_to_is_refused(ask: Ask, realm: str) -> None:
     source, server = ask(lambda _: Reply(401, (("WWW-Authenticate", f'Bearer realm="{realm}"'),)))
