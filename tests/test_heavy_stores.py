@@ -158,7 +158,7 @@ def test_credentials_that_are_wrong_are_refused_by_who_checks_them(layout: Path,
 ORAS = """
 import json, pathlib, sys, oras.client, oras.container
 host, user, secret, root = sys.argv[1:]
-client = oras.client.OrasClient(hostname=host, tls_verify=True)
+client = oras.client.OrasClient(hostname=host, auth_backend="basic")
 client.auth.set_basic_auth(user, secret)
 client.session.headers.update(client.auth.get_auth_header())
 container = oras.container.Container(host + "/models/tiny:stable")
