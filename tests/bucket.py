@@ -7,6 +7,7 @@ with Bucket(layout, KEY_ID, SECRET) as bucket:
 import hashlib
 import hmac
 import re
+import threading
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import TracebackType
@@ -33,19 +34,29 @@ class Bucket:
         obeys_if_match: some services do not.
         weak: its ETags are.
         virtual: the bucket is in its name, not in the path.
+        changes_after: it is `changed` after so many parts of objects.
 
     Attributes:
         changed: from now on every object is another one.
     """
 
     def __init__(
-        self, root: Path, *, signed: bool = True, obeys_if_match: bool = True, weak: bool = False, virtual: bool = False
+        self,
+        root: Path,
+        *,
+        signed: bool = True,
+        obeys_if_match: bool = True,
+        weak: bool = False,
+        virtual: bool = False,
+        changes_after: int | None = None,
     ) -> None:
         self._root = root
         self._signed = signed
         self._obeys = obeys_if_match
         self._weak = weak
         self._virtual = virtual
+        self._parts_left = changes_after
+        self._lock = threading.Lock()
         self.changed = False
         self.server = ScriptServer(self._answer)
         self.url = self.server.url
@@ -74,6 +85,10 @@ class Bucket:
         start, end = (int(number) for number in asked.removeprefix("bytes=").split("-"))
         if start >= len(data):
             return Reply(416)
+        with self._lock:
+            if self._parts_left is not None:
+                self._parts_left -= 1
+                self.changed = self._parts_left <= 0
         body = data[start : end + 1]
         return Reply(206, (("ETag", etag), ("Content-Range", f"bytes {start}-{start + len(body) - 1}/{len(data)}")), body)
 
