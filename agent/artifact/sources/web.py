@@ -91,14 +91,16 @@ class WebClient:
         self._pools: dict[http_policy.Origin, urllib3.HTTPConnectionPool] = {}
         self._lock = threading.Lock()
 
-    def open_pool(self, url: str) -> urllib3.HTTPConnectionPool:
-        """The connections to the origin of a URL. Nothing is connected yet.
+    def open_pool(self, url: str) -> None:
+        """Have connections to the origin of a URL. Nothing is connected yet.
 
         Raises:
             ArtifactUnavailableError: there is no CA to trust (TLS), or no such host can be (BAD_ANSWER).
         """
+        self._pool(http_policy.origin(url))
+
+    def _pool(self, origin: http_policy.Origin) -> urllib3.HTTPConnectionPool:
         with self._lock:
-            origin = http_policy.origin(url)
             found = self._pools.get(origin)
             if found is None:
                 scheme, _, host, port = origin
@@ -130,14 +132,20 @@ class WebClient:
             ArtifactUnavailableError: no answer, or another one.
         """
         url = ask.url
+        home = here = http_policy.origin(url)
         timeout_s = self._timeout_s if ask.timeout_s is None else ask.timeout_s
         with _translated(), limited(time.monotonic() + timeout_s):
             for followed in range(http_policy.MAX_REDIRECTS + 1):
-                response = self._send(ask, url)
+                private = ask.private
+                # refusal: test_artifact_sources_oci.py::test_credentials_never_follow_a_redirect_to_another_origin
+                if here != home:
+                    private = None
+                response = self._send(ask, url, here, private)
                 try:
                     if response.status in _REDIRECTS and response.status not in answers:
                         location = response.headers.get("Location")
                         url = http_policy.redirect_target(url, location, followed, elsewhere=ask.elsewhere)
+                        here = http_policy.origin(url)
                         continue
                     # refusal: test_artifact_sources.py::test_a_fault_of_the_server_is_one_error_and_the_next_read_works
                     if response.status not in answers:
@@ -146,7 +154,7 @@ class WebClient:
                     if response.headers.get("Content-Encoding", "identity") != "identity":
                         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER, response.status)
                     # refusal: test_artifact_sources_oci.py::test_a_401_of_the_storage_behind_a_redirect_gets_no_credentials
-                    if response.status == 401 and http_policy.origin(url) != http_policy.origin(ask.url):
+                    if response.status == 401 and here != home:
                         raise ArtifactUnavailableError(StoreProblem.REFUSED, response.status)
                     yield response
                     return
@@ -155,17 +163,21 @@ class WebClient:
                     response.close()
                     response.release_conn()
 
-    def _send(self, ask: Ask, url: str) -> urllib3.BaseHTTPResponse:
-        headers = {"User-Agent": f"keyturn/{__version__}", "Accept-Encoding": "identity", **(ask.headers or {})}
-        # refusal: test_artifact_sources_oci.py::test_credentials_never_follow_a_redirect_to_another_origin
-        if http_policy.origin(url) == http_policy.origin(ask.url):
-            headers |= ask.private or {}
+    def _send(
+        self, ask: Ask, url: str, origin: http_policy.Origin, private: Mapping[str, str] | None
+    ) -> urllib3.BaseHTTPResponse:
+        headers = {
+            "User-Agent": f"keyturn/{__version__}",
+            "Accept-Encoding": "identity",
+            **(ask.headers or {}),
+            **(private or {}),
+        }
         body = None
         if ask.body is not None:
             body = ask.body.open_body()
             headers["Content-Length"] = str(ask.body.length)
         try:
-            return self.open_pool(url).urlopen(
+            return self._pool(origin).urlopen(
                 ask.method,
                 urllib3.util.parse_url(url).request_uri,
                 body=body,  # type: ignore[arg-type]  # it reads, and closes, and nothing else
