@@ -17,6 +17,7 @@ from agent.report import console_line
 # verb -> one line of help; the module is agent.commands.<verb>
 VERBS = {
     "run": "boot: attest, get the key, open the model, start and supervise the model server",
+    "load": "boot of an init container: open the model into a given folder of guest memory, for another container to serve",
     "init": "the first program of a guest: started by the kernel as /init",
     "doctor": "check this guest: everything that a boot needs, one finding each",
     "evidence": "print this guest's evidence over a nonce, as the broker sees it",

@@ -8,7 +8,7 @@ MRCONFIGID (TDX) of the guest's own report (`evidence/collect.py` checks it).
 
 import hashlib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -28,10 +28,26 @@ _DnsName = Annotated[str, msgspec.Meta(pattern=rf"^{_LABEL}(\.{_LABEL})*\Z", max
 _KeyUri = Annotated[
     str, msgspec.Meta(pattern=r"^kbs:///[A-Za-z0-9_-][A-Za-z0-9_.-]*(/[A-Za-z0-9_-][A-Za-z0-9_.-]*){2}\Z", max_length=128)
 ]
+_KbsUrl = Annotated[
+    str, msgspec.Meta(pattern=rf"^https?://(\[[0-9a-fA-F:]+\]|{_LABEL}(\.{_LABEL})*)(:[0-9]{{1,5}})?\Z", max_length=270)
+]
+_SEGMENT = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+_ResourceUri = Annotated[
+    str,
+    msgspec.Meta(
+        # Trustee's resource has three segments; what another plugin's path means, and a query, is the plugin's.
+        pattern=rf"^kbs(:///{_SEGMENT}(/{_SEGMENT}){{2}}|\+[a-z0-9-]+:///{_SEGMENT}(/{_SEGMENT}){{0,7}})"
+        r"(\?([A-Za-z0-9_.~&=+-]|%[0-9A-Fa-f]{2})+)?\Z",
+        max_length=512,
+    ),
+]
+_SemVer = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){2}\Z")]
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 _Certificate = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN CERTIFICATE-----[!-~\s]*\Z", max_length=64 << 10)]
 _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY-----[!-~\s]*\Z", max_length=8 << 10)]
 _Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
+# An address, not a name: whoever writes /etc/hosts does not choose who answers.
+_LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
 
@@ -41,9 +57,20 @@ class _Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TeeConfig(_Section, frozen=True, kw_only=True):
-    attester: Literal["snp", "tdx", "simulated-snp", "simulated-tdx"]
+    attester: Literal["snp", "tdx", "coco", "simulated-snp", "simulated-tdx", "simulated-coco", "sample"]
+    coco_url: _LoopbackUrl = "http://127.0.0.1:8006"
     wait_s: Annotated[int, msgspec.Meta(ge=0, le=600)] = 10
     runtime_measurement: Literal["required", "if-supported"] = "if-supported"
+
+    @property
+    def through_coco(self) -> bool:
+        """Evidence comes from CoCo's api-server-rest, real or simulated."""
+        return self.attester.endswith("coco")
+
+    @property
+    def simulated(self) -> bool:
+        """Evidence proves nothing about this machine."""
+        return self.attester.startswith("simulated-") or self.attester == "sample"
 
 
 class SimulationConfig(_Section, frozen=True, kw_only=True):
@@ -59,10 +86,16 @@ class GpuConfig(_Section, frozen=True, kw_only=True):
 
 
 class BrokerConfig(_Section, frozen=True, kw_only=True):
-    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)]
-    server_name: _DnsName
-    ca_pem: _Certificate
-    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)]
+    """Who gives the key: exactly one of `endpoints` (our broker), `url` (Trustee) and `cdh` (the guest's own components)."""
+
+    endpoints: Annotated[tuple[_Endpoint, ...], msgspec.Meta(min_length=1, max_length=16)] | None = None
+    url: _KbsUrl | None = None
+    resource_uri: _ResourceUri | None = None
+    protocol_version: _SemVer | None = None
+    cdh: bool = False
+    server_name: _DnsName | None = None
+    ca_pem: _Certificate | None = None
+    token_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(min_length=1, max_length=8)] | None = None
     key_uri: _KeyUri
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=3600)] = 180
     route_timeout_s: Annotated[int, msgspec.Meta(ge=0, le=3600)] = 300
@@ -127,31 +160,36 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
     gpu: GpuConfig
     broker: BrokerConfig
     artifact: ArtifactConfig
-    server: ServerConfig
+    server: ServerConfig | None = None  # None: another container's, and nothing of ours runs it
     simulation: SimulationConfig | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A configuration, and what HOST_DATA or MRCONFIGID must equal once fitted: see `config_source.FoundConfig.digest`."""
+    """A configuration, what HOST_DATA or MRCONFIGID must equal once fitted, and the initdata document at hand.
+
+    The last two are `config_source.FoundConfig`'s.
+    """
 
     config: MeasuredConfig
     digest: bytes
+    initdata: bytes | None = field(default=None, repr=False)
 
 
-def parse(data: bytes, digest: bytes | None = None) -> Measured:
+def parse(data: bytes, digest: bytes | None = None, initdata: bytes | None = None) -> Measured:
     """Parse the measured configuration.
 
     Args:
         data: the file, UTF-8 TOML, at most 1 MiB.
         digest: what HOST_DATA or MRCONFIGID must equal once fitted, `b""` for zeros; None: the SHA-256 of `data`.
+        initdata: the document that `digest` is over, where it is one.
 
     Raises:
         ConfigError: with the key concerned; never with its value, which may be a secret.
     """
     config = parse_toml(data, MeasuredConfig, SCHEMA)
     _check_together(config)
-    return Measured(config, hashlib.sha256(data).digest() if digest is None else digest)
+    return Measured(config, hashlib.sha256(data).digest() if digest is None else digest, initdata)
 
 
 def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
@@ -204,7 +242,7 @@ def _check_together(config: MeasuredConfig) -> None:
     def wrong(key: str) -> ConfigError:
         return ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(key))
 
-    simulated = config.tee.attester.startswith("simulated-")
+    simulated = config.tee.simulated
     # refusal: test_every_mistake_names_its_key
     if simulated != (config.simulation is not None):
         raise wrong("simulation.machine")
@@ -247,9 +285,42 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_a_model_is_named_by_digest_or_by_signature
     if by_signature and config.artifact.name is None:
         raise wrong("artifact.name")
-    for index, endpoint in enumerate(config.broker.endpoints):
-        if not 1 <= int(endpoint.rsplit(":", 1)[1]) <= 65535:
-            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.endpoints[{index}]"))
+    # refusal: test_every_mistake_names_its_key
+    if config.tee.attester == "sample" and config.broker.url is None:  # only Trustee knows it
+        raise wrong("tee.attester")
+    # refusal: test_every_mistake_names_its_key
+    if (config.broker.url or "").startswith("http:") and not simulated:
+        raise wrong("broker.url")
+    _check_broker(config.broker, through_coco=config.tee.through_coco)
+    addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints or ())}
+    addresses |= {"broker.url": config.broker.url} if config.broker.url else {}
+    for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():
+        port = re.search(r":([0-9]+)\Z", address)
+        if port and not 1 <= int(port[1]) <= 65535:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
+    """Each way to the key has its own keys, and no way has another's."""
+    ways = {"endpoints": broker.endpoints is not None, "url": broker.url is not None, "cdh": broker.cdh}
+    if not any(ways.values()):
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.endpoints"))
+    # refusal: test_every_mistake_names_its_key
+    if sum(ways.values()) > 1 or (broker.cdh and not through_coco):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("broker.cdh" if broker.cdh else "broker.url"))
+    for key in ("resource_uri", "protocol_version"):
+        # refusal: test_every_mistake_names_its_key
+        if getattr(broker, key) is not None and broker.url is None:
+            raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(f"broker.{key}"))
+    with_tls = not broker.cdh and not (broker.url or "").startswith("http:")
+    for key in ("server_name", "ca_pem"):
+        # refusal: test_every_mistake_names_its_key
+        if (getattr(broker, key) is not None) != with_tls:
+            problem = ConfigProblem.MISSING_KEY if with_tls else ConfigProblem.NEEDS_OTHER_KEY
+            raise ConfigError(problem, Ident(f"broker.{key}"))
+    # refusal: test_every_mistake_names_its_key
+    if broker.token_keys is None and not broker.cdh:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("broker.token_keys"))
 
 
 EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is what the guest is launched with: HOST_DATA of
@@ -257,7 +328,7 @@ EXAMPLE = f'''# Keyturn configuration. The SHA-256 of exactly these bytes is wha
 schema = "{SCHEMA}"
 
 [tee]
-attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "simulated-…" only on development machines
+attester = "snp"                 # the CPU TEE: "snp" or "tdx"; "coco" in a container of a CoCo guest
 
 [gpu]
 count = 1                        # evidence of exactly this many distinct GPUs, 0 for none
@@ -265,6 +336,8 @@ ready_state = "own"              # the agent sets the ready state; "preset": thi
 
 [broker]
 endpoints = ["kbs.example.com:8443"]   # several addresses of one broker, tried in turn
+# For a Trustee KBS, instead: url = "https://kbs.example.com:8080"; where its key lies elsewhere than key_uri says, also
+# resource_uri = "kbs:///models/my-model/1"; and token_keys are its attestation service's.
 server_name = "kbs.example.com"        # the name its certificate must carry
 key_uri = "kbs:///models/my-model/1"
 timeout_s = 180                        # for the whole handshake, retries included
@@ -296,8 +369,11 @@ probe = "completion"             # one request that must succeed before ready
 EXPLAIN = {
     "schema": "version of this schema; this agent reads keyturn/v1",
     "tee.attester": "which CPU TEE gives evidence: snp or tdx, through the first interface of it that this guest has "
-    "(configfs-tsm, else the device node); or simulated-snp, simulated-tdx by name on a machine without a TEE. Never another "
-    "in its place",
+    "(configfs-tsm, else the device node). coco: in a container of a Kata guest, where the TEE is not ours, what CoCo's "
+    "api-server-rest gives. simulated-snp, simulated-tdx, simulated-coco by name on a machine without a TEE, "
+    "and sample: Trustee's evidence of nothing. Never another in its place",
+    "tee.coco_url": "where api-server-rest listens, for attester coco: http, an address of the loopback, a port; default "
+    "http://127.0.0.1:8006. The guest must be started with agent.guest_components_rest_api=all",
     "tee.wait_s": "seconds to wait for the TEE's driver before there is no attester, 0..600, default 10",
     "tee.runtime_measurement": "if-supported (default): the release of the key goes into RTMR 3 where this guest can extend it "
     "(TDX, Linux 6.16), and the event release_measured says so. required: a guest that cannot ends before it asks for anything",
@@ -311,6 +387,15 @@ EXPLAIN = {
     "gpu.ready_state": "own: the agent sets the GPU ready state after the verdict, and stops if it is already set. "
     "preset: this image's init sets it at boot (stock Kata does); events and status say so",
     "broker.endpoints": "host:port of each address of the one broker; they are tried in turn, and say nothing of who answers",
+    "broker.url": "https://host[:port] of a Trustee KBS, in place of endpoints; http only with a simulated attester, and then "
+    "without server_name and ca_pem. Its policy decides about the key; token_keys are its attestation service's",
+    "broker.resource_uri": "where a Trustee KBS has the key, with url: kbs:///repository/type/tag, or "
+    "kbs+plugin:///path?query of another plugin; default: key_uri, which stays what the model was sealed for",
+    "broker.protocol_version": "KBS protocol that is spoken, with url; default 0.4.0, of every Trustee since v0.14",
+    "broker.cdh": "true, in place of endpoints: in a container of a CoCo guest its confidential-data-hub gives the key, from "
+    "the service in the guest's own cdh.toml, after the guest's attestation-agent attested. Only with attester coco; needs "
+    "neither server_name nor ca_pem, and token_keys (the attestation service's) are optional: without them its token is not "
+    "verified",
     "broker.server_name": "the DNS name the broker's certificate must carry, whatever address is dialled",
     "broker.ca_pem": "the only CA that is trusted for the broker",
     "broker.token_keys": "public keys (PEM, P-256) of the authority; a verdict not signed by one of them is refused",
@@ -347,7 +432,8 @@ EXPLAIN = {
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",
-    "server.preset": "readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
+    "server.preset": "with [server] the agent runs the server (`keyturn run`); without it the open model is left to another "
+    "container (`keyturn load`). Readiness contract and environment of a known server: llama-cpp, vllm, triton, custom",
     "server.command": "the server's argv; {model} {model_dir} {model_id} {host} {port} {scratch} are filled in; "
     "the preset has a default",
     "server.environment": "the server's environment beside the preset's; nothing is inherited",
@@ -377,12 +463,12 @@ EXPLAIN = {
 def keys() -> list[str]:
     """Every key of the schema as a dotted path."""
     found = []
-    for field in msgspec.structs.fields(MeasuredConfig):
-        kind = field.type
+    for section in msgspec.structs.fields(MeasuredConfig):
+        kind = section.type
         for option in getattr(kind, "__args__", (kind,)):
             if isinstance(option, type) and issubclass(option, _Section):
-                found += [f"{field.name}.{inner.name}" for inner in msgspec.structs.fields(option)]
+                found += [f"{section.name}.{inner.name}" for inner in msgspec.structs.fields(option)]
                 break
         else:
-            found.append(field.name)
+            found.append(section.name)
     return found

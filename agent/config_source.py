@@ -34,11 +34,13 @@ class FoundConfig:
             when the launch measurement covers the file: the field must then be zero, for initdata whose bytes nobody has
             must stop the boot.
         source: `file`, `initdata-file`, `kata-initdata`, `initdata-device` or `image`.
+        initdata: the document at hand, of at most 4 MiB; None without one.
     """
 
     data: bytes = field(repr=False)
     digest: bytes
     source: Ident
+    initdata: bytes | None = field(default=None, repr=False)
 
 
 def read_bounded(file: str) -> bytes:
@@ -78,8 +80,8 @@ def from_initdata_file(file: str) -> FoundConfig:
         ConfigError: not readable, or the entry is above 1 MiB.
         InitdataError: not an initdata document of at most 4 MiB, or it has no such entry.
     """
-    initdata = parse_initdata(read_document(file), INITDATA_FILE)
-    return _found_in(initdata, INITDATA_FILE)
+    document = read_document(file)
+    return _found_in(parse_initdata(document, INITDATA_FILE), INITDATA_FILE, document)
 
 
 def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:
@@ -113,19 +115,19 @@ def find_in_guest(root: Path = Path("/")) -> FoundConfig | None:
     # 3. Which of them decides. Initdata about other things leaves it to the image, and is compared all the same.
     initdata = parse_initdata(document, source)
     if image is None:
-        return _found_in(initdata, source)
+        return _found_in(initdata, source, document)
     # refusal: test_two_sources_are_a_conflict_even_when_they_agree
     if ENTRY in initdata.entries:
         raise ConfigConflictError(source, _IMAGE)
-    return FoundConfig(_check_size(image), initdata.digest, _IMAGE)
+    return FoundConfig(_check_size(image), initdata.digest, _IMAGE, document)
 
 
-def _found_in(initdata: Initdata, source: Ident) -> FoundConfig:
+def _found_in(initdata: Initdata, source: Ident, document: bytes) -> FoundConfig:
     data = initdata.entry(ENTRY)
     # refusal: test_an_initdata_file_without_the_entry_is_no_configuration
     if data is None:
         raise InitdataError(source, InitdataProblem.NO_ENTRY)
-    return FoundConfig(_check_size(data), initdata.digest, source)
+    return FoundConfig(_check_size(data), initdata.digest, source, document)
 
 
 def _check_size(data: bytes) -> bytes:

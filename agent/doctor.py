@@ -38,7 +38,7 @@ from agent.guest import hardening, landlock
 from agent.guest.memory_info import MACHINE
 from agent.guest.network import wait_for_route
 from agent.threads import signals_wait
-from agent.worker import is_loopback, plan_server, token_keys
+from agent.worker import endpoint_of, plan_of, stays_inside, token_keys
 
 LOOK_S = 10
 """For one answer over a network. Nothing is tried again: a retry would hide what is looked for."""
@@ -64,8 +64,8 @@ def _configuration(guest: Guest) -> None:
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
     guest.measured = parse(found.data, found.digest)
-    guest.plan = plan_server(guest.config.server)
-    token_keys(guest.config.broker.token_keys)
+    guest.plan = plan_of(guest.config)
+    token_keys(guest.config.broker.token_keys or ())
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -113,6 +113,8 @@ def _tdx(guest: Guest) -> Seen:
         if required:
             raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)
         raise SkippedError(Skip.NO_TDX)
+    if guest.config.tee.through_coco:
+        raise SkippedError(Skip.FOREIGN_REGISTER)
     at = guest.places
     try:
         quote_service = f"vsock:{read_port(at.attest_conf)}"
@@ -209,8 +211,11 @@ def _clock(guest: Guest) -> Seen:
 
     now = datetime.now(UTC)
     seen = fitness.check_clock(now)
+    if guest.config.broker.cdh:  # the connection is between the guest's own components
+        return seen
+    ca_pem = needed(guest.config.broker.ca_pem, Skip.NO_TLS)
     try:
-        authorities = x509.load_pem_x509_certificates(guest.config.broker.ca_pem.encode())
+        authorities = x509.load_pem_x509_certificates(ca_pem.encode())
     except UNREADABLE:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.ca_pem")) from None
     if not any(authority.not_valid_before_utc <= now <= authority.not_valid_after_utc for authority in authorities):
@@ -220,9 +225,8 @@ def _clock(guest: Guest) -> Seen:
 
 
 def _route(guest: Guest) -> None:
-    endpoints = guest.config.broker.endpoints
     _stay_offline(guest)
-    if not all(is_loopback(endpoint) for endpoint in endpoints):
+    if not stays_inside(guest.config.broker):
         asyncio.run(wait_for_route(0))
 
 
@@ -231,13 +235,15 @@ def _broker(guest: Guest) -> None:
     from agent.handshake.grpc_failure import Peer, check_peer
 
     at = guest.config.broker
+    endpoints = needed(at.endpoints or ((endpoint_of(at.url),) if at.url else None), Skip.OWN_COMPONENTS)
+    ca_pem, server_name = needed(at.ca_pem, Skip.NO_TLS), needed(at.server_name, Skip.NO_TLS)
     _stay_offline(guest)
-    for number, endpoint in enumerate(at.endpoints, 1):
+    for number, endpoint in enumerate(endpoints, 1):
         try:
-            asyncio.run(check_peer(Peer(endpoint, at.ca_pem, at.server_name), LOOK_S))
+            asyncio.run(check_peer(Peer(endpoint, ca_pem, server_name), LOOK_S))
         except BrokerUnreachableError as error:
             error.attempts = number
-            if number == len(at.endpoints):
+            if number == len(endpoints):
                 raise
         else:
             return
@@ -289,15 +295,15 @@ def _destination(guest: Guest) -> None:
     if guest.measured is None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
-    config, plan = guest.config.artifact, needed(guest.plan, Skip.NO_CONFIGURATION)
+    config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
     sizes = [file.size for file in guest.model.files] if guest.model else [0]
     allow_swap = config.unsafe_allow_swap
-    check_destination(config.destination, config.directory, sizes, plan.gid, allow_swap=allow_swap, memory=MACHINE)
+    check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
 
 
 def _server_program(guest: Guest) -> None:
     """With our own rights: whether `server.uid` may execute it shows at its start."""
-    plan = needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     program = plan.argv[0]
     if "/" in program:
         program = os.path.join("/", program)  # where the server starts
@@ -306,7 +312,7 @@ def _server_program(guest: Guest) -> None:
 
 
 def _server_address(guest: Guest) -> None:
-    plan = needed(guest.plan, Skip.NO_CONFIGURATION)
+    plan = needed(guest.plan, Skip.NO_SERVER if guest.measured else Skip.NO_CONFIGURATION)
     with socket.socket(socket.AF_INET6 if ":" in plan.host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what lingers of old connections is no obstacle
         try:

@@ -4,17 +4,20 @@ AgentError
 ├── ConfigError · ConfigNotMeasuredError · ConfigConflictError
 ├── InitdataError                                                         operator × config
 ├── GuestInitError · GuestUnfitError                                      operator × guest
-├── NoAttesterError · SimulationRefusedError                              operator × devices
+├── NoAttesterError · SimulationRefusedError · GuestApiError              operator × devices
+│   └── KeyNotDeliveredError                                              authority × key
 ├── DeviceError · MalformedEvidenceError · EvidenceBindingError
 │   └── DeviceUnavailableError · AttestationKeyLostError
 │       EvidenceVerificationError                                         host × evidence
 ├── GpuCountError · GpuModeError · GpuFaultError                          host × gpu
 ├── VmRestartRequiredError                                                operator × gate
+├── EvidencePrecheckError                                                 host × evidence
 ├── NoRouteError · BrokerUnreachableError · BrokerIdentityError           operator × broker
-├── RemoteProtocolError · BrokerFailureError                              authority × broker
+├── ClockSkewError                                                        operator × broker
+├── RemoteProtocolError · BrokerFailureError · TrusteeRefusedError        authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError                                     authority × key
-├── LeaseEndedError                                                       authority × lease
+├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
@@ -271,6 +274,8 @@ class Absence(enum.Enum):
     )
     NO_RUNTIME_REGISTER = "runtime measurement is required, and this guest has no register that the agent may extend"
     PARAVISOR = "below a Hyper-V paravisor (Azure) evidence is a vTPM's, which is not supported"
+    NO_GUEST_API = "nothing listens at tee.coco_url"
+    SAMPLE = "the guest's attestation-agent gives sample evidence, which proves nothing"
 
 
 @dataclasses.dataclass(eq=False)
@@ -307,7 +312,7 @@ class SimulationRefusedError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class DeviceError(AgentError):
-    """A device call failed. `code` is the errno, NVML return code or firmware status, as `interface` defines it."""
+    """A device call failed. `code` is the errno, NVML return code, firmware or HTTP status, as `interface` defines it."""
 
     owner = Owner.HOST
     step = Step.EVIDENCE
@@ -336,6 +341,49 @@ class AttestationKeyLostError(DeviceError):
     next_step = "restart the guest: only that brings the key to its firmware back; the host's log may say what it refused"
 
 
+class GuestApiProblem(enum.Enum):
+    REFUSED = "nothing listens at tee.coco_url"
+    LOST = "connection ended before the answer"
+    TIMEOUT = "no answer in time"
+    FORBIDDEN = "refused: the request did not come from the guest's loopback"
+    NOT_SERVED = "not served, or its feature is off"
+    FAILED = "failed, in words that are not repeated"
+    STATUS = "answered with a status it is not known to use"
+    MALFORMED = "answer does not have the form of this request's"
+    TOO_LARGE = "answer is larger than the limit"
+    FEATURES = "started without a feature that this configuration needs"
+    ENCODING = "took the text of encoding=base64 for the data itself: these guest-components are too old"
+
+
+@dataclasses.dataclass(eq=False)
+class GuestApiError(AgentError):
+    """CoCo's api-server-rest of this guest. `call` is the request's name, `status` its HTTP status, 0 without one."""
+
+    owner = Owner.OPERATOR
+    step = Step.DEVICES
+    next_step = (
+        "check the guest image's guest-components: their version, agent.guest_components_rest_api = all, and their own logs"
+    )
+    call: Ident
+    problem: GuestApiProblem
+    status: int = 0
+
+    def what(self) -> str:
+        return f"api-server-rest, {self.call}: {self.problem.value}" + (f" ({self.status})" if self.status else "")
+
+
+@dataclasses.dataclass(eq=False)
+class KeyNotDeliveredError(GuestApiError):
+    """The guest's confidential-data-hub gave no key, although its attestation had just been accepted. It says no cause."""
+
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = (
+        "look up this guest's request for broker.key_uri in the log of the key broker service: its policy denied it, there is "
+        "no such resource, or the service was not reached"
+    )
+
+
 class EvidenceFormat(enum.Enum):
     SNP_REPORT = "snp-report"
     SNP_CHAIN = "snp-certificate-chain"
@@ -348,6 +396,7 @@ class EvidenceFormat(enum.Enum):
     TDX_CHAIN = "tdx-certificate-chain"
     EVENT_LOG = "cc-event-log"
     NVIDIA_TOPOLOGY = "nvidia-topology"
+    SAMPLE = "sample-evidence"
     ADDITIONAL = "additional-evidence"
 
 
@@ -432,6 +481,28 @@ class EvidenceVerificationError(AgentError):
     def what(self) -> str:
         numbers = f": got {self.got}, expected {self.expected}" if self.got is not None else ""
         return f"{self.format.value}: {self.check.value} does not verify{numbers}"
+
+
+class Precheck(enum.Enum):
+    """What Trustee's verifier or its usual policies refuse without saying so, seen before anything is sent."""
+
+    REPORT_VERSION = "report version"
+    VMPL = "VMPL"
+    DEBUG = "debug bit of the guest policy or of the TD attributes"
+
+
+@dataclasses.dataclass(eq=False)
+class EvidencePrecheckError(AgentError):
+    """Evidence is genuine as far as we know, and of a guest that was launched as no verifier of ours accepts it."""
+
+    owner = Owner.HOST
+    step = Step.EVIDENCE
+    next_step = "launch the guest at VMPL 0 and without debugging, on firmware that writes report versions 3 to 5"
+    check: Precheck
+    got: int
+
+    def what(self) -> str:
+        return f"evidence would be refused: {self.check.value} is {self.got}"
 
 
 # --- GPU --------------------------------------------------------------------------------------------------------------
@@ -539,6 +610,7 @@ class Unreachable(enum.Enum):
     TIMEOUT = "no answer in time"
     RESET = "connection lost"
     OVERLOADED = "broker asked to come back later"
+    SERVER_ERROR = "broker, or a proxy before it, answers with a server error"
 
 
 @dataclasses.dataclass(eq=False)
@@ -579,6 +651,19 @@ class BrokerIdentityError(AgentError):
         return f"broker identity: {self.problem.value}"
 
 
+@dataclasses.dataclass(eq=False)
+class ClockSkewError(AgentError):
+    """Something that was made a moment ago, by the broker's clock, has another time on it. Not expiry: that is a TokenError."""
+
+    owner = Owner.OPERATOR
+    step = Step.BROKER
+    next_step = "set the guest's clock, which its host gives it, and compare the broker's with a time server"
+    ahead_s: int  # how far this guest's clock is ahead; negative: behind
+
+    def what(self) -> str:
+        return f"this guest's clock and the broker's differ by {self.ahead_s} s"
+
+
 class ProtocolProblem(enum.Enum):
     UNEXPECTED_MESSAGE = "message out of order"
     OVERSIZED = "message larger than the limit"
@@ -586,19 +671,25 @@ class ProtocolProblem(enum.Enum):
     REQUEST_ID = "answer carries another request id"
     CLOSED = "stream ended before the answer"
     VERSION = "protocol version is not supported"
+    REDIRECT = "answer is a redirect, which is not followed"
+    FOREIGN = "answer is not one that a key broker gives"
     TOO_MANY_CHALLENGES = "more challenges than this guest answers in one boot"
 
 
 @dataclasses.dataclass(eq=False)
 class RemoteProtocolError(AgentError):
+    """`version` is the one that the broker says it speaks, where it says so."""
+
     owner = Owner.AUTHORITY
     step = Step.BROKER
     next_step = "compare the versions of broker and agent; the broker's audit log has the request id"
     problem: ProtocolProblem
     state: Ident
+    version: Ident | None = None
 
     def what(self) -> str:
-        return f"broker protocol in state {self.state}: {self.problem.value}"
+        version = f", the broker speaks {self.version}" if self.version else ""
+        return f"broker protocol in state {self.state}: {self.problem.value}{version}"
 
 
 @dataclasses.dataclass(eq=False)
@@ -621,6 +712,52 @@ class BrokerFailureError(AgentError):
 
     def what(self) -> str:
         return f"broker failed with status {self.status}, reason {self.reason}"
+
+
+class TrusteeRefusal(enum.Enum):
+    """What a Trustee KBS can answer instead, as far as its answers tell it apart (`handshake/rcar.py` has the table)."""
+
+    REQUEST = "it does not take our first request: it may not know this kind of TEE"
+    CHALLENGE = "it has no challenge for us: its session store or its attestation service may be down"
+    ATTESTATION = "it refused the attestation and says no more: its own log and its attestation service's have the reason"
+    NO_SESSION = "it knows neither our session nor our token: its replicas need one session store"
+    VERIFICATION = "it does not take the token it gave us: its [attestation_token] must name the attestation service's key"
+    POLICY_ENGINE = "its resource policy cannot be evaluated: mend the policy"
+    RESOURCE = "its policy lets us through and it does not have the key: store it where broker.resource_uri says"
+    KEY_TYPE = "it cannot encrypt for a P-256 key: update the KBS"
+    NO_PLUGIN = "it has no plugin of that name: configure it, or correct broker.resource_uri"
+    PATH = "it takes no such path: correct broker.resource_uri"
+    ADMIN = "it wants an administrator there: broker.resource_uri names something else than a key"
+    TOO_LARGE = "our message is larger than its limit: raise payload_request_size of the KBS"
+    INTERNAL = "a part of it failed: its log has the reason"
+    UNKNOWN = "it refused in a word of another release: compare the versions"
+
+
+_MAY_PASS = frozenset((TrusteeRefusal.CHALLENGE, TrusteeRefusal.ATTESTATION, TrusteeRefusal.RESOURCE))
+MAX_REFUSED_ATTEMPTS = 3
+
+
+@dataclasses.dataclass(eq=False)
+class TrusteeRefusedError(AgentError):
+    """A Trustee KBS ended the handshake, and not by its policy: that is a KeyReleaseDeniedError.
+
+    Three refusals look the same whether something is wrong for good or for a minute (vendor's collateral, a store behind the
+    KBS). They are tried again, and given up after three attempts, however much time is left.
+    """
+
+    owner = Owner.AUTHORITY
+    step = Step.BROKER
+    next_step = "do what the refusal says; the logs of KBS and attestation service have more at the time of this request"
+    refusal: TrusteeRefusal
+    attempts: int = 1
+
+    @property
+    def retryable(self) -> bool:
+        return self.refusal in _MAY_PASS and self.attempts < MAX_REFUSED_ATTEMPTS
+
+    def what(self) -> str:
+        attempts = f", {self.attempts} attempts" if self.attempts > 1 else ""
+        return f"Trustee: {self.refusal.value}{attempts}"
 
 
 class DenialReason(enum.Enum):
@@ -660,6 +797,7 @@ class TokenCheck(enum.Enum):
     TEE_PUBKEY = "tee-pubkey"
     NONCE = "nonce"
     KEY_URI = "key-uri"
+    LAUNCH = "launch digest"
     CLAIMS = "claims"
 
 
@@ -717,6 +855,19 @@ class LeaseEndedError(AgentError):
 
     def what(self) -> str:
         return f"key lease of {self.lease_s} s ended"
+
+
+@dataclasses.dataclass(eq=False)
+class LeaseUnsupervisedError(AgentError):
+    """The key comes with a lease, and this agent ends when the model is open: nobody would obey it."""
+
+    owner = Owner.AUTHORITY
+    step = Step.LEASE
+    next_step = "boot with `keyturn run`, which renews and obeys a lease, or let the key's policy row give none"
+    lease_s: int
+
+    def what(self) -> str:
+        return f"key comes with a lease of {self.lease_s} s, and `keyturn load` leaves nobody to obey it"
 
 
 # --- artifact ---------------------------------------------------------------------------------------------------------

@@ -134,6 +134,15 @@ class VerdictAccepted(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class NotAffirmed(Event):
+    """After a denial by Trustee's policy, or where the guest's own components gave no key: each thing that the attestation
+    service does not affirm, `device:what:value`.
+    """
+
+    finding: Ident
+
+
+@dataclasses.dataclass(frozen=True)
 class LeaseStarted(Event):
     """The key of the open model may be used for so long, counted from before it was asked for.
 
@@ -238,6 +247,13 @@ class ServerEnded(Event):
 class ServerRestarting(Event):
     wait_ms: int
     start: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLeft(Event):
+    """The open model lies in the given folder, for whoever serves it. Nobody of ours watches over it from now on."""
+
+    version: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,11 @@ class Skip(enum.Enum):
         "no other process is seen to hold the GPUs open, and a confidential GPU that its last user closes is lost until its "
         "reset: start nvidia-persistenced first"
     )
+    FOREIGN_REGISTER = "runtime register and event log are the attestation agent's, which says nothing of them beforehand"
+    OWN_COMPONENTS = "the guest's own components ask for the key, and its attester has shown that they serve it"
+    NO_TLS = "the connection to the broker is not encrypted"
     NO_MANIFEST = "the size of the model is not known without its manifest"
+    NO_SERVER = "another container serves the model"
     NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
     NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"
 

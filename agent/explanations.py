@@ -198,7 +198,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "`/dev/sev-guest` will do, or a port in `/etc/tdx-attest.conf`. TDX needs `/dev/tdx_guest` in either case."
             ),
             (
-                "This guest is of another TEE: set `tee.attester` to the one it is of. Below a Hyper-V paravisor, as on "
+                "This guest is of another TEE: set `tee.attester` to the one it is of. Attester coco: api-server-rest must "
+                "listen at `tee.coco_url`, and its attestation-agent must have found a TEE. Below a Hyper-V paravisor, as on "
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
@@ -240,10 +241,51 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing is held back: that something is simulated is always said, in status, events, tokens and audit log.",
     ),
+    errors.GuestApiError: Explanation(
+        "The agent reaches this guest's TEE through CoCo's api-server-rest, and a request to it gave nothing that can be used. "
+        "The text names the request, what was wrong, and the HTTP status. Nothing is asked twice: the attestation-agent behind "
+        "it makes five attempts of its own, and a container that ends is started again by Kubernetes.",
+        (
+            (
+                "not-served, or without a needed feature: the guest's kernel command line needs "
+                "`agent.guest_components_rest_api=all`; Kata's default serves resources alone. An old server also lacks info."
+            ),
+            (
+                "evidence took the text for the data: guest-components before `encoding=base64` of their REST API put the "
+                "spelling into the report instead of what it spells. Use a newer guest image."
+            ),
+            (
+                "token failed: the attestation-agent got no token. Its log says why; the key broker service of the guest's "
+                "aa.toml is not reachable from this guest, speaks another version, or refused the evidence."
+            ),
+            (
+                "connection ended, no answer, or nothing listens: api-server-rest or attestation-agent has died, and "
+                "kata-agent does not start them again. `tee.coco_url` must be where this guest's server listens."
+            ),
+        ),
+        "The text of a failed answer is not read, and so never shown: the components put into it what they were told by peers.",
+    ),
+    errors.KeyNotDeliveredError: Explanation(
+        "The guest's confidential-data-hub was asked for the model key, after the verdict and the GPU gate, and gave none or "
+        "one that is not 32 bytes long. It names no cause. What is known: the attestation-agent had got a token shortly "
+        "before, so the key broker service could be reached and had accepted the evidence.",
+        (
+            (
+                "The service's resource policy denied: its log says so for this guest. Trustee's default policy denies sample "
+                "evidence, and a stricter one whatever the token does not affirm."
+            ),
+            "There is no resource of the name in `broker.key_uri`, or it does not hold exactly the 32 bytes of the key.",
+            (
+                "The url in cdh.toml and in aa.toml of the initdata must be of the same service, and so must be the "
+                "certificates beside them."
+            ),
+        ),
+        "Nothing of an answer that is no key is read, and a key of another length is never told apart from other bytes.",
+    ),
     errors.DeviceError: Explanation(
-        "The kernel, the TEE firmware or the GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, "
-        "tdx-guest, rtmr, event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of "
-        "qgs from 0x12001 on the quote service's, and of nvml and nscq their own return codes. It is final, because a second "
+        "Kernel, TEE firmware or GPU driver refused a call. `code` is an errno for configfs-tsm, sev-guest, tdx-guest, rtmr, "
+        "event-log and kernel-parameters, a firmware status for sev-firmware, the hypervisor's for ghcb, of qgs from 0x12001 "
+        "on the quote service's, the own codes of nvml and nscq, an HTTP status for api-server-rest. It is final: a second "
         "try can latch a GPU or cost an SNP guest its attestation key.",
         (
             (
@@ -486,6 +528,27 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Who set the state is not told because the driver does not say: it keeps one bit.",
     ),
+    errors.EvidencePrecheckError: Explanation(
+        "The evidence is there, and a Trustee attestation service would refuse it or its usual policies would, with an answer "
+        "that names no reason. So it was not sent. How a guest was launched stands in its report and cannot be changed "
+        "from inside.",
+        (
+            (
+                "VMPL: below a paravisor or an SVSM the guest does not run at VMPL 0, and Trustee's SNP verifier takes no "
+                "other level."
+            ),
+            (
+                "debug bit: the host may read such a guest's memory. Launch it with a policy that forbids debugging (SNP "
+                "policy bit 19, TD attributes bits 0 to 7)."
+            ),
+            (
+                "report version: 2 is of old SEV firmware, which the host can update; above 5 is newer than Trustee's "
+                "verifier knows. `keyturn evidence` shows the report of this guest."
+            ),
+        ),
+        "Only the one field is told. The rest of a report describes the host's machine, and the host's log is not the place "
+        "where somebody else should find it.",
+    ),
     # --- broker -------------------------------------------------------------------------------------------------------
     errors.NoRouteError: Explanation(
         "The local checks passed, and then the guest had no route out within `broker.route_timeout_s`. In a Kata guest "
@@ -510,8 +573,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "Names and addresses of interfaces are not printed; the host gave them and knows them.",
     ),
     errors.BrokerUnreachableError: Explanation(
-        "No address in `broker.endpoints` gave an answer within `broker.timeout_s`, retries included. The reason told "
-        "is the last one. It is about the way to the broker and not about evidence: nothing was denied.",
+        "No address in `broker.endpoints`, or `broker.url`, gave an answer within `broker.timeout_s`, retries included. The "
+        "reason told is the last one. It is about the way to the broker and not about evidence: nothing was denied.",
         (
             (
                 "Connection refused: `keyturn broker` is not running or listens elsewhere; compare its `--listen` with "
@@ -531,7 +594,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Broker asked to come back later: more guests ask at one time than it serves (OVERLOADED in its audit "
-                "log). Add replicas, or start fewer guests at once."
+                "log). Add replicas, or start fewer guests at once. Server error, with `broker.url`: the KBS or a proxy "
+                "before it answers 5xx; its log says why."
             ),
         ),
         "Which address failed is not told, and no text of a peer: everything between guest and broker can write such a text.",
@@ -561,6 +625,54 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing of the foreign certificate is shown: a stranger wrote it, and logs must not carry a stranger's text.",
     ),
+    errors.ClockSkewError: Explanation(
+        "Something that the broker dated while this guest waited for it bears another time than the guest's clock. With "
+        "Trustee that is its token, which lives five minutes, or the answer before it. No key was asked for: such a token "
+        "would be over, or not yet valid, on one of the two sides.",
+        (
+            (
+                "ahead: positive seconds mean that this guest is in the future, negative ones that it is in the past. A "
+                "guest gets its time from its host; look at the host's clock and its time service first."
+            ),
+            (
+                "If the guest is right, the clock of the attestation service (or of the KBS) is wrong, and every guest says "
+                "so: compare both with a time server."
+            ),
+            (
+                "Years: a host that starts guests with a fixed clock, or a machine without a battery. `keyturn doctor` "
+                "compares the clock with the life of `broker.ca_pem` without asking anybody."
+            ),
+        ),
+        "The two times are not shown, only how far they lie apart: nobody needs more to mend it.",
+    ),
+    errors.TrusteeRefusedError: Explanation(
+        "A Trustee KBS (`broker.url`) ended the handshake with a refusal that is not its policy's. A KBS answers 401 to "
+        "nearly everything; what its answers tell apart is told here, with what mends it. Three of them may pass by "
+        "themselves and were tried three times, the others once.",
+        (
+            (
+                "Attestation refused: the only answer a KBS has for wrong evidence, wrong reference collateral, an expired "
+                "session and an attestation service that is down. The log of the attestation service has the whole cause."
+            ),
+            (
+                "Session or token: replicas of a KBS need one session store. [attestation_token] of the KBS must trust the "
+                "key that signs the tokens; its `insecure_header_jwk` is for tests alone."
+            ),
+            (
+                "No key, path, plugin or administrator: `kbs-client set-resource` stores the key under `broker.resource_uri` "
+                "(default `broker.key_uri`); 32 raw bytes, as `keyturn seal` wrote them. The policy had let this guest through."
+            ),
+            (
+                "First request or challenge: the KBS knows this kind of TEE only if it was built with its verifier, and a "
+                "challenge needs its session store and its attestation service."
+            ),
+            (
+                "Too large: raise payload_request_size (2 MiB by default). Policy that cannot be evaluated, or a part that "
+                "failed: the KBS's own log, at the time of this request; this wire carries no request id."
+            ),
+        ),
+        "The text of the KBS is not repeated: it is a peer's, and in these cases always the same few words.",
+    ),
     errors.RemoteProtocolError: Explanation(
         "The broker answered with something that the protocol does not allow at this point: out of order, malformed, "
         "too large, with another request id, or in another version. `state` is where the handshake was, for example "
@@ -580,8 +692,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "error line."
             ),
             (
-                "More challenges than are answered: the broker took the evidence ten times and gave no verdict, or its "
-                "challenges ran out before the devices had answered; see its log, and how long they take."
+                "With `broker.url`: the version told is the KBS's, and `broker.protocol_version` must be the same; on a "
+                "redirect or a foreign answer a proxy or another server answers. More challenges than are answered: the broker "
+                "took the evidence ten times without a verdict, or they ran out before the devices had answered."
             ),
         ),
         "The offending message is not shown and not kept: before a verdict verifies, the peer is only a TLS name.",
@@ -624,7 +737,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "names the first claim that did not hold, the id of the reference value it was compared with, and the version "
         "of the policy. A denial is final for this boot.",
         (
-            "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version.",
+            (
+                "Find the request id (`keyturn status`) in the audit log; it has the same claim, reason and policy version. "
+                "With `broker.url` the claim is the worst that the token says (device, claim, meaning, value; the events "
+                "have the others), or resource-policy where it affirms everything: then the policy asks for something else."
+            ),
             (
                 "`reference-value`: the policy row for this key says nothing about that claim, and what a row leaves "
                 "out is denied. Add the value on purpose."
@@ -668,6 +785,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "nonce, tee-pubkey or key-uri: the verdict is one of another request. Look for a proxy or cache between "
                 "guest and broker, and treat it as an attack until explained."
             ),
+            (
+                "launch digest, with `broker.cdh`: the token is about a guest with other initdata. tee-pubkey: the "
+                "attestation-agent's tee_key_algorithm must be its default, a P-256 key."
+            ),
         ),
         "The token is not logged, not even in parts: until it expires it lets its holder ask for a key, although sealed "
         "to this guest.",
@@ -706,6 +827,18 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing about the key that came is told, not even its version: logs belong to the host. The commitment stands "
         "in the manifest.",
+    ),
+    errors.LeaseUnsupervisedError: Explanation(
+        "The key's authority gives it for a limited time, and the configuration has no `[server]`: the agent would end as soon "
+        "as the model is open, and nobody would stop its use when the time is over. So the key was not asked for.",
+        (
+            (
+                "Let the agent serve the model itself: `keyturn run` as the entrypoint of the server's container, with the "
+                "server's command in `server.command`."
+            ),
+            "Or take `lease_s` out of the key's row in the broker's policy, if the key may be used as long as the pod lives.",
+        ),
+        "Nothing is held back: length and policy version of the lease stand in status and events.",
     ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "

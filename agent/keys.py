@@ -3,13 +3,15 @@
 The model key comes as JWE (RFC 7516, flattened JSON) to our ephemeral P-256 key: `ECDH-ES+A256KW`, `A256GCM`, nothing
 else. It is opened by primitives straight into locked memory, so no Python string or bytes object ever holds it. The
 intermediate keys (ECDH secret, key-encryption key, content key) do pass through bytes objects, which Python cannot wipe:
-they live in guest memory until the worker exits, and open only this one JWE.
+they live in guest memory until the worker exits, and open only this one JWE. Or the guest's own confidential-data-hub has the
+key, and it is read from a socket of the loopback straight into locked memory.
 
 Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, which only the gate makes.
 """
 
 import ctypes
 import mmap
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NoReturn, Self
 
@@ -23,7 +25,7 @@ from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 from agent.closed import Ident
 from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence.gate import SecuredDevices
-from agent.handshake import MAX_JWE_BYTES, SealedKey, TeePublicKey
+from agent.handshake import MAX_JWE_BYTES, KeptKey, SealedKey, TeePublicKey
 from agent.jose import COORDINATE_BYTES, parse_b64url, parse_object, parse_point, string
 
 KEY_BYTES = 32
@@ -132,8 +134,8 @@ class ReleasedKey:
         self.secret.wipe()
 
 
-def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> ReleasedKey:
-    """Open the sealed model key. The ephemeral key is destroyed, also on failure.
+def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevices) -> ReleasedKey:
+    """Open the sealed model key, or fetch the kept one. The ephemeral key is destroyed, also on failure.
 
     Args:
         sealed: what the broker released.
@@ -142,17 +144,39 @@ def unwrap(sealed: SealedKey, key: EphemeralKey, secured: SecuredDevices) -> Rel
 
     Raises:
         KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no 32-byte key.
+        AgentError: whatever the fetch of a kept key raised.
     """
     # refusal: test_nothing_is_unwrapped_before_the_gate
     if not isinstance(secured, SecuredDevices):
         raise RuntimeError("the gate comes before the key")
     secret = SecretBuffer(KEY_BYTES)
     try:
-        open_jwe(sealed.jwe, key, secret.view())
+        if isinstance(sealed, KeptKey):
+            sealed.fetch(secret.view())
+        else:
+            open_jwe(sealed.jwe, key, secret.view())
+    except BaseException:
+        secret.wipe()  # some of it may be there
+        raise
     finally:
         # refusal: test_the_ephemeral_key_is_destroyed_when_unwrap_fails
         key.destroy()
     return ReleasedKey(secret, sealed.key_id, sealed.key_version)
+
+
+@dataclass(frozen=True, slots=True)
+class Jwe:
+    """A sealed key taken apart: every length is right and the sender's key is a point of our curve.
+
+    Attributes:
+        protected: as received, base64url: it is what the tag covers.
+    """
+
+    protected: bytes
+    sender: ec.EllipticCurvePublicKey = field(repr=False)
+    wrapped_key: bytes = field(repr=False)
+    iv: bytes = field(repr=False)
+    sealed: bytes = field(repr=False)  # ciphertext and tag
 
 
 def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
@@ -160,7 +184,34 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
 
     Raises:
         KeyUnwrapError: as `unwrap`; one check is named, never a value.
-    Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3; Trustee's form of them: exactly these members, no apu, apv, zip, crit.
+    Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3.
+    """
+    parts = parse_jwe(jwe)
+
+    # 1. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
+    other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
+    key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(parts.sender))
+    try:
+        content_key = aes_key_unwrap(key_encryption_key, parts.wrapped_key)
+    except InvalidUnwrap:
+        raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
+
+    # 2. AES-GCM into the caller's memory; the header is authenticated as it was received.
+    try:
+        AESGCM(content_key).decrypt_into(parts.iv, parts.sealed, parts.protected, out)
+    except InvalidTag:
+        raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+
+
+def parse_jwe(jwe: bytes) -> Jwe:
+    """All of a sealed key that can be checked without our private key: so nobody passes the gate for what opens never.
+
+    Args:
+        jwe: flattened JSON, at most 8 KiB.
+
+    Raises:
+        KeyUnwrapError: as `unwrap`; one check is named, never a value.
+    Spec: RFC 7516, RFC 7518 §4.6; Trustee's form of them: exactly these members, no apu, apv, zip, crit.
     """
     # 1. Exactly the five members, each canonical base64url and of its one possible length.
     try:
@@ -205,19 +256,7 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     if len(ciphertext) != KEY_BYTES:
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 
-    # 5. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
-    other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
-    key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(sender))
-    try:
-        content_key = aes_key_unwrap(key_encryption_key, wrapped)
-    except InvalidUnwrap:
-        raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
-
-    # 6. AES-GCM into the caller's memory; the header is authenticated as it was received.
-    try:
-        AESGCM(content_key).decrypt_into(iv, ciphertext + tag, protected.encode("ascii"), out)
-    except InvalidTag:
-        raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+    return Jwe(protected.encode("ascii"), sender, wrapped, iv, ciphertext + tag)
 
 
 def _length_prefixed(data: bytes) -> bytes:

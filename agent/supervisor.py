@@ -35,6 +35,7 @@ from agent.events import (
     ExceptionUnhandled,
     Hook,
     Message,
+    ModelLeft,
     ServerEnded,
     ServerOutputInherited,
     ServerReady,
@@ -100,6 +101,7 @@ class Supervisor:
         self._worker: WorkerProcess | None = None
         self._handed: HandedModel | None = None
         self._given: str | None = None  # where plaintext outlives a killed worker
+        self._left: ModelLeft | None = None  # there, and it shall stay
         self._model: HandedModel | None = None
         self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
         self._gpu_watch = GpuWatch(self._loop, watch, self._tell, self._fail)
@@ -189,6 +191,9 @@ class Supervisor:
         if isinstance(directory := packet.record.get("given"), str):
             self._given = directory
             return
+        if isinstance(version := packet.record.get("left"), int):
+            self._left = ModelLeft(version)
+            return
         message = message_from_record(packet.record)
         if isinstance(message, AgentError):
             if self._stop_signal:
@@ -203,6 +208,10 @@ class Supervisor:
             self._loop.ended = True
         elif self._stop_signal:
             self._fail(BootInterruptedError(self._stop_signal))
+        elif self._left is not None:
+            self._given = None
+            self._tell(self._left)
+            self._loop.ended = True
         elif self._handed is None:
             self._fail(lost)
         else:
@@ -398,7 +407,7 @@ class Supervisor:
             worker.destroy()
         if self._given is not None:  # what the worker had not handed over
             wiped &= self._removed(partial(given.wipe, self._given))
-        if wiped:
+        if wiped and (self._left is None or self._error):
             self._tell(Wiped())
         if self._error and self._teller.report.error is None:
             self._tell(self._error)

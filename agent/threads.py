@@ -59,9 +59,20 @@ def pause(seconds: float) -> bool:
 
 @contextmanager
 def signals_wait() -> Iterator[None]:
-    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    """A device request that is abandoned half-way can cost the guest its attestation key: Ctrl-C acts when it has ended.
+
+    For the main thread.
+    """
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    came: list[int] = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    # The mask is this thread's alone: what the kernel gives to another thread, a library's, would still act on this one.
+    handlers = {number: signal.signal(number, lambda signum, _: came.append(signum)) for number in numbers}
     try:
         yield
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for signum in came:
+            signal.raise_signal(signum)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from agent import unhandled
 from agent.artifact import ServedModel
@@ -21,7 +22,17 @@ from agent.closed import Ident
 from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
-from agent.events import AttesterOpened, ConfigFound, Event, LocalChecksPassed, Retrying, Stage, WaitingFor, message_to_record
+from agent.events import (
+    AttesterOpened,
+    ConfigFound,
+    Event,
+    LocalChecksPassed,
+    NotAffirmed,
+    Retrying,
+    Stage,
+    WaitingFor,
+    message_to_record,
+)
 from agent.evidence import Attester, GpuSystem
 from agent.evidence.gate import ExpectedReady
 from agent.guest import hardening
@@ -38,19 +49,27 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.evidence.collect import Devices
-    from agent.evidence.runtime import RuntimeMeasurement
-    from agent.handshake.grpc_client import GrpcBroker
+    from agent.evidence.runtime import Runtime
+    from agent.handshake.broker import Broker
 
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
 """For the disk with the initdata to appear: nothing that is measured can say how long, before it is read."""
+API_SERVER_LOOK_S = 0.5
+"""No uevent tells that a server has started."""
 FindConfig = Callable[[], FoundConfig | None]
 """Looks for the one configuration; None while there is none."""
-OpenHardware = Callable[[MeasuredConfig], "tuple[Attester, GpuSystem | None, RuntimeMeasurement]"]
+OpenHardware = Callable[[MeasuredConfig], "tuple[Attester, GpuSystem | None, Runtime]"]
 """Opens the devices the configuration names; the command line chooses between silicon and simulators."""
 
 
-def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel | None = None) -> int:
+def work(
+    channel: Channel,
+    find_config: FindConfig,
+    open_hardware: OpenHardware,
+    served: ServedModel | None = None,
+    out: str | None = None,
+) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
     Args:
@@ -58,6 +77,7 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
         find_config: as above.
         open_hardware: as above.
         served: the model whose lease is to be renewed; None boots.
+        out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -73,9 +93,9 @@ def work(channel: Channel, find_config: FindConfig, open_hardware: OpenHardware,
         try:
             if served is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce))
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out))
                 channel.send(record, descriptors)
-                undo.pop_all()  # it is the supervisor's now: nothing here may take it back
+                undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
                 asyncio.run(_renew(find_config, open_hardware, served, notify))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
@@ -93,19 +113,25 @@ def _announce(channel: Channel, directory: str) -> None:
 
 
 async def _boot(
-    find_config: FindConfig, open_hardware: OpenHardware, undo: ExitStack, notify: Notify, announce: Callable[[str], None]
+    find_config: FindConfig,
+    open_hardware: OpenHardware,
+    undo: ExitStack,
+    notify: Notify,
+    announce: Callable[[str], None],
+    out: str | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
-        measured = parse(found.data, found.digest)
-        plan = plan_server(measured.config.server)
+        measured = parse(found.data, found.digest, found.initdata)
+        check_out(measured.config, out)
+        plan = plan_of(measured.config)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     cfg, at = measured.config, measured.config.broker
-    async with _broker(at, notify) as broker:
-        local = all(is_loopback(endpoint) for endpoint in at.endpoints)
+    async with _broker(measured, notify) as broker:
+        local = stays_inside(at)
         with suppress(OSError):  # told below, where the route is needed
             if local or has_route():
                 broker.connect()
@@ -130,7 +156,10 @@ async def _boot(
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
-        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, plan.gid)
+        gid = plan.gid if plan else None
+        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, gid, supervised=plan is not None)
+    if plan is None:
+        return {"left": loaded.version}, ()
     handed = HandedModel(
         plan=plan,
         destination=loaded.destination,
@@ -152,12 +181,12 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served: S
     """
     _watch_loop(notify)
     found = await _find(find_config, _unheard)
-    measured = parse(found.data, found.digest)
-    plan = plan_server(measured.config.server)
+    measured = parse(found.data, found.digest, found.initdata)
+    plan = plan_of(measured.config)
 
     from agent.boot import renew
 
-    async with _broker(measured.config.broker, notify) as broker:
+    async with _broker(measured, notify) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
         await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
 
@@ -182,19 +211,48 @@ async def _find(find_config: FindConfig, notify: Notify) -> FoundConfig:
     return found
 
 
-def _broker(at: BrokerConfig, notify: Notify) -> "GrpcBroker":
-    from agent.handshake.grpc_client import GrpcBroker
+def _broker(measured: Measured, notify: Notify) -> "Broker":
     from agent.handshake.machine import Trust
+
+    cfg, at = measured.config, measured.config.broker
+    trust = Trust(token_keys(at.token_keys or ()), at.allow_simulated)
+
+    def on_unaffirmed(finding: Ident) -> None:
+        notify(NotAffirmed(finding))
+
+    if at.cdh:
+        from agent.guest.api_server import TIMEOUT_S, ApiServer
+        from agent.handshake.cdh import CdhBroker
+
+        api = ApiServer(cfg.tee.coco_url, min(at.timeout_s, TIMEOUT_S))
+        return CdhBroker(api, trust, measured.digest, cfg.gpu.count, on_unaffirmed, simulated=cfg.tee.simulated)
 
     def on_retry(error: AgentError, attempt: int, wait_s: float) -> None:
         notify(Retrying(attempt, round(wait_s * 1000), Ident(type(error).__name__)))
 
-    trust = Trust(token_keys(at.token_keys), at.allow_simulated)
+    if at.url is not None:
+        from agent.handshake.rcar import PROTOCOL_VERSION
+        from agent.handshake.rcar_client import RcarBroker, Site
+
+        site = Site(
+            at.url,
+            at.ca_pem,
+            at.server_name,
+            at.resource_uri or at.key_uri,
+            at.protocol_version or PROTOCOL_VERSION,
+            measured.initdata.decode() if measured.initdata is not None else None,
+            measured.digest,
+            simulated=cfg.tee.simulated,
+        )
+        return RcarBroker(site, trust, at.timeout_s, on_retry, on_unaffirmed)
+    from agent.handshake.grpc_client import GrpcBroker
+
+    assert at.endpoints and at.ca_pem and at.server_name, "the schema asks for them"
     return GrpcBroker(at.endpoints, at.ca_pem, at.server_name, trust, at.timeout_s, on_retry)
 
 
 async def _open(
-    measured: Measured, plan: ServerPlan, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
+    measured: Measured, plan: ServerPlan | None, open_hardware: OpenHardware, expected_ready: ExpectedReady, notify: Notify
 ) -> "Devices":
     from agent.artifact import given
     from agent.artifact.window import translated
@@ -203,14 +261,16 @@ async def _open(
     cfg = measured.config
     absent: list[NoAttesterError] = []
 
-    def look() -> "tuple[Attester, GpuSystem | None, RuntimeMeasurement] | None":
+    def look() -> "tuple[Attester, GpuSystem | None, Runtime] | None":
         try:
             return open_hardware(cfg)
         except NoAttesterError as error:
             absent.append(error)
             return None
 
-    hardware = await appears(look, cfg.tee.wait_s, lambda: notify(WaitingFor(Ident("tee"), cfg.tee.wait_s)))
+    waiting = WaitingFor(Ident("tee"), cfg.tee.wait_s)
+    every_s = API_SERVER_LOOK_S if cfg.tee.through_coco else None
+    hardware = await appears(look, cfg.tee.wait_s, lambda: notify(waiting), every_s)
     if hardware is None:
         raise absent[-1]
     attester, gpus, runtime = hardware
@@ -232,10 +292,22 @@ async def _open(
             architecture=cfg.gpu.architecture and cfg.gpu.architecture.upper(),
             expected_ready=expected_ready,
             manifest_digest=cfg.artifact.manifest_digest,
-            server_command_digest=command_digest(plan.argv),
+            server_command_digest=command_digest(plan.argv if plan else ()),
         )
 
     return await in_thread(look_at_them)
+
+
+def stays_inside(broker: BrokerConfig) -> bool:
+    """Is a boot without a route out of this guest worth while? What the guest's own components need is their affair."""
+    return all(is_loopback(endpoint) for endpoint in broker.endpoints or ([endpoint_of(broker.url)] if broker.url else ()))
+
+
+def endpoint_of(url: str) -> str:
+    """`broker.url` as `host:port`."""
+    parts = urlsplit(url)
+    default = {"https": 443, "http": 80}[parts.scheme]
+    return parts.netloc if parts.port else f"{parts.netloc}:{default}"
 
 
 def is_loopback(endpoint: str) -> bool:
@@ -255,6 +327,29 @@ def token_keys(pems: tuple[str, ...]) -> "tuple[EllipticCurvePublicKey, ...]":
         except ValueError:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"broker.token_keys[{index}]")) from None
     return tuple(keys)
+
+
+def check_out(config: MeasuredConfig, out: str | None) -> None:
+    """What becomes of the open model is said by the measured configuration; whoever starts the agent can only ask for the same.
+
+    Raises:
+        ConfigError: it says something else than the command line.
+    """
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is None and config.server is None:
+        raise ConfigError(ConfigProblem.MISSING_KEY, Ident("server"))
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is not None and config.server is not None:
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("server"))
+    directory = config.artifact.directory
+    # refusal: test_what_becomes_of_the_model_is_said_by_the_configuration
+    if out is not None and (directory is None or os.path.normpath(out) != os.path.normpath(directory)):
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.directory"))
+
+
+def plan_of(config: MeasuredConfig) -> ServerPlan | None:
+    """The plan of the server that we run; None when another container does. Raises ConfigError."""
+    return plan_server(config.server) if config.server else None
 
 
 def plan_server(server: ServerConfig) -> ServerPlan:

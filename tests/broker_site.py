@@ -26,7 +26,8 @@ from agent.evidence import NO_REPORT_DATA, CompositeEvidence, RuntimeData, Tee
 from agent.evidence.collect import check_measured, open_devices
 from agent.evidence.gate import ExpectedReady
 from agent.handshake import SealedKey, Verdict
-from agent.handshake.grpc_client import Collect, GrpcBroker
+from agent.handshake.broker import Collect
+from agent.handshake.grpc_client import GrpcBroker
 from agent.handshake.machine import Trust
 from agent.handshake.token import parse_token_key
 from agent.keys import EphemeralKey

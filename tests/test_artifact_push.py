@@ -13,9 +13,9 @@ from agent.artifact import manifest as m
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
 from agent.artifact.sources.access import Access
-from agent.artifact.sources.limited import limited
 from agent.artifact.sources.oci import Repository
 from agent.errors import ArtifactUnavailableError, MalformedManifestError, ManifestDigestError, StoreProblem
+from agent.http_limited import limited
 from tests.range_server import make_certificate
 from tests.script_server import Reply, ScriptServer, Seen
 

@@ -22,11 +22,12 @@ from agent.artifact.signature import public_pem
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.evidence.ccel import parse_event_log, parse_runtime_event, replay
 from agent.server.presets import command_digest
+from agent.sim.api_server_rest import serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
 from tests.faults.artifact import weights
 from tests.range_server import Fault, RangeServer
-from tests.world import KEY_URI, Agent, World, ask, ask_until
+from tests.world import KEY_URI, Agent, World, ask, ask_until, free_port
 
 
 @pytest.fixture
@@ -79,6 +80,42 @@ def test_a_boot_serves_exactly_the_sealed_weights_and_leaves_nothing(world: Worl
     assert str(world.folder) not in Path("/proc/self/mountinfo").read_text()
 
 
+def test_a_container_boots_through_the_guests_own_components(world: World) -> None:
+    components = world.through_coco()
+    agent = world.start()
+    agent.wait_for("server_ready")
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    outcome = agent.stop()
+    assert outcome.status == 0
+    opened = next(event for event in outcome.events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == ("snp", "api-server-rest")
+    assert components.asked == ["/info", "/aa/evidence", "/aa/additional-evidence", "/aa/evidence", "/info"]
+    assert world.audit() == [ATTESTED, RELEASED]
+
+
+def test_a_container_has_its_key_from_the_confidential_data_hub_after_the_gate(world: World) -> None:
+    components = world.key_from_cdh()
+    agent = world.start(broker=False)
+    agent.wait_for("gate_passed")
+    agent.wait_for("server_ready")
+    assert json.loads(agent.status_file.read_text())["simulated"] is True
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    outcome = agent.stop()
+    assert outcome.status == 0
+    assert components.asked == ["/info", "/aa/evidence", "/aa/token", "/info", "/cdh/resource/models/tiny/1"]
+    assert world.audit() == []
+
+
+def test_a_container_waits_for_an_api_server_that_starts_late(world: World) -> None:
+    components, port = world.through_coco(), free_port()
+    world.tee |= {"coco_url": f"http://127.0.0.1:{port}", "wait_s": 30}
+    agent = world.start()
+    assert agent.wait_for("waiting_for")["what"] == "tee"
+    with serve(components, port):
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
+
+
 def test_a_td_boots_as_an_snp_guest_does(tmp_path: Path, silicon: Path) -> None:
     with ExitStack() as undo:
         world = World(tmp_path, silicon, undo, tee=Tee.TDX)
@@ -120,6 +157,42 @@ def test_a_td_measures_the_release_into_its_register_and_a_log_that_explains_it(
         assert content["server_command_digest"] == command_digest(tuple(world.server["command"]))
         released = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[1])
         assert (content["key_id"], content["key_version"]) == (released["key_id"], released["key_version"])
+
+
+def test_a_container_in_a_td_has_the_attestation_agent_measure_and_sends_its_log(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=Tee.TDX)
+        components = world.through_coco()
+        world.tee["runtime_measurement"], world.row_tdx["event_log"] = "required", "required"
+        agent = world.start()
+        measured = agent.wait_for("release_measured")
+        assert (measured["rtmr_3"], measured["unsupported"]) == (None, None)
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
+        ((domain, operation, content),) = components.entries
+        assert (domain, operation, json.loads(content)["key_uri"]) == ("keyturn", "release-key", KEY_URI)
+        log = parse_event_log(world.machine.runtime(Tee.TDX).event_log())
+        machine = SimulatedMachine.load(world.machine.directory)
+        assert replay(log)[3] == make_td_report(machine, NO_REPORT_DATA).body.rtmr_3
+
+
+@pytest.mark.parametrize(("required", "status"), [("required", 11), ("optional", 0)])
+def test_a_container_that_must_measure_and_cannot_is_stopped(tmp_path: Path, silicon: Path, required: str, status: int) -> None:
+    """What the attestation-agent does not say before it is asked is found before the gate."""
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=Tee.TDX)
+        world.through_coco().enables_log = False
+        if required == "required":
+            world.tee["runtime_measurement"] = required
+        agent = world.start()
+        if status:
+            outcome = agent.wait()
+            assert "gate_passed" not in outcome.names()
+        else:
+            assert agent.wait_for("release_measured")["unsupported"] == "not-enabled"
+            agent.wait_for("server_ready")
+            outcome = agent.stop()
+        assert outcome.status == status
 
 
 @pytest.mark.parametrize(("tee", "why"), [(Tee.SNP, "no-register"), (Tee.TDX, "no-driver")])

@@ -213,6 +213,7 @@ def test_init_prints_what_starts_the_broker_and_what_the_guest_must_pin(tmp_path
     printed = text[text.index("[broker]") :].removeprefix("[broker]\n")
     broker = config.parse(example.replace("[broker]\n", f"[broker]\n{printed}").encode()).config.broker
     assert broker.server_name == "kbs.example.com"
+    assert broker.token_keys
     assert broker.token_keys[0].strip() == (tmp_path / "broker/token.pub").read_text().strip()
 
 

@@ -11,7 +11,7 @@ KEYTURN = [sys.executable, "-I", "-m", "agent"]
 def test_help_names_every_option() -> None:
     shown = subprocess.run([*KEYTURN, "demo", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    options = ("--once", "--json", "--flip-byte", "--tee", "--via", "--gpus", "--ppcie")
+    options = ("--once", "--json", "--flip-byte", "--tee", "--via", "--attester", "--broker", "--gpus", "--ppcie")
     assert all(option in shown.stdout for option in options)
 
 
@@ -36,3 +36,22 @@ except ModuleNotFoundError as error:
 """
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert shown.stdout == "gguf\n"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--broker", "relay.example"],
+        ["--broker", "ftp://kbs"],
+        ["--broker", "http://kbs/path"],
+        ["--tee", "sample"],
+        ["--broker", "http://kbs", "--tee", "snp"],
+        ["--broker", "rcar", "--tee", "sample", "--attester", "coco"],
+        ["--broker", "rcar", "--tee", "sample", "--via", "configfs"],
+        ["--broker", "http://127.0.0.1:1"],
+    ],
+)
+def test_what_goes_together_with_no_kbs_is_a_usage_error(words: list[str]) -> None:
+    ended = subprocess.run([*KEYTURN, "demo", "--once", "--json", *words], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    assert "error:" in ended.stderr

@@ -162,3 +162,16 @@ def test_times_beyond_the_calendar_are_numbers() -> None:
     body = ear.payload() | {"exp": 1 << 39}
     assert dict(diagnose(ear.signed(body), NOW).facts)["expires"] == str(1 << 39)
     assert replace(diagnose(ear.signed(body), NOW), facts=()).problems
+
+
+def test_what_a_denied_guests_token_did_not_affirm_is_in_words_with_its_owner() -> None:
+    line = '{"event": "not_affirmed", "at": "x", "t_ms": 1, "finding": "cpu0:executables:executables-unrecognised:33"}'
+    (problem,) = diagnose(line, 0).problems
+    assert "unrecognised executables" in problem.said[0]
+    denied = KeyReleaseDeniedError(DenialReason.CLAIM, Ident("cpu0:executables"), None, Ident("unversioned"))
+    log = f"{line}\n{json.dumps(message_to_record(denied))}"
+    said = [each.said[0] for each in diagnose(log, 0).problems]
+    assert len(said) == 2
+    assert "KeyReleaseDeniedError" in said[0]
+    assert said[1] == problem.said[0]
+    assert diagnose(line.replace("33", "x"), 0).problems == ()

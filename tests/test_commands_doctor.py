@@ -104,6 +104,22 @@ def test_where_a_boot_would_go_well_every_check_is_ok_and_nothing_is_changed(wor
     assert agent.stop().status == 0
 
 
+def test_a_container_whose_guest_fetches_the_key_has_no_broker_to_look_at_and_asks_for_no_token(world: World) -> None:
+    components = world.key_from_cdh()
+    found = diagnosed(*guest(world))
+    assert (found.status, found.failures(), found.skipped()) == (0, {}, {"broker"})
+    assert found.reason("broker") == Skip.OWN_COMPONENTS.value
+    assert set(components.asked) == {"/info", "/aa/evidence"}
+
+
+def test_where_another_container_serves_there_is_no_server_to_look_at(world: World) -> None:
+    world.key_from_cdh()
+    world.server = {}
+    found = diagnosed(*guest(world))
+    assert (found.status, found.failures(), found.skipped()) == (0, {}, {"broker", "server-program", "server-address"})
+    assert found.reason("server-address") == Skip.NO_SERVER.value
+
+
 def test_a_line_is_a_check_and_says_what_it_found(world: World) -> None:
     world.server["command"][0] = "/no/such/server"
     done = doctor("--offline", *guest(world))

@@ -79,6 +79,7 @@ def printed(capsys: pytest.CaptureFixture[str], words: list[str]) -> str:
 
 def digests(site: Site) -> tuple[str, str]:
     config = parse(site.file("keyturn.toml").read_bytes()).config
+    assert config.server
     return config.artifact.digest, command_digest(config.server.command)
 
 

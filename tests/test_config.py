@@ -34,8 +34,52 @@ def change(old: str, new: str, text: str = EXAMPLE) -> str:
     return text.replace(old, new)
 
 
+ENDPOINTS = 'endpoints = ["kbs.example.com:8443"]   # several addresses of one broker, tried in turn'
+NAME = 'server_name = "kbs.example.com"'
+CA = """\"\"\"
+-----BEGIN CERTIFICATE-----
+the CA that signed the broker's certificate
+-----END CERTIFICATE-----
+\"\"\"
+"""
+
+
+def trustee(lines: str) -> str:
+    return change(ENDPOINTS, lines)
+
+
+def without_tls() -> str:
+    """Sample evidence for a KBS on this machine."""
+    text = change(NAME, "", trustee('url = "http://127.0.0.1:8080"'))
+    text = change('attester = "snp"', 'attester = "sample"', change(f"ca_pem = {CA}", "", text))
+    return text + '[simulation]\nmachine = "/machine"\n'
+
+
+NO_URLS = [
+    *("", "kbs:8080", "https://", "https://kbs/", "https://kbs/kbs/v0", "https://u@kbs", "https://kbs?x", "ftp://kbs"),
+    *("https://kbs..com", "https://kbs:", "https://kbs:123456", "https://kbs\\n", "https://exämple"),
+]
+NO_RESOURCES = [
+    *("", "kbs:///a/b", "kbs:///a/b/c/d", "kbs:///a/../c", "kbs://host/a/b/c", "kbs+:///a", "kbs+P:///a", "kbs+x:///"),
+    *(
+        "kbs+x:///a//b",
+        "kbs+x:///a?",
+        "kbs+x:///a?b#c",
+        "kbs+x:///a?b c",
+        "kbs+x:///a?%2",
+        "kbs:///a/b/c\\n",
+        "https://x/a/b/c",
+    ),
+]
 BAD = ConfigProblem.BAD_VALUE
 NEEDS = ConfigProblem.NEEDS_OTHER_KEY
+CERTIFICATE = "-----BEGIN CERTIFICATE-----"
+COCO = EXAMPLE.replace('attester = "snp"', 'attester = "coco"')
+CDH = re.sub(r"(?s)\[broker\].*?(?=\[artifact\])", '[broker]\ncdh = true\nkey_uri = "kbs:///models/my-model/1"\n', COCO)
+NOT_LOOPBACK = [
+    *("http://127.0.0.1", "https://127.0.0.1:8006", "http://localhost:8006", "http://10.0.0.1:8006", "http://0.0.0.0:8006"),
+    *("http://127.0.0.1:8006/", "http://127.0.0.1:0", "http://127.0.0.1:65536", "http://u@127.0.0.1:8006", "http://[::2]:8006"),
+]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +117,35 @@ NEEDS = ConfigProblem.NEEDS_OTHER_KEY
         (change("[tee]", "[tee]\nwait_s = 601"), BAD, "tee.wait_s"),
         (change("[tee]", "[tee]\nwait_s = -1"), BAD, "tee.wait_s"),
         (change("[tee]", "[tee]\nwait_s = 1.5"), ConfigProblem.WRONG_TYPE, "tee.wait_s"),
+        *((change("[tee]", f'[tee]\ncoco_url = "{url}"'), BAD, "tee.coco_url") for url in NOT_LOOPBACK),
+        (change("cdh = true", "", CDH), ConfigProblem.MISSING_KEY, "broker.endpoints"),
+        (change("cdh = true", "cdh = false", CDH), ConfigProblem.MISSING_KEY, "broker.endpoints"),
+        (change("[broker]", "[broker]\ncdh = true", COCO), NEEDS, "broker.cdh"),
+        (change('attester = "coco"', 'attester = "snp"', CDH), NEEDS, "broker.cdh"),
+        (change("cdh = true", 'cdh = true\nserver_name = "kbs.example.com"', CDH), NEEDS, "broker.server_name"),
+        (change("cdh = true", f"cdh = true\nca_pem = '{CERTIFICATE}'", CDH), NEEDS, "broker.ca_pem"),
+        (change('server_name = "kbs.example.com"', ""), ConfigProblem.MISSING_KEY, "broker.server_name"),
+        (re.sub(r'(?s)ca_pem = """.*?"""', "", EXAMPLE), ConfigProblem.MISSING_KEY, "broker.ca_pem"),
+        (re.sub(r"(?s)token_keys = .*?\]\n", "", EXAMPLE), ConfigProblem.MISSING_KEY, "broker.token_keys"),
+        (change('attester = "snp"', 'attester = "simulated-coco"'), NEEDS, "simulation.machine"),
+        (change(ENDPOINTS, ENDPOINTS + '\nurl = "https://kbs"'), NEEDS, "broker.url"),
+        (change(ENDPOINTS, ENDPOINTS + '\nresource_uri = "kbs:///a/b/c"'), NEEDS, "broker.resource_uri"),
+        (change(ENDPOINTS, ENDPOINTS + '\nprotocol_version = "0.4.0"'), NEEDS, "broker.protocol_version"),
+        (change(ENDPOINTS, ""), ConfigProblem.MISSING_KEY, "broker.endpoints"),
+        (change('attester = "snp"', 'attester = "sample"'), NEEDS, "simulation.machine"),
+        (SIMULATED.replace("simulated-snp", "sample"), NEEDS, "tee.attester"),
+        (trustee('url = "http://kbs"'), NEEDS, "broker.url"),
+        (trustee('url = "https://kbs:0"'), BAD, "broker.url"),
+        (trustee('url = "https://kbs:65536"'), BAD, "broker.url"),
+        *((trustee(f'url = "{url}"'), BAD, "broker.url") for url in NO_URLS),
+        *((trustee(f'url = "https://kbs"\nresource_uri = "{uri}"'), BAD, "broker.resource_uri") for uri in NO_RESOURCES),
+        *(
+            (trustee(f'url = "https://kbs"\nprotocol_version = "{version}"'), BAD, "broker.protocol_version")
+            for version in ("", "1", "0.4", "v0.4.0", "0.4.0-rc1", "=0.4.0", "0.4.0\\n")
+        ),
+        (change(f"ca_pem = {CA}", "", trustee('url = "https://kbs"')), ConfigProblem.MISSING_KEY, "broker.ca_pem"),
+        (change(NAME, "", trustee('url = "https://kbs"')), ConfigProblem.MISSING_KEY, "broker.server_name"),
+        (without_tls().replace('url = "http://1', 'server_name = "kbs"\nurl = "http://1'), NEEDS, "broker.server_name"),
         (change('destination = "auto"', "unsafe_allow_swap = true"), NEEDS, "artifact.unsafe_allow_swap"),
         (change('destination = "auto"', 'destination = "directory"'), NEEDS, "artifact.directory"),
         (change('destination = "auto"', 'directory = "/dev/shm/x"'), NEEDS, "artifact.directory"),
@@ -84,6 +157,34 @@ def test_every_mistake_names_its_key(text: str, problem: ConfigProblem, key: str
     found = failure(text)
     assert found[0] == problem
     assert key is None or found[1] == key
+
+
+@pytest.mark.parametrize(
+    "url", ["https://kbs.example.com", "https://kbs.example.com:8080", "https://10.0.0.1", "https://[fd00::1]:443"]
+)
+def test_a_url_in_place_of_endpoints_is_a_trustee_kbs(url: str) -> None:
+    broker = parse(trustee(f'url = "{url}"').encode()).config.broker
+    assert (broker.url, broker.endpoints, broker.resource_uri, broker.protocol_version) == (url, None, None, None)
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "kbs:///models/my-model/1",
+        "kbs:///models/my-model/1?version=2",
+        "kbs+external:///vault/secret/models/key?version=2&x=%20~",
+        "kbs+pkcs11:///key",
+    ],
+)
+def test_the_key_may_lie_elsewhere_at_trustee_and_in_a_plugin(uri: str) -> None:
+    broker = parse(trustee(f'url = "https://kbs"\nresource_uri = "{uri}"').encode()).config.broker
+    assert (broker.resource_uri, broker.key_uri) == (uri, "kbs:///models/my-model/1")
+
+
+def test_sample_evidence_and_plain_http_are_simulations() -> None:
+    config = parse(without_tls().encode()).config
+    assert (config.tee.attester, config.tee.simulated, config.broker.url) == ("sample", True, "http://127.0.0.1:8080")
+    assert not parse(EXAMPLE.encode()).config.tee.simulated
 
 
 SIGNED = """provider_keys = ["-----BEGIN PUBLIC KEY-----"]
@@ -172,6 +273,20 @@ def test_a_large_file_is_refused_before_it_is_parsed() -> None:
 def test_simulation_is_chosen_by_name() -> None:
     assert parse(SIMULATED.encode()).config.tee.attester == "simulated-snp"
     assert parse(SIMULATED.replace("ed-snp", "ed-tdx").encode()).config.tee.attester == "simulated-tdx"
+
+
+def test_evidence_through_coco_is_chosen_by_name_and_asked_for_on_the_loopback() -> None:
+    tee = parse(change('attester = "snp"', 'attester = "coco"').encode()).config.tee
+    assert (tee.through_coco, tee.coco_url) == (True, "http://127.0.0.1:8006")
+    assert parse(SIMULATED.replace("ed-snp", 'ed-coco"\ncoco_url = "http://[::1]:1').encode()).config.tee.through_coco
+    assert not parse(EXAMPLE.encode()).config.tee.through_coco
+
+
+def test_a_guests_own_components_need_neither_address_nor_ca_and_a_pinned_key_is_welcome() -> None:
+    broker = parse(CDH.encode()).config.broker
+    assert (broker.cdh, broker.endpoints, broker.server_name, broker.ca_pem, broker.token_keys) == (True, *[None] * 4)
+    pinned = "cdh = true\ntoken_keys = ['-----BEGIN PUBLIC KEY-----']"
+    assert parse(change("cdh = true", pinned, CDH).encode()).config.broker.token_keys
 
 
 def test_a_real_attester_may_take_a_simulated_verdict_when_told_so() -> None:

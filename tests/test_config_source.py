@@ -61,7 +61,9 @@ def test_a_plain_file_is_what_the_guest_is_launched_with(tmp_path: Path) -> None
 
 def test_the_entry_of_an_initdata_file_comes_with_the_documents_digest(tmp_path: Path) -> None:
     (tmp_path / "initdata.toml").write_bytes(INITDATA)
-    assert from_initdata_file(str(tmp_path / "initdata.toml")) == FoundConfig(ENTRY, sha384(INITDATA), Ident("initdata-file"))
+    assert from_initdata_file(str(tmp_path / "initdata.toml")) == FoundConfig(
+        ENTRY, sha384(INITDATA), Ident("initdata-file"), INITDATA
+    )
 
 
 def test_an_initdata_file_without_the_entry_is_no_configuration(tmp_path: Path) -> None:
@@ -104,8 +106,8 @@ def guest(root: Path, *, image: bytes | None = None, kata: bytes | None = None, 
     return root
 
 
-def found(data: bytes, digest: bytes, source: str) -> FoundConfig:
-    return FoundConfig(data, digest, Ident(source))
+def found(data: bytes, digest: bytes, source: str, document: bytes | None = None) -> FoundConfig:
+    return FoundConfig(data, digest, Ident(source), document)
 
 
 def test_a_guest_without_any_source_has_none(tmp_path: Path) -> None:
@@ -127,16 +129,16 @@ def test_the_images_file_wants_a_guest_launched_without_initdata(tmp_path: Path)
 def test_the_entry_comes_with_the_documents_digest(
     tmp_path: Path, kata: bytes | None, device: bytes | None, source: str
 ) -> None:
-    assert find_in_guest(guest(tmp_path, kata=kata, device=device)) == found(ENTRY, sha384(INITDATA), source)
+    assert find_in_guest(guest(tmp_path, kata=kata, device=device)) == found(ENTRY, sha384(INITDATA), source, INITDATA)
 
 
 def test_an_empty_entry_is_an_entry(tmp_path: Path) -> None:
     document = OTHERS + b'"keyturn.toml" = ""\n'
-    assert find_in_guest(guest(tmp_path, kata=document)) == found(b"", sha384(document), "kata-initdata")
+    assert find_in_guest(guest(tmp_path, kata=document)) == found(b"", sha384(document), "kata-initdata", document)
 
 
 def test_initdata_about_other_things_leaves_it_to_the_image_and_is_still_compared(tmp_path: Path) -> None:
-    assert find_in_guest(guest(tmp_path, device=OTHERS, image=IMAGE)) == found(IMAGE, sha384(OTHERS), "image")
+    assert find_in_guest(guest(tmp_path, device=OTHERS, image=IMAGE)) == found(IMAGE, sha384(OTHERS), "image", OTHERS)
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,23 @@ def test_a_td_boots_as_well() -> None:
     assert (opened["tee"], opened["interface"]) == ("tdx", "simulated-tdx")
 
 
+@pytest.mark.parametrize(("tee", "more"), [("snp", ()), ("tdx", ("--gpus", "8", "--ppcie")), ("snp", ("--broker", "rcar"))])
+def test_a_container_in_a_coco_guest_boots_as_well(tee: str, more: tuple[str, ...]) -> None:
+    status, result, events = demo("--once", "--attester", "coco", "--tee", tee, *more)
+    check_good(status, result)
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert (opened["tee"], opened["interface"]) == (tee, "api-server-rest")
+
+
+@pytest.mark.parametrize("tee", ["snp", "tdx", "sample"])
+def test_a_guest_boots_against_a_trustee_kbs(tee: str) -> None:
+    status, result, events = demo("--once", "--broker", "rcar", "--tee", tee)
+    check_good(status, result)
+    accepted = next(event for event in events if event["event"] == "verdict_accepted")
+    assert (accepted["policy_version"], accepted["simulated"], accepted["lease_s"]) == ("unversioned", True, None)
+    assert sum(event["event"] == "kbs_called" for event in events) == (3 if tee == "sample" else 2)
+
+
 def check_configfs(status: int, result: dict[str, Any], events: list[dict[str, Any]], tee: str) -> None:
     if result["error"] and result["error"]["class"] == "SimulationRefusedError":
         pytest.skip(result["error"]["text"])

@@ -56,11 +56,12 @@ def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
     tmp_path: Path, machine: SimulatedMachine, model: site.SealedModel, user: site.ServerUser | None, tee: Tee
 ) -> None:
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, tee, model, broker, {"source": "http://127.0.0.1:1/"}, 8080, user)
+        text = site.configuration_text(machine, tee, model, broker.section, {"source": "http://127.0.0.1:1/"}, 8080, user)
         measured = config.parse(text.encode())
         machine.host_data = measured.digest
         broker.load_policy(site.policy_text(machine, tee, model))
     assert measured.config.broker.endpoints == (f"127.0.0.1:{broker.port}",)
+    assert measured.config.server
     assert measured.config.server.unsafe_run_as_root == (user == site.ServerUser(0, 0))
     assert measured.config.server.uid == (1000 if user and user.uid == 1000 else site.SERVER_UID)
     row = parse_policy(site.policy_text(machine, tee, model).encode()).rows[site.KEY_URI]
@@ -78,7 +79,7 @@ def test_a_machine_with_switches_is_configured_and_wanted_as_one(
 ) -> None:
     machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, Tee.SNP, model, broker, {"source": "http://127.0.0.1:1/"}, 8080, None)
+        text = site.configuration_text(machine, Tee.SNP, model, broker.section, {"source": "http://127.0.0.1:1/"}, 8080, None)
     gpu = config.parse(text.encode()).config.gpu
     assert (gpu.count, gpu.switches) == (8, 4)
     row = parse_policy(site.policy_text(machine, Tee.SNP, model).encode()).rows[site.KEY_URI].gpu

@@ -41,6 +41,17 @@ def test_an_error_of_the_look_is_the_callers() -> None:
         wait(lambda: str(1 // 0), 60)
 
 
+def test_what_no_uevent_tells_of_is_looked_for_at_intervals() -> None:
+    looked: list[None] = []
+
+    def look() -> str | None:
+        looked.append(None)
+        return "here" if len(looked) == 3 else None
+
+    assert asyncio.run(appears(look, 30, lambda: None, every_s=0.01)) == "here"
+    assert asyncio.run(appears(lambda: None, 0.05, lambda: None, every_s=0.01)) is None
+
+
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="only root makes interfaces, with iproute2's ip")
 def test_what_appears_later_is_found_when_the_kernel_says_so() -> None:
     looked: list[None] = []

@@ -28,7 +28,8 @@ from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
 from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyResponse, SealedKey, Verdict
 from agent.handshake import grpc_status as status
 from agent.handshake import grpc_wire as wire
-from agent.handshake.grpc_client import Collect, GrpcBroker
+from agent.handshake.broker import Collect
+from agent.handshake.grpc_client import GrpcBroker
 from agent.handshake.machine import MAX_CHALLENGES, Trust
 from agent.keys import EphemeralKey, open_jwe
 from tests.hostile_broker import (

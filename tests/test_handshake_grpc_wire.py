@@ -138,6 +138,7 @@ def test_the_method_names_are_the_protos() -> None:
         (ProtocolProblem.VERSION, hello(protocol_version="2")),
         (ProtocolProblem.VERSION, hello(protocol_version="")),
         (ProtocolProblem.MALFORMED, hello(tee="sgx")),
+        (ProtocolProblem.MALFORMED, hello(tee="sample")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/b")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/../c")),
         (ProtocolProblem.MALFORMED, hello(key_uri="kbs:///a/b/c/d")),

@@ -18,12 +18,15 @@ ELSEWHERE = {
 # Test files that are about more than one module.
 WHOLE = {
     "test_boot_devices",
+    "test_coco_with_trustee",
     "test_boot_firmware",
+    "test_boot_trustee",
     "test_devices",
     "test_fuzz",
     "test_heavy_servers",
     "test_initrd",
     "test_layout",
+    "test_rcar_with_trustee",
     "test_refusals",
     "test_scripts",
 }

@@ -15,8 +15,10 @@ from agent.server import ServerPlan
 from agent.worker import plan_server
 from tests.children import in_child
 
+SERVER = parse(EXAMPLE.encode()).config.server
+assert SERVER is not None
+PLAN: ServerPlan = plan_server(SERVER)
 SERVED = ServedModel("sha256:" + "5a" * 32, 3)
-PLAN: ServerPlan = plan_server(parse(EXAMPLE.encode()).config.server)
 
 
 def handed(destination: DestinationKind, descriptors: tuple[int, ...] = (), directory: str | None = None) -> HandedModel:

@@ -2,6 +2,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 
 import pytest
 
@@ -90,9 +91,22 @@ def test_a_cancelled_thread_leaves_the_pauses_of_others_alone() -> None:
     assert pause(0.0), "outside of any"
 
 
-def test_a_signal_waits_for_the_end_of_device_work() -> None:
+@pytest.mark.parametrize("others", [0, 1])
+def test_a_signal_waits_for_the_end_of_device_work(others: int) -> None:
+    """Also when the kernel gives it to another thread, which has not blocked it."""
+    end = threading.Event()
+    threads = [threading.Thread(target=end.wait) for _ in range(others)]
+    for thread in threads:
+        thread.start()
     done = False
-    with pytest.raises(KeyboardInterrupt), signals_wait():
-        os.kill(os.getpid(), signal.SIGINT)
-        done = True
+    try:
+        with pytest.raises(KeyboardInterrupt), signals_wait():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.05)
+            done = True
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
     assert done
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

@@ -110,7 +110,7 @@ def test_a_list_counts_only_in_its_time() -> None:
     error = refused(EvidenceCheck.REVOCATION_LIST_VALIDITY, crl(), now=NOW + 2 * DAY)
     assert error.got is not None
     assert error.expected == int((NOW + 2 * DAY).timestamp())
-    assert abs(error.expected - error.got - DAY.total_seconds()) < 600
+    assert abs(error.expected - error.got - DAY.total_seconds()) < DAY.total_seconds() / 2  # made some time ago
     refused(EvidenceCheck.REVOCATION_LIST_VALIDITY, crl(), now=NOW - 2 * DAY)
     refused(EvidenceCheck.REVOCATION_LIST_VALIDITY, crl(days=(-9, -8)), crl(days=(8, 9)))
     check(crl(days=(-9, -8)), crl())

@@ -5,7 +5,8 @@ import pytest
 
 from agent.config import EXAMPLE, parse
 from agent.errors import ConfigError, ConfigProblem, GpuCountError, InternalError
-from agent.worker import as_agent_error, plan_server
+from agent.server import ServerPlan
+from agent.worker import as_agent_error, check_out, plan_of
 
 
 def raised(error: Exception) -> Exception:
@@ -38,17 +39,22 @@ def test_a_foreign_exception_is_told_by_its_place_never_by_its_text() -> None:
     assert "secret" not in str(as_agent_error(raised(KeyError("secret"))))
 
 
+def planned(text: str) -> ServerPlan:
+    plan = plan_of(parse(text.encode()).config)
+    assert plan is not None
+    return plan
+
+
 def test_the_server_runs_under_its_own_user_only_where_we_can_change_users() -> None:
-    server = parse(EXAMPLE.encode()).config.server
-    plan = plan_server(server)
+    plan = planned(EXAMPLE)
     assert plan.uid == (65532 if os.geteuid() == 0 else None)
     assert plan.argv[0] == "/usr/bin/llama-server"
 
 
 def test_the_server_may_connect_nowhere_unless_the_configuration_names_the_port() -> None:
-    assert plan_server(parse(EXAMPLE.encode()).config.server).egress == ()
+    assert planned(EXAMPLE).egress == ()
     text = EXAMPLE.replace("port = 8080", "port = 8080\negress = [443, 0]")
-    assert plan_server(parse(text.encode()).config.server).egress == (443, 0)
+    assert planned(text).egress == (443, 0)
     for wrong in ("[-1]", "[65536]", "443", '["443"]', "[true]"):
         with pytest.raises(ConfigError):
             parse(EXAMPLE.replace("port = 8080", f"port = 8080\negress = {wrong}").encode())
@@ -57,5 +63,35 @@ def test_the_server_may_connect_nowhere_unless_the_configuration_names_the_port(
 def test_a_server_that_cannot_be_planned_is_a_config_error() -> None:
     text = EXAMPLE.replace('preset = "llama-cpp"', 'preset = "custom"')
     with pytest.raises(ConfigError) as caught:
-        plan_server(parse(text.encode()).config.server)
+        planned(text)
     assert (caught.value.problem, caught.value.key) == (ConfigProblem.MISSING_KEY, "server.health_path")
+
+
+LOADED = EXAMPLE[: EXAMPLE.index("[server]")].replace('destination = "auto"', 'destination = "directory"\ndirectory = "/out"')
+
+
+@pytest.mark.parametrize(
+    ("text", "out", "key"),
+    [
+        (EXAMPLE, None, None),
+        (LOADED, "/out", None),
+        (LOADED, "/out/", None),
+        (LOADED, None, "server"),
+        (EXAMPLE, "/out", "server"),
+        (LOADED, "/elsewhere", "artifact.directory"),
+        (LOADED, "out", "artifact.directory"),
+        (EXAMPLE[: EXAMPLE.index("[server]")], "/out", "artifact.directory"),
+    ],
+)
+def test_what_becomes_of_the_model_is_said_by_the_configuration(text: str, out: str | None, key: str | None) -> None:
+    config = parse(text.encode()).config
+    if key is None:
+        check_out(config, out)
+        return
+    with pytest.raises(ConfigError) as caught:
+        check_out(config, out)
+    assert caught.value.key == key
+
+
+def test_nothing_of_ours_runs_without_a_server_section() -> None:
+    assert plan_of(parse(LOADED.encode()).config) is None

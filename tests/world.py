@@ -13,11 +13,14 @@ import socket
 import stat
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from cryptography.hazmat.primitives import serialization
 
 from agent.artifact.seal import seal_model
 from agent.artifact.signature import PrivateKey, public_pem
@@ -25,8 +28,10 @@ from agent.broker import bootstrap
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest.initdata import fit
 from agent.server.presets import command_digest
+from agent.sim.api_server_rest import Components, serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
+from tests.test_handshake_ear import SERVICE, payload, signed, submod
 
 KEY_URI = "kbs:///models/tiny/1"
 KEY = bytes(range(100, 132))
@@ -177,6 +182,32 @@ class World:
         keys = [signing_key] if signing_key else []
         return seal_model(self.folder / "source", self.layout, key, KEY_URI, "tiny", version, lambda *_: None, keys)
 
+    # --- CoCo ---------------------------------------------------------------------------------------------------------
+
+    def through_coco(self) -> Components:
+        """Evidence and nothing else comes from an api-server-rest; gives what is behind it."""
+        components = Components.of(self.machine, self.row_tee)
+        url = self.undo.enter_context(serve(components))
+        self.tee = {"attester": "simulated-coco", "coco_url": url}
+        return components
+
+    def key_from_cdh(self) -> Components:
+        """The key comes from there too, and a token under a pinned key; no broker of ours is asked."""
+        components = self.through_coco()
+        components.token = self.coco_token
+        components.resources = {KEY_URI.removeprefix("kbs:///"): self.key_file.read_bytes()}
+        form = serialization.PublicFormat.SubjectPublicKeyInfo
+        service = SERVICE.public_key().public_bytes(serialization.Encoding.PEM, form).decode()
+        self.broker_config = {"cdh": True, "token_keys": [service], "key_uri": KEY_URI, "allow_simulated": True}
+        return components
+
+    def coco_token(self) -> str:
+        """What Trustee's attestation service says of this machine."""
+        now = int(time.time())
+        gpus = {f"gpu{number}": submod("nvidia", {}) for number in range(self.machine.gpu.count)}
+        submods = {"cpu0": submod(self.row_tee.value, {}, init_data=self.machine.host_data.hex())} | gpus
+        return signed(payload(**submods) | {"iat": now, "exp": now + 300})
+
     # --- files --------------------------------------------------------------------------------------------------------
 
     def set_behaviour(self, behaviour: str) -> None:
@@ -193,7 +224,7 @@ class World:
             "gpu": self.gpu,
             "broker": self.broker_config,
             "artifact": self.artifact,
-            "server": self.server,
+            **({"server": self.server} if self.server else {}),
         }
         path = self.folder / "keyturn.toml"
         path.write_text('schema = "keyturn/v1"\n' + "".join(f"[{name}]\n{_toml(body)}" for name, body in sections.items()))
@@ -270,7 +301,8 @@ class World:
         config = self.write_config()
         if initdata:
             config = self.write_initdata(config, initdata)
-        length = 48 if self.tee["attester"] == "simulated-tdx" else 32
+        is_td = self.tee["attester"] == "simulated-tdx" or (self.tee["attester"].endswith("coco") and self.row_tee is Tee.TDX)
+        length = 48 if is_td else 32
         self.launch(fit(hashlib.new(initdata or "sha256", config.read_bytes()).digest(), length))
         return config
 
@@ -299,7 +331,7 @@ class World:
     def launch(self, digest: bytes) -> None:
         """The guest as it is launched with this digest, as long as the field of its TEE, and a policy that expects it."""
         if self.row and self.gpu["count"]:
-            argv = command_digest(tuple(self.server["command"]))
+            argv = command_digest(tuple(self.server.get("command", ())))
             self.row.setdefault("server_command_digests", [{"id": "argv-1", "value": argv}])
         self.row_snp.setdefault("host_data", [{"id": "config-1", "value": fit(digest, 32).hex()}])
         self.row_tdx.setdefault("mr_config_id", [{"id": "config-1", "value": fit(digest, 48).hex()}])

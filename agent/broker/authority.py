@@ -231,6 +231,8 @@ class Authority:
                 claims = verify_tdx(evidence, anchors.simulation_roots, now)
                 collateral = anchors.tdx_collateral.find(claims.platform.fmspc) if anchors.tdx_collateral else None
                 return evaluate_tcb(claims, evidence, collateral, now)
+            case Tee.SAMPLE:
+                raise RuntimeError("our wire does not carry it")
 
     def _verify_devices(
         self, sent: Sequence[GpuEvidence], keyturn: KeyturnClaims | None, nonce: GpuNonce, now: datetime

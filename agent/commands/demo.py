@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 from typing import Any
 
 from agent.errors import AgentError, error_to_record
@@ -25,9 +26,28 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--tee", choices=("snp", "tdx"), default="snp", help="the CPU TEE of the simulated machine; default snp"
+        "--tee",
+        choices=("snp", "tdx", "sample"),
+        help="the CPU TEE of the simulated machine; default snp, and sample (Trustee's evidence of nothing) with a URL",
     )
     parser.add_argument(
+        "--broker",
+        metavar="grpc|rcar|URL",
+        default="grpc",
+        type=_broker,
+        help="who gives the key: grpc, our own broker (default); rcar, a stand-in for a Trustee KBS; or the http(s) URL of a "
+        "Trustee KBS that takes sample evidence and has an open admin API: key, reference values and resource policy of this "
+        "demo are set there, and stay",
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--attester",
+        choices=("direct", "coco"),
+        default="direct",
+        help="how the agent reaches its devices: direct, by their own interfaces (default), or coco, as a container in a Kata "
+        "guest does, through a stand-in for CoCo's api-server-rest",
+    )
+    how.add_argument(
         "--via",
         choices=("configfs",),
         help="reach it through a configfs-tsm that behaves like the kernel's (a FUSE file system), with the agent's own code "
@@ -65,10 +85,28 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
 
 
+def _broker(text: str) -> str:
+    if text not in ("grpc", "rcar") and not re.fullmatch(r"https?://[A-Za-z0-9.:\[\]-]+/?", text):
+        raise argparse.ArgumentTypeError("neither grpc nor rcar nor the URL of a KBS")
+    return text
+
+
+def _tee(args: argparse.Namespace) -> str:
+    """Only a KBS takes sample evidence, and no KBS but ours takes a simulator's."""
+    foreign = args.broker not in ("grpc", "rcar")
+    tee: str = args.tee or ("sample" if foreign else "snp")
+    if foreign != (tee == "sample") and not (args.broker == "rcar" and tee == "sample"):
+        args.usage_error("--tee sample goes with --broker rcar or a URL, and a URL with it alone")
+    if tee == "sample" and (args.via or args.attester == "coco"):
+        args.usage_error("--tee sample is of no interface: leave --via and --attester out")
+    return tee
+
+
 def run(args: argparse.Namespace) -> int:
     """The agent's exit status; 29 when the agent was content and the demo is not."""
     if args.ppcie and args.gpus != MAX_GPUS:
         args.usage_error(f"--ppcie needs --gpus {MAX_GPUS}")
+    from agent.demo.kbs import KbsRefusedError
     from agent.demo.run import Options, run
     from agent.demo.stores import StoreKind, missing
     from agent.demo.view import HumanView, JsonView
@@ -80,19 +118,23 @@ def run(args: argparse.Namespace) -> int:
     options = Options(
         once=args.once,
         flip_byte=args.flip_byte,
-        tee=Tee(args.tee),
+        tee=Tee(_tee(args)),
         configfs=args.via == "configfs",
+        coco=args.attester == "coco",
+        broker=args.broker,
         gpus=args.gpus,
         ppcie=args.ppcie,
         source=source,
     )
-    if not args.json:
-        with HumanView() as view:
-            result = run(options, view)
-            view.ended(result)
-        return result.status
     try:
+        if not args.json:
+            with HumanView() as view:
+                result = run(options, view)
+                view.ended(result)
+            return result.status
         result = run(options, JsonView())
+    except KbsRefusedError as error:
+        args.usage_error(str(error))
     except AgentError as error:
         print(json.dumps({"ok": False, "exit_status": error.exit_status, "error": error_to_record(error)}))
         raise

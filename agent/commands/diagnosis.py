@@ -8,16 +8,17 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import groupby
 
 from agent.closed import to_record
 from agent.errors import AgentError, Owner, TokenCheck, TokenError, error_from_record, error_to_record
-from agent.events import Message, Stage, StageFailed, message_from_record, message_to_record
+from agent.events import Message, NotAffirmed, Stage, StageFailed, message_from_record, message_to_record
 from agent.handshake import TokenClaims
 from agent.handshake.advice import advice_for
-from agent.handshake.ear import MAX_EAR_BYTES, Ear, Submod, decode_unverified_ear, findings
+from agent.handshake.ear import MAX_EAR_BYTES, Ear, EvidenceKind, Submod, decode_unverified_ear, findings
+from agent.handshake.rcar import parse_not_affirmed
 from agent.handshake.token import decode_unverified_token
 from agent.report import STATUS_SCHEMA, Phase, console_line
 
@@ -187,7 +188,9 @@ def _of_log(text: str) -> Diagnosis:
     if not messages:
         raise ValueError("no token, no event, no status document and no log with events")
     failures = [message for message in messages if isinstance(message, AgentError)]
-    return _of_message(failures[-1] if failures else messages[-1])
+    diagnosis = _of_message(failures[-1] if failures else messages[-1])
+    found = tuple(problem for message in messages for problem in _not_affirmed(message)) if failures else ()
+    return replace(diagnosis, problems=diagnosis.problems + found)
 
 
 def _messages(text: str) -> Iterator[Message]:
@@ -218,9 +221,20 @@ def _of_message(message: Message) -> Diagnosis:
     record = {"kind": "event", **message_to_record(message)}
     if isinstance(message, AgentError):
         return Diagnosis("event of a boot: it failed", (), (_problem(message),), record)
+    if problems := _not_affirmed(message):
+        return Diagnosis("event of a boot: after a denial", (), problems, record)
     line = console_line(message) or str(record["event"]).replace("_", " ")
     more = "; the event `failed` that follows says why" if isinstance(message, StageFailed) else ""
     return Diagnosis(f"event of a boot: {line}{more}", (), (), record)
+
+
+def _not_affirmed(message: Message) -> tuple[Problem, ...]:
+    """What the token of a denied guest did not affirm, as the agent told it."""
+    finding = parse_not_affirmed(message.finding) if isinstance(message, NotAffirmed) else None
+    if finding is None:
+        return ()
+    advice = advice_for(finding, EvidenceKind.NVIDIA if finding.submod.startswith("gpu") else None)
+    return (Problem((str(finding),), advice.owner, advice.next_step),)
 
 
 def _problem(error: AgentError) -> Problem:

@@ -112,10 +112,10 @@ def _open(measured: "Measured") -> "Devices":
     from agent.evidence.collect import check_measured, open_devices
     from agent.evidence.gate import ExpectedReady
     from agent.server.presets import command_digest
-    from agent.worker import plan_server
+    from agent.worker import plan_of
 
     config = measured.config
-    plan = plan_server(config.server)
+    plan = plan_of(config)
     guest = check_measured(open_tee(config), measured.digest)
     if config.gpu.count and config.simulation is None:
         check_held()
@@ -131,7 +131,7 @@ def _open(measured: "Measured") -> "Devices":
         switch_count=config.gpu.switches,
         expected_ready=expected,
         manifest_digest=_manifest_digest(config),
-        server_command_digest=command_digest(plan.argv),
+        server_command_digest=command_digest(plan.argv if plan else ()),
     )
 
 

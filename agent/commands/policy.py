@@ -203,7 +203,7 @@ def _record(approved: Approved) -> dict[str, object]:
 
 def _approved(args: argparse.Namespace) -> Approved:
     from agent.server.presets import command_digest
-    from agent.worker import plan_server
+    from agent.worker import plan_of
 
     image = None if args.unsafe_sample else parse_image(_read(args.image, "image"))
     devices = [parse_gpu(_read(file, "gpu")) for file in args.gpu]
@@ -215,6 +215,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("gpu.switches"))
     manifest_digest, model = _read_model(args, measured)
+    plan = plan_of(measured)
     return Approved(
         image=image,
         init_data=found.digest,
@@ -227,7 +228,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         model_name=model.model_name,
         model_version=model.version,
         manifest_digest=manifest_digest,
-        server_command_digest=command_digest(plan_server(measured.server).argv),
+        server_command_digest=command_digest(plan.argv if plan else ()),
     )
 
 

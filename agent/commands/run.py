@@ -13,7 +13,8 @@ from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostH
 if TYPE_CHECKING:
     from agent.config import MeasuredConfig
     from agent.evidence import Attester, GpuSystem
-    from agent.evidence.runtime import RuntimeMeasurement
+    from agent.evidence.runtime import Runtime
+    from agent.guest.api_server import ApiServer
     from agent.sim.machine import SimulatedMachine
 
 
@@ -28,6 +29,19 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     parser.set_defaults(parser=parser)
+    source = add_source(parser)
+    source.add_argument(
+        "--guest",
+        action="store_true",
+        help="what this guest was launched with: Kata's initdata, the initdata disk, or /etc/keyturn/keyturn.toml of the "
+        "measured image. Only for an agent that is part of that image, never in a container",
+    )
+    add_faces(parser)
+    parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
+
+
+def add_source(parser: argparse.ArgumentParser) -> Any:
+    """Where the configuration comes from; one of them."""
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--config",
@@ -40,43 +54,42 @@ def add_parser(verbs: Any, summary: str) -> None:
         metavar="FILE",
         help="initdata document with an entry keyturn.toml; HOST_DATA or MRCONFIGID is the document's digest",
     )
-    source.add_argument(
-        "--guest",
-        action="store_true",
-        help="what this guest was launched with: Kata's initdata, the initdata disk, or /etc/keyturn/keyturn.toml of the "
-        "measured image. Only for an agent that is part of that image, never in a container",
-    )
+    return source
+
+
+def add_faces(parser: argparse.ArgumentParser) -> None:
+    """Where the agent talks."""
     parser.add_argument(
         "--status-file", metavar="FILE", help=f"status document, '' for none; default {DEFAULT_STATUS_FILE} as root"
     )
     parser.add_argument(
         "--termination-log", metavar="FILE", help=f"last message; default {DEFAULT_TERMINATION_LOG} where it exists"
     )
-    parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
 
 
 def run(args: argparse.Namespace) -> int:
     address = health_address(args.health) if args.health else None
     if args.health and address is None:
         args.parser.error("--health takes HOST:PORT")
-    status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
-    termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
-
-    find = _config_finder(args)
+    find: Callable[[], FoundConfig | None] = find_in_guest if args.guest else config_finder(args)
 
     def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
         return work(channel, find, open_hardware, served)
 
-    hints = HostHints(status_file or None, termination_log, address)
-    return Supervisor("run", hints, worker, watch_gpus).run()
+    return Supervisor("run", host_hints(args, address), worker, watch_gpus).run()
 
 
-def _config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None]":
+def host_hints(args: argparse.Namespace, health: tuple[str, int] | None) -> HostHints:
+    """What `add_faces` asked for."""
+    status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
+    termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
+    return HostHints(status_file or None, termination_log, health)
+
+
+def config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None]":
     """Where the worker looks. Standard input is read now, while a signal still ends it as it ends anything."""
-    if args.guest:
-        return find_in_guest
     read, file = (from_file, args.config) if args.config is not None else (from_initdata_file, args.initdata)
     if file == "-":
         found = read(file)
@@ -92,7 +105,7 @@ def health_address(text: str) -> tuple[str, int] | None:
     return host.strip("[]"), int(port)
 
 
-def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None, RuntimeMeasurement]":
+def open_hardware(cfg: "MeasuredConfig") -> "tuple[Attester, GpuSystem | None, Runtime]":
     """The devices the configuration names. Simulators are imported here and only when asked for by name."""
     return open_tee(cfg), open_gpus(cfg), open_runtime(cfg)
 
@@ -101,6 +114,11 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     """The CPU TEE."""
     from agent.evidence import Tee
 
+    if cfg.tee.through_coco:
+        from agent.evidence.coco import CocoAttester
+
+        sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
+        return CocoAttester(_api_server(cfg), needs_resources=cfg.broker.cdh, sample_digest=sample_digest)
     if cfg.simulation is not None:
         machine, tee = _simulated_machine(cfg.simulation.machine), Tee(cfg.tee.attester.removeprefix("simulated-"))
         return machine.attester(tee) if cfg.simulation.report_root is None else machine.tsm(tee, cfg.simulation.report_root)
@@ -109,11 +127,13 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     return open_interface(Tee(cfg.tee.attester))
 
 
-def open_runtime(cfg: "MeasuredConfig") -> "RuntimeMeasurement":
+def open_runtime(cfg: "MeasuredConfig") -> "Runtime":
     """The runtime register of the TEE, and the event log."""
     from agent.evidence import Tee
-    from agent.evidence.runtime import RuntimeMeasurement
+    from agent.evidence.runtime import ComponentsMeasurement, RuntimeMeasurement
 
+    if cfg.tee.through_coco:
+        return ComponentsMeasurement(_api_server(cfg))
     tee = Tee(cfg.tee.attester.removeprefix("simulated-"))
     if cfg.simulation is not None:
         return _simulated_machine(cfg.simulation.machine).runtime(tee)
@@ -125,17 +145,28 @@ def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
     if not cfg.gpu.count:
         return None
     machine = _simulated_machine(cfg.simulation.machine) if cfg.simulation else None
+    gpus: GpuSystem
     if machine:
         gpus = machine.gpu_system()
     else:
         from agent.evidence.gpu import NvmlGpuSystem
 
         gpus = NvmlGpuSystem()
-    if not cfg.gpu.switches:
-        return gpus
-    from agent.evidence.nscq import GpusAndSwitches, NscqSwitches
+    if cfg.gpu.switches:
+        from agent.evidence.nscq import GpusAndSwitches, NscqSwitches
 
-    return GpusAndSwitches(gpus, machine.switch_system() if machine else NscqSwitches())
+        gpus = GpusAndSwitches(gpus, machine.switch_system() if machine else NscqSwitches())
+    if not cfg.tee.through_coco:
+        return gpus
+    from agent.evidence.coco import CocoGpus
+
+    return CocoGpus(_api_server(cfg), gpus)
+
+
+def _api_server(cfg: "MeasuredConfig") -> "ApiServer":
+    from agent.guest.api_server import ApiServer
+
+    return ApiServer(cfg.tee.coco_url)
 
 
 def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:

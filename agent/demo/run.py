@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from agent.demo import site, stores
+from agent.demo import kbs, site, stores
 from agent.demo.stores import StoreKind
 from agent.errors import EXIT_STATUS, AgentError, Owner, Step, error_to_record
 from agent.events import Message, ServerReady, ServerStarted, StageEnded, message_from_record
 from agent.evidence import Tee
 from agent.guest import mounts
 from agent.publish import RUN_DIRECTORY, SHARED_MEMORY
+from agent.sim import api_server_rest
 from agent.sim.machine import SimulatedMachine
 from agent.verify.ppcie import SWITCHES
 
@@ -44,6 +45,8 @@ class Options:
         once: stop when the questions are answered.
         flip_byte: damage one byte of ciphertext before the boot.
         configfs: the agent reaches the TEE through a configfs-tsm like the kernel's.
+        coco: it reaches TEE and GPU evidence only through an api-server-rest, as a container in a Kata guest does.
+        broker: `grpc`, our own; `rcar`, a test KBS; or the URL of a Trustee KBS with an open admin API.
         gpus: how many the machine has.
         ppcie: with eight GPUs, and the four NVSwitches between them.
         source: the store that the model is read from.
@@ -53,6 +56,8 @@ class Options:
     flip_byte: bool
     tee: Tee = Tee.SNP
     configfs: bool = False
+    coco: bool = False
+    broker: str = "grpc"
     gpus: int = 1
     ppcie: bool = False
     source: StoreKind = StoreKind.HTTP
@@ -124,6 +129,9 @@ class View(Protocol):
 
     def told(self, told: Told) -> None: ...
 
+    def called(self, method: str, path: str, status: int) -> None:
+        """A call to the admin API of a KBS was answered."""
+
     def serving(self, result: Result, port: int) -> None:
         """The questions are answered and the server stays until somebody stops it."""
 
@@ -138,7 +146,9 @@ def run(options: Options, view: View) -> Result:
         folder = Path(name)
         with view.preparing("simulated machine"):
             switches = SWITCHES if options.ppcie else 0
-            machine = SimulatedMachine.create(folder / "machine", gpus=options.gpus, switches=switches)
+            # A foreign KBS knows NVIDIA's roots and not our simulator's.
+            gpus = 0 if "://" in options.broker else options.gpus
+            machine = SimulatedMachine.create(folder / "machine", gpus=gpus, switches=switches)
             user = site.choose_server_user()
         with view.preparing("sealed model") as progress:
             model = site.seal_minilm(folder, progress)
@@ -146,25 +156,42 @@ def run(options: Options, view: View) -> Result:
                 site.flip_byte(model.layout)
         with ExitStack() as running:
             with view.preparing("model store and key broker"):
-                broker = running.enter_context(site.run_broker(folder, machine, model.key))
-                store = running.enter_context(stores.serve(options.source, model.layout, folder, broker.files))
+                store = running.enter_context(stores.serve(options.source, model.layout, folder))
+                broker = running.enter_context(_broker(options, folder, machine, model, view))
+                api_server = None
+                if options.coco:
+                    components = api_server_rest.Components.of(machine, options.tee)
+                    api_server = running.enter_context(api_server_rest.serve(components))
             report_root = None
             if options.configfs:
                 with view.preparing("configfs-tsm"):
                     report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
                 port = stores.free_port()
-                text = site.configuration_text(machine, options.tee, model, broker, store, port, user, report_root).encode()
+                reached = site.Reached(report_root, api_server)
+                text = site.configuration_text(machine, options.tee, model, broker.section, store, port, user, reached).encode()
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
-                broker.load_policy(site.policy_text(machine, options.tee, model))
+                broker.approve(machine, options.tee, model)
             result = _boot(folder, model, port, options, view)
             if report_root and os.listdir(report_root):
                 result.left_behind.append("configfs-tsm entry")
         if report_root and report_root.exists():
             result.left_behind.append("configfs-tsm")
         return result
+
+
+def _broker(
+    options: Options, folder: Path, machine: SimulatedMachine, model: site.SealedModel, view: View
+) -> AbstractContextManager[site.Broker | kbs.Kbs]:
+    match options.broker:
+        case "grpc":
+            return site.run_broker(folder, machine, model.key)
+        case "rcar":
+            return kbs.run_test_kbs(folder, machine, view.called)
+        case url:
+            return kbs.use_kbs(url, view.called)
 
 
 def _boot(folder: Path, model: site.SealedModel, port: int, options: Options, view: View) -> Result:

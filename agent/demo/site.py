@@ -62,6 +62,14 @@ class ServerUser:
     gid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """Through what the agent reaches the devices: a configfs-tsm here, an api-server-rest there, or, both None, nothing."""
+
+    report_root: Path | None = None
+    api_server: str | None = None
+
+
 def seal_minilm(folder: Path, progress: Callable[[int, int], None]) -> SealedModel:
     """Seal the packaged model into `folder`/layout. When this returns, the plaintext is deleted."""
     plain, layout, key = folder / "plain", folder / "layout", os.urandom(KEY_BYTES)
@@ -113,6 +121,19 @@ class Broker:
         self.files = files
         self.port = port
         self._process = process
+
+    @property
+    def section(self) -> str:
+        """The guest's `[broker]` section, but for what every broker's has."""
+        files = self.files
+        return (
+            f'endpoints = ["127.0.0.1:{self.port}"]\nserver_name = "{files.server_name}"\n'
+            f"ca_pem = {json.dumps(files.ca_pem)}\ntoken_keys = [{json.dumps(files.token_key_pem)}]\n"
+        )
+
+    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel) -> None:
+        """Let this machine, as it is launched, have the key."""
+        self.load_policy(policy_text(machine, tee, model))
 
     def load_policy(self, text: str) -> None:
         """Replace the policy; when this returns, the broker decides by it."""
@@ -283,14 +304,17 @@ def configuration_text(
     machine: SimulatedMachine,
     tee: Tee,
     model: SealedModel,
-    broker: Broker,
+    broker_section: str,
     store: Mapping[str, str],
     server_port: int,
     user: ServerUser | None,
-    report_root: Path | None = None,
+    reached: Reached = Reached(),
 ) -> str:
     """The guest's configuration: all the agent gets. `store`: what `stores.serve` gave."""
-    via = "" if report_root is None else f"report_root = {json.dumps(str(report_root))}\n"
+    via = "" if reached.report_root is None else f"report_root = {json.dumps(str(reached.report_root))}\n"
+    attester = 'attester = "sample"' if tee is Tee.SAMPLE else f'attester = "simulated-{tee.value}"'
+    if reached.api_server is not None:
+        attester = f'attester = "simulated-coco"\ncoco_url = "{reached.api_server}"'
     settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in store.items())
     if user is None:
         server_user = ""
@@ -302,7 +326,7 @@ def configuration_text(
 schema = "keyturn/v1"
 
 [tee]
-attester = "simulated-{tee.value}"
+{attester}
 
 [simulation]
 machine = {json.dumps(str(machine.directory))}
@@ -313,11 +337,7 @@ switches = {machine.gpu.switches}
 ready_state = "own"
 
 [broker]
-endpoints = ["127.0.0.1:{broker.port}"]
-server_name = "{broker.files.server_name}"
-ca_pem = {json.dumps(broker.files.ca_pem)}
-token_keys = [{json.dumps(broker.files.token_key_pem)}]
-key_uri = "{KEY_URI}"
+{broker_section}key_uri = "{KEY_URI}"
 allow_simulated = true
 
 [artifact]

@@ -15,13 +15,14 @@ import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from urllib.error import URLError
 
 from agent.artifact.push import push_layout
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.oci import Repository
-from agent.broker.bootstrap import Broker
+from agent.broker import bootstrap
 from agent.demo import layout_server
 
 START_S = 30
@@ -60,19 +61,20 @@ def _find(program: str) -> str | None:
 
 
 @contextmanager
-def serve(kind: StoreKind, layout: Path, folder: Path, site: Broker) -> Iterator[Mapping[str, str]]:
+def serve(kind: StoreKind, layout: Path, folder: Path) -> Iterator[Mapping[str, str]]:
     """Put the layout into a store of that kind.
 
     Args:
         kind: of which nothing is `missing`.
         layout: with one sealed model.
         folder: for the store's own files.
-        site: whose certificate for `localhost` the store has.
 
     Returns:
         What the guest's configuration says of it, below [artifact].
     """
-    tls = site.directory / "tls.pem", site.directory / "tls.key"
+    if kind in (StoreKind.HTTPS, StoreKind.OCI):
+        site = bootstrap.create(folder / "store", "localhost", datetime.now(UTC))  # for its certificate
+        tls = site.directory / "tls.pem", site.directory / "tls.key"
     match kind:
         case StoreKind.DIR:
             yield {"source": str(layout)}

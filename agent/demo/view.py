@@ -66,6 +66,9 @@ class JsonView:
         sys.stderr.write(told.line)
         sys.stderr.flush()
 
+    def called(self, method: str, path: str, status: int) -> None:
+        _say({"event": "kbs_called", "method": method, "path": path, "status": status})
+
     def serving(self, result: Result, port: int) -> None:
         _say({"event": "serving", "port": port})
 
@@ -134,6 +137,9 @@ class HumanView:
                 self._boot[stage.value].ended_ms, self._boot[stage.value].failed = told.t_ms, True
             case message:
                 self._notes += _notes(message)
+
+    def called(self, method: str, path: str, status: int) -> None:
+        self._notes.append(f"KBS: {method} {path} → {status}")
 
     def serving(self, result: Result, port: int) -> None:
         self._show_answers(result)

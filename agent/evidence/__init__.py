@@ -13,7 +13,7 @@ from agent.closed import Ident
 Nonce = NewType("Nonce", bytes)
 """The broker's nonce: 32 bytes, single use."""
 ReportData = NewType("ReportData", bytes)
-"""64 bytes the CPU report carries: SHA-384 over the runtime data, zero-padded on the right."""
+"""64 bytes the CPU report carries: a hash over the runtime data, zero-padded on the right."""
 GpuNonce = NewType("GpuNonce", bytes)
 """The SPDM requester nonce: 32 bytes, the first of the device digest."""
 
@@ -27,11 +27,25 @@ SWITCH_ARCH = "LS10"
 """The architecture of an NVSwitch that can attest, in Trustee's words."""
 
 
+class OpaqueNonce(bytes):
+    """Trustee's nonce: a text, here its UTF-8, that is bound and sent back as it came, whatever it says. A `Nonce` holds it."""
+
+
+class BindingHash(enum.Enum):
+    """What binds the runtime data, by Trustee's names. A Challenge may select another than SHA-384; our broker's never does."""
+
+    SHA256 = "sha256"
+    SHA384 = "sha384"
+    SHA512 = "sha512"
+
+
 class Tee(enum.Enum):
     """Kinds of TEE, by their Trustee wire names."""
 
     SNP = "snp"
     TDX = "tdx"
+    SAMPLE = "sample"
+    """Nothing: Trustee's evidence for trying things out. A simulator's, and of no use to our own broker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +53,7 @@ class Evidence:
     """Evidence of the CPU TEE.
 
     Attributes:
-        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it.
+        report: the binary report (SNP: 1184 bytes) or quote (TDX), as the device returned it; of `sample` the digest alone.
         cert_chain: DER certificates the host supplied, leaf first; may be empty, then the Verifier brings its own. A TDX
             quote holds its own, so there it is empty.
         event_log: TDX: what was measured into the RTMRs, without padding (`ccel.py`); empty where there is none. The report
@@ -88,6 +102,7 @@ class Unsupported(enum.Enum):
     NO_REGISTER = "no-register"  # SEV-SNP: what a guest does after its launch is covered by report data alone
     NO_DRIVER = "no-driver"  # the kernel has no file for it: Linux 6.16 brought it
     READ_ONLY = "read-only"  # this process may not write it: a container's sysfs, or not root
+    NOT_ENABLED = "not-enabled"  # CoCo's attestation agent has its log switched off, as it is by default
     FOREIGN_LOG = "foreign-log"  # CoCo's attestation agent keeps the log: an event that is not in it would spoil its replay
 
 
@@ -196,6 +211,7 @@ class RuntimeData:
     nonce: Nonce
     public_key_x: bytes  # 32 bytes, big endian
     public_key_y: bytes  # 32 bytes, big endian
+    hash: BindingHash = BindingHash.SHA384
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,7 @@ from agent.evidence import (
     SWITCH_ARCH,
     GpuEvidence,
     GpuNonce,
+    OpaqueNonce,
     ReportData,
     RuntimeData,
 )
@@ -76,7 +77,7 @@ class KeyturnClaims:
 def canonical_runtime_data(data: RuntimeData, additional_evidence: str | None) -> bytes:
     """RFC 8785 text of {nonce, tee-pubkey} and, unless None, additional-evidence (hyphen here, underscore on the wire)."""
     members: dict[str, str | dict[str, str]] = {
-        "nonce": pack_b64(data.nonce),
+        "nonce": data.nonce.decode() if isinstance(data.nonce, OpaqueNonce) else pack_b64(data.nonce),
         "tee-pubkey": pack_jwk(TeePublicKey(data.public_key_x, data.public_key_y)),
     }
     if additional_evidence is not None:
@@ -85,19 +86,23 @@ def canonical_runtime_data(data: RuntimeData, additional_evidence: str | None) -
 
 
 def device_nonce(data: RuntimeData) -> GpuNonce:
-    """What every GPU and NVSwitch signs: the first 32 bytes of SHA-384 over the runtime data without device Evidence."""
-    return GpuNonce(hashlib.sha384(canonical_runtime_data(data, None)).digest()[:GPU_NONCE_BYTES])
+    """What every GPU and NVSwitch signs: the first 32 bytes of the hash over the runtime data without device Evidence."""
+    return GpuNonce(_hash(data, canonical_runtime_data(data, None))[:GPU_NONCE_BYTES])
 
 
 def report_data(data: RuntimeData, additional_evidence: str) -> ReportData:
-    """What the CPU report carries: SHA-384 over the runtime data with the device Evidence, zero-padded to 64 bytes.
+    """What the CPU report carries: the hash over the runtime data with the device Evidence, zero-padded to 64 bytes.
 
     Args:
-        data: nonce and public key of this handshake.
+        data: nonce, public key and hash of this handshake.
         additional_evidence: exactly the text that is sent, `""` without devices.
     """
-    digest = hashlib.sha384(canonical_runtime_data(data, additional_evidence)).digest()
+    digest = _hash(data, canonical_runtime_data(data, additional_evidence))
     return ReportData(digest.ljust(REPORT_DATA_BYTES, b"\0"))
+
+
+def _hash(data: RuntimeData, text: bytes) -> bytes:
+    return hashlib.new(data.hash.value, text).digest()
 
 
 def additional_evidence(devices: tuple[GpuEvidence, ...], claims: KeyturnClaims) -> str:

@@ -18,9 +18,9 @@ from agent.evidence import (
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data, split
 from agent.evidence.gate import ExpectedReady, SecuredDevices, check_inventory, secure
-from agent.evidence.runtime import MeasuredRelease, RuntimeMeasurement, release_event
+from agent.evidence.runtime import MeasuredRelease, Runtime, release_event
 from agent.guest.initdata import fit
-from agent.handshake import SealedKey, Verdict
+from agent.handshake import KeptKey, SealedKey, Verdict
 from agent.verify.nvidia import parse_chain
 
 _ONLY_CHECK_MEASURED = object()
@@ -37,7 +37,7 @@ class Devices:
     """
 
     attester: Attester
-    runtime: RuntimeMeasurement
+    runtime: Runtime
     gpus: GpuSystem | None
     inventory: GpuInventory | None
     expected_ready: ExpectedReady
@@ -96,15 +96,15 @@ class Devices:
 
         # 3. The CPU, over the same as the GPUs and over the text of step 1.
         primary = self.attester.collect(report_data(data, text))
-        return CompositeEvidence(replace(primary, event_log=event_log), text)
+        return CompositeEvidence(replace(primary, event_log=event_log or primary.event_log), text)
 
-    def measure(self, verdict: Verdict, sealed: SealedKey, evidence: CompositeEvidence) -> MeasuredRelease:
-        """Measure that this key was released: see `runtime.release_event` and `RuntimeMeasurement.measure`.
+    def measure(self, verdict: Verdict, sealed: SealedKey | KeptKey, evidence: CompositeEvidence | None) -> MeasuredRelease:
+        """Measure that this key was released: see `runtime.release_event` and `Runtime.measure`.
 
         Args:
             verdict: accepted.
             sealed: the key, which nobody has opened yet.
-            evidence: what the Verdict is about.
+            evidence: what the Verdict is about; None where the guest's own components gave it.
         """
         event = release_event(verdict, sealed, evidence, self._manifest_digest, self.server_command_digest)
         return self.runtime.measure(event)
@@ -154,7 +154,7 @@ def check_measured(attester: Attester, config_digest: bytes) -> MeasuredGuest:
 def open_devices(
     guest: MeasuredGuest,
     gpus: GpuSystem | None,
-    runtime: RuntimeMeasurement,
+    runtime: Runtime,
     *,
     gpu_count: int,
     switch_count: int = 0,

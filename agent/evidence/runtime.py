@@ -17,6 +17,7 @@ import os
 from contextlib import suppress
 from dataclasses import InitVar, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import rfc8785
 
@@ -32,7 +33,8 @@ from agent.evidence.ccel import (
     pack_runtime_event,
 )
 from agent.evidence.rtmr import DIGEST_BYTES, INTERFACE, Rtmr
-from agent.handshake import MAX_EVENT_LOG_BYTES, SealedKey, Verdict
+from agent.guest.api_server import ApiServer, Measured
+from agent.handshake import MAX_EVENT_LOG_BYTES, KeptKey, SealedKey, Verdict
 
 FIRMWARE_LOG = Path("/sys/firmware/acpi/tables/data/CCEL")
 FOREIGN_LOG = Path("/run/attestation-agent/eventlog")
@@ -49,11 +51,11 @@ _ONLY_MEASURE = object()
 
 @dataclass(frozen=True, slots=True)
 class MeasuredRelease:
-    """Proof that the release of a key was measured, or that this guest cannot; only `RuntimeMeasurement.measure` makes one.
+    """Proof that the release of a key was measured, or that this guest cannot; only `measure` makes one.
 
     Attributes:
-        rtmr_3: the register afterwards, 48 bytes; None where nothing was measured.
-        unsupported: why not.
+        rtmr_3: the register afterwards, 48 bytes; None where nothing was measured, or by somebody who does not tell.
+        unsupported: why nothing was.
     """
 
     rtmr_3: bytes | None
@@ -66,16 +68,54 @@ class MeasuredRelease:
             raise RuntimeError("only measure() makes a MeasuredRelease")
 
 
+class Runtime(Protocol):
+    """What a guest measures while it runs, and the log of it. Blocking."""
+
+    def unsupported(self) -> Unsupported | None:
+        """Why a release cannot be measured here; None: it can, as far as is known before it is tried. Raises AgentError."""
+
+    def require(self) -> None:
+        """A release must be measured here.
+
+        Raises:
+            NoAttesterError: it cannot be.
+            AgentError: as `unsupported`.
+        """
+
+    def measure(self, event: RuntimeEvent) -> MeasuredRelease:
+        """Extend the register by `event`, and log it. There is no way back before the next start of the guest.
+
+        Raises:
+            AgentError: it was not done, for none of the reasons of `Unsupported`.
+        """
+
+    def event_log(self) -> bytes:
+        """The whole log without padding, at most 256 KiB; empty where it comes with the evidence, or there is none.
+
+        Raises:
+            AgentError: it cannot be read.
+        """
+
+
 def release_event(
-    verdict: Verdict, sealed: SealedKey, evidence: CompositeEvidence, manifest_digest: str, server_command_digest: str
+    verdict: Verdict,
+    sealed: SealedKey | KeptKey,
+    evidence: CompositeEvidence | None,
+    manifest_digest: str,
+    server_command_digest: str,
 ) -> RuntimeEvent:
     """What is measured between the release of the key and its opening: which key, for what, on which evidence.
 
     The content is canonical JSON (RFC 8785) of identifiers and digests: nothing in it is secret. `evidence_digest` is over the
-    quote or report, which covers the rest of the evidence; so no two boots measure the same.
+    quote or report, which covers the rest of the evidence; so no two boots measure the same. Where the guest's own components
+    attested, `token_digest` is over what came of it.
     """
+    if evidence is None:
+        proof, digested = "token_digest", verdict.token.encode()
+    else:
+        proof, digested = "evidence_digest", evidence.primary.report
     content: dict[str, str | int] = {
-        "evidence_digest": f"sha384:{hashlib.sha384(evidence.primary.report).hexdigest()}",
+        proof: f"sha384:{hashlib.sha384(digested).hexdigest()}",
         "key_id": sealed.key_id,
         "key_uri": verdict.claims.key_uri,
         "key_version": sealed.key_version,
@@ -221,3 +261,45 @@ class RuntimeMeasurement:
             new.replace(path)
         except OSError as exc:
             raise DeviceError(_LOG, Ident("write"), exc.errno or 0) from exc
+
+
+class ComponentsMeasurement:
+    """The `Runtime` of a container in a CoCo guest: register and log are the attestation agent's, reached through its API.
+
+    Its log comes with its evidence. Nothing is asked of it in a guest that is no TDX guest: on SEV-SNP its agent has no answer.
+    """
+
+    def __init__(self, api: ApiServer) -> None:
+        """`api` is this guest's; it is asked when something is to be known."""
+        self._api = api
+        self._required = False
+
+    def unsupported(self) -> Unsupported | None:
+        """See `Runtime.unsupported`. Whether the log is enabled is not known before an event is written."""
+        return None if self._api.info().tee == Tee.TDX.value else Unsupported.NO_REGISTER
+
+    def require(self) -> None:
+        """See `Runtime.require`; what is not known yet is an error of `measure`."""
+        self._required = True
+        self._check(self.unsupported())
+
+    def measure(self, event: RuntimeEvent) -> MeasuredRelease:
+        """See `Runtime.measure`."""
+        unsupported = self.unsupported()
+        if unsupported is None:
+            match self._api.measure(event.domain, event.operation, event.content):
+                case Measured.NOT_SUPPORTED:
+                    unsupported = Unsupported.NO_REGISTER
+                case Measured.NOT_ENABLED:
+                    unsupported = Unsupported.NOT_ENABLED
+        self._check(unsupported)
+        return MeasuredRelease(None, unsupported, made_by=_ONLY_MEASURE)
+
+    def event_log(self) -> bytes:
+        """See `Runtime.event_log`."""
+        return b""
+
+    def _check(self, unsupported: Unsupported | None) -> None:
+        # refusal: test_boot.py::test_a_container_that_must_measure_and_cannot_is_stopped
+        if self._required and unsupported:
+            raise NoAttesterError(INTERFACE, Absence.NO_RUNTIME_REGISTER)

@@ -3,11 +3,12 @@
 Sizes are checked where a value is built from the wire. See `protos/HANDSHAKE.md`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from agent.closed import Ident
 from agent.errors import DenialReason
-from agent.evidence import CompositeEvidence, Nonce, Tee
+from agent.evidence import BindingHash, CompositeEvidence, Nonce, Tee
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_ADDITIONAL_EVIDENCE_BYTES = 512 << 10
@@ -41,6 +42,7 @@ class Challenge:
     request_id: Ident
     nonce: Nonce
     expires_in_s: int
+    hash: BindingHash = BindingHash.SHA384
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +92,8 @@ class KeyResponse:
 class TokenClaims:
     """The signed claims of a Verdict token (ES256 JWT). Times are Unix seconds.
 
-    `lease_s` is None when the key comes without a lease; `min_model_version` is the rollback floor.
+    `lease_s` is None when the key comes without a lease; `min_model_version` is the rollback floor. Trustee's tokens know
+    neither of them, nor the key that will be asked for (`rcar_token.py`).
     """
 
     nonce: Nonce
@@ -119,5 +122,19 @@ class SealedKey:
     """The model key as JWE to our ephemeral key; nothing can open it before the gate (`keys.unwrap`)."""
 
     jwe: bytes
+    key_id: Ident
+    key_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class KeptKey:
+    """The model key where this guest's own confidential-data-hub has it for us. Nothing of it is here, and nothing is asked
+    for before the gate (`keys.unwrap`).
+
+    Attributes:
+        fetch: fills exactly the 32 bytes it is given, or raises an AgentError. Blocking.
+    """
+
+    fetch: Callable[[memoryview], None] = field(repr=False)
     key_id: Ident
     key_version: int

@@ -2,16 +2,14 @@
 
 A `GrpcBroker` is one boot's conversation with one broker identity (measured CA and server name) at one or more
 addresses, which are hints. Each attempt at attestation is a whole new handshake: new stream, request id and key pair.
-Does not decide the order (`machine.py`), the sizes (`grpc_wire.py`) or how long to wait (`retry.py`), and collects nothing:
-the caller passes `collect`. A collection that began is always awaited to its end, because a device request that is
-abandoned in mid-flight can cost the guest its attestation key.
+Does not decide the order (`machine.py`), the sizes (`grpc_wire.py`) or when to try again (`broker.py`), and collects
+nothing: the caller passes `collect`.
 
 gRPC's core writes what peers send to stderr: run the process with GRPC_VERBOSITY=NONE.
 """
 
 import asyncio
 import contextlib
-import random
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -27,12 +25,12 @@ from agent.errors import (
     BrokerUnreachableError,
     Unreachable,
 )
-from agent.evidence import CompositeEvidence, RuntimeData, Tee
+from agent.evidence import Tee
 from agent.handshake import MAX_MESSAGE_BYTES, KeyRequest, SealedKey, Verdict, grpc_wire
+from agent.handshake.broker import Collect, OnAttempt, OnRetry, collected, retried
 from agent.handshake.machine import (
     Action,
     Closed,
-    Collected,
     Done,
     Event,
     Expired,
@@ -51,8 +49,6 @@ CHALLENGE_TIMEOUT_S = 15
 VERDICT_TIMEOUT_S = 60  # the broker may fetch endorsements, or ask a Verifier behind it
 KEY_TIMEOUT_S = 30
 
-Collect = Callable[[RuntimeData], Awaitable[CompositeEvidence]]
-OnRetry = Callable[[AgentError, int, float], None]
 _Result = TypeVar("_Result")
 _Stream = grpc.aio.StreamStreamCall[bytes, bytes]
 
@@ -101,35 +97,14 @@ class GrpcBroker:
         await self._disconnect()
 
     async def attest(
-        self, key_uri: Ident, tee: Tee, collect: Collect, on_attempt: Callable[[Ident, int], None] = lambda *_: None
+        self, key_uri: Ident, tee: Tee, collect: Collect, on_attempt: OnAttempt = lambda *_: None
     ) -> tuple[Verdict, EphemeralKey]:
-        """Prove what this guest is.
-
-        Args:
-            key_uri: the key that will be asked for.
-            tee: what `collect` collects.
-            collect: Evidence over the runtime data; called once per attempt, awaited to its end even when cancelled.
-            on_attempt: told the request id and the number of each attempt, from 1, before anything is sent.
-
-        Returns:
-            The Verdict, and the key pair that its key will be sealed to.
-
-        Raises:
-            BrokerUnreachableError: no answer within the deadline, after every retry.
-            BrokerIdentityError: somebody answered who is not the measured broker.
-            RemoteProtocolError, BrokerFailureError: the broker misbehaved or failed.
-            KeyReleaseDeniedError, TokenError, SimulationRefusedError: as `Handshake.receive`.
-            AgentError: whatever `collect` raised.
-        """
+        """As `Broker.attest`."""
         self._schedule = RetrySchedule(asyncio.get_running_loop().time() + self._timeout_s)
         return await self._retry(self._schedule, lambda: self._attest_once(key_uri, tee, collect, on_attempt))
 
     async def release_key(self, verdict: Verdict) -> SealedKey:
-        """Ask for the key that `verdict` (of the last `attest`) names. Its lease runs from before this call.
-
-        Raises:
-            BrokerUnreachableError, BrokerIdentityError, RemoteProtocolError, BrokerFailureError: as `attest`.
-        """
+        """As `Broker.release_key`."""
         machine, schedule = self._machine, self._schedule
         if machine is None or schedule is None or verdict.request_id != self._request_id:
             raise RuntimeError("a key is asked for after its attestation")
@@ -137,36 +112,16 @@ class GrpcBroker:
         return await self._retry(schedule, lambda: self._release_once(machine, request))
 
     async def _retry(self, schedule: RetrySchedule, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
-        error: AgentError | None = None
-        retry = 0
-        while True:
-            minimum_s = 0.0
-            try:
-                async with asyncio.timeout_at(schedule.deadline):
-                    return await attempt()
-            except grpc.aio.AioRpcError as exc:
-                error, minimum_s = await self._translate(exc)
-            except TimeoutError:
-                # The deadline cut this attempt short; why an earlier one failed says more.
-                error = error or BrokerUnreachableError(Unreachable.TIMEOUT)
-            except AgentError as exc:
-                error = exc
-            if isinstance(error, BrokerUnreachableError):
-                error.attempts = retry + 1
+        async def next_address() -> None:
             await self._disconnect()
-            # The other addresses are tried at once; only when all of them failed it is time to wait.
             self._endpoint = (self._endpoint + 1) % len(self._endpoints)
-            rounds, rest = divmod(retry + 1, len(self._endpoints))
-            draw = 0.0 if rest else random.random()  # noqa: S311  # spreads load, guards nothing
-            delay = schedule.delay(error, rounds - 1 if not rest else 0, asyncio.get_running_loop().time(), draw, minimum_s)
-            if delay is None:
-                raise error  # outside the except block: a foreign exception and its text do not travel with it
-            self._on_retry(error, retry + 1, delay)
-            await asyncio.sleep(delay)
-            retry += 1
+
+        return await retried(
+            schedule, attempt, grpc.aio.AioRpcError, self._translate, next_address, self._on_retry, len(self._endpoints)
+        )
 
     async def _attest_once(
-        self, key_uri: Ident, tee: Tee, collect: Collect, on_attempt: Callable[[Ident, int], None]
+        self, key_uri: Ident, tee: Tee, collect: Collect, on_attempt: OnAttempt
     ) -> tuple[Verdict, EphemeralKey]:
         self._request_id = request_id = Ident(secrets.token_hex(16))
         self._attempts += 1
@@ -184,7 +139,7 @@ class GrpcBroker:
                         data = grpc_wire.pack_attest_request(action.hello)
                         event = await _exchange(stream, data, machine, CHALLENGE_TIMEOUT_S)
                     case NeedEvidence():
-                        event = await _collect(collect, action)
+                        event = await collected(collect, action)
                     case SendAttestation():
                         data = grpc_wire.pack_attest_request(action.attestation)
                         event = await _exchange(stream, data, machine, VERDICT_TIMEOUT_S)
@@ -207,7 +162,7 @@ class GrpcBroker:
         return action.sealed_key
 
     def connect(self) -> None:
-        """Begin to connect, so that `attest` finds a connection. Needs a running loop; failures show in `attest`."""
+        """As `Broker.connect`."""
         self._connect().get_state(try_to_connect=True)
 
     def _connect(self) -> grpc.aio.Channel:
@@ -263,19 +218,3 @@ async def _write(stream: _Stream, data: bytes) -> None:
         if exc.code() is grpc.StatusCode.INTERNAL:
             raise BrokerUnreachableError(Unreachable.RESET) from None
         raise
-
-
-async def _collect(collect: Collect, need: NeedEvidence) -> Collected | Expired:
-    clock = asyncio.get_running_loop().time
-    started = clock()
-    task = asyncio.ensure_future(collect(need.runtime_data))
-    try:
-        evidence = await asyncio.shield(task)
-    except asyncio.CancelledError:
-        while not task.done():  # cancelled once or many times: devices are never abandoned in mid-request
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({task})
-        if not task.cancelled():
-            task.exception()  # looked at, so that asyncio does not log it
-        raise
-    return Collected(evidence) if clock() - started < need.expires_in_s else Expired()

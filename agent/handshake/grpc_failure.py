@@ -19,24 +19,16 @@ from agent.closed import Ident
 from agent.errors import (
     AgentError,
     BrokerFailureError,
-    BrokerIdentityError,
     BrokerUnreachableError,
     DenialReason,
-    IdentityProblem,
     KeyReleaseDeniedError,
     ProtocolProblem,
     RemoteProtocolError,
     Unreachable,
 )
 from agent.handshake import grpc_status
+from agent.handshake.broker import tls_error
 
-# OpenSSL x509_vfy.h, X509_V_ERR_…
-_PROBLEMS = {
-    9: IdentityProblem.NOT_YET_VALID,  # CERT_NOT_YET_VALID
-    10: IdentityProblem.EXPIRED,  # CERT_HAS_EXPIRED
-    62: IdentityProblem.NAME,  # HOSTNAME_MISMATCH
-    64: IdentityProblem.NAME,  # IP_ADDRESS_MISMATCH
-}
 _UNSPECIFIED = Ident("unspecified")
 
 
@@ -123,12 +115,10 @@ async def check_peer(peer: Peer, timeout_s: float) -> None:
         async with asyncio.timeout(timeout_s):
             _, writer = await asyncio.open_connection(host.strip("[]"), port, ssl=context, server_hostname=peer.server_name)
         writer.transport.abort()
-    except ssl.SSLCertVerificationError as exc:
-        raise BrokerIdentityError(_PROBLEMS.get(exc.verify_code, IdentityProblem.CHAIN)) from None
-    except (ssl.SSLEOFError, ConnectionResetError):
+    except ssl.SSLError as exc:
+        raise tls_error(exc) from None
+    except ConnectionResetError:
         raise BrokerUnreachableError(Unreachable.RESET) from None
-    except ssl.SSLError:
-        raise BrokerIdentityError(IdentityProblem.TLS) from None
     except ConnectionRefusedError:
         raise BrokerUnreachableError(Unreachable.REFUSED) from None
     except socket.gaierror:

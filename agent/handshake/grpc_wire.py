@@ -83,6 +83,8 @@ def pack_attest_request(message: Hello | Attestation) -> bytes:
                 case Tee.TDX:
                     wire.attestation.tdx.quote = primary.report
                     wire.attestation.tdx.event_log = primary.event_log
+                case Tee.SAMPLE:
+                    raise RuntimeError("sample evidence is for Trustee: the configuration must not get this far")
             wire.attestation.tee_pubkey.x = message.tee_pubkey.x
             wire.attestation.tee_pubkey.y = message.tee_pubkey.y
             wire.attestation.additional_evidence = message.evidence.additional_evidence.encode()
@@ -105,6 +107,9 @@ def parse_attest_request(data: bytes, state: Ident) -> Hello | Attestation:
                 tee = Tee(wire.hello.tee)
             except ValueError:
                 raise _malformed(state) from None
+            # refusal: test_a_request_out_of_form_is_refused
+            if tee is Tee.SAMPLE:
+                raise _malformed(state)
             return Hello(request_id, parse_key_uri(wire.hello.key_uri, state), tee)
         case "attestation":
             sent = wire.attestation

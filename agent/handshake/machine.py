@@ -12,7 +12,7 @@ Does not send, sleep, read a clock or collect: deadlines are events (`Expired`),
 
 import enum
 from dataclasses import dataclass
-from typing import NoReturn, assert_never
+from typing import NoReturn, Protocol, assert_never
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -37,6 +37,7 @@ from agent.handshake import (
     KeyResponse,
     SealedKey,
     TeePublicKey,
+    TokenClaims,
     Verdict,
 )
 from agent.handshake.token import verify_token
@@ -144,6 +145,21 @@ class Trust:
     allow_simulation: bool
 
 
+class VerifyToken(Protocol):
+    """`token.verify_token` for our broker's tokens; what takes its place for another authority's raises the same."""
+
+    def __call__(
+        self,
+        token: str,
+        *,
+        keys: tuple[ec.EllipticCurvePublicKey, ...],
+        nonce: Nonce,
+        tee_pubkey: TeePublicKey,
+        key_uri: Ident,
+        now: int,
+    ) -> TokenClaims: ...
+
+
 class Handshake:
     """One handshake with one request id and one key pair; a retry is another one.
 
@@ -152,14 +168,26 @@ class Handshake:
     """
 
     def __init__(
-        self, request_id: Ident, key_uri: Ident, tee: Tee, public_key: TeePublicKey, trust: Trust, challenges: int = 0
+        self,
+        request_id: Ident,
+        key_uri: Ident,
+        tee: Tee,
+        public_key: TeePublicKey,
+        trust: Trust,
+        challenges: int = 0,
+        verify: VerifyToken = verify_token,
     ) -> None:
         self.challenges = challenges
         self._hello = Hello(request_id, key_uri, tee)
         self._public_key = public_key
         self._trust = trust
+        self._verify = verify
         self._nonce: Nonce | None = None
         self._state = State.START
+
+    @property
+    def request_id(self) -> Ident:
+        return self._hello.request_id
 
     @property
     def state(self) -> State:
@@ -213,7 +241,7 @@ class Handshake:
                     raise RemoteProtocolError(ProtocolProblem.TOO_MANY_CHALLENGES, Ident(state.value))
                 self.challenges += 1
                 self._nonce = event.nonce
-                runtime_data = RuntimeData(event.nonce, self._public_key.x, self._public_key.y)
+                runtime_data = RuntimeData(event.nonce, self._public_key.x, self._public_key.y, event.hash)
                 return NeedEvidence(runtime_data, event.expires_in_s)
             case Collected():
                 return SendAttestation(Attestation(self._hello.request_id, self._public_key, event.evidence))
@@ -238,7 +266,7 @@ class Handshake:
 
     def _verified(self, accepted: Accepted, now: int) -> SendKeyRequest:
         assert self._nonce is not None, "AWAIT_VERDICT is reached through a Challenge only"
-        claims = verify_token(
+        claims = self._verify(
             accepted.token,
             keys=self._trust.token_keys,
             nonce=self._nonce,

@@ -224,9 +224,15 @@ class SimulatedMachine:
 
     def attester(self, tee: Tee = Tee.SNP) -> Attester:
         """Its CPU TEE."""
-        from agent.sim import snp, tdx
+        from agent.sim import sample, snp, tdx
 
-        return tdx.SimulatedTdx(self) if tee is Tee.TDX else snp.SimulatedSnp(self)
+        match tee:
+            case Tee.SNP:
+                return snp.SimulatedSnp(self)
+            case Tee.TDX:
+                return tdx.SimulatedTdx(self)
+            case Tee.SAMPLE:
+                return sample.Sample(self)
 
     def tsm(self, tee: Tee, report_root: str) -> Attester:
         """Its CPU TEE through the agent's own code for configfs-tsm.

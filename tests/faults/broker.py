@@ -32,7 +32,8 @@ from agent.errors import (
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
 from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello
 from agent.handshake import grpc_wire as wire
-from agent.handshake.grpc_client import Collect, GrpcBroker
+from agent.handshake.broker import Collect
+from agent.handshake.grpc_client import GrpcBroker
 from agent.handshake.grpc_status import Denial, Failure, pack_failure
 from agent.handshake.machine import Trust
 from agent.handshake.pb import kbs_pb2 as pb

@@ -8,12 +8,25 @@ import pytest
 
 from agent.errors import all_errors
 from tests.children import IS_ROOT
-from tests.faults import artifact, broker, configuration, devices, evil_relay, memory, server, signals, tdx, transport
+from tests.faults import (
+    artifact,
+    broker,
+    coco,
+    configuration,
+    devices,
+    evil_relay,
+    memory,
+    rcar,
+    server,
+    signals,
+    tdx,
+    transport,
+)
 from tests.faults.table import Fault, run
 
 TABLE = [
     (module.__name__.rpartition(".")[2], row)
-    for module in (configuration, devices, tdx, transport, broker, evil_relay, artifact, memory, server, signals)
+    for module in (configuration, devices, tdx, coco, transport, broker, rcar, evil_relay, artifact, memory, server, signals)
     for row in module.ROWS
 ]
 

@@ -52,6 +52,7 @@ from agent.errors import (
     DenialReason,
     EvidenceFormat,
     EvidenceVerificationError,
+    GuestApiError,
     MalformedEvidenceError,
     ManifestSignatureError,
 )
@@ -63,20 +64,24 @@ from agent.evidence import (
     GpuNonce,
     Nonce,
     ReportData,
+    RuntimeData,
     Tee,
     binding,
     ccel,
+    coco,
     cpu,
     gpu_abi,
     nscq,
     qgs_abi,
     snp_abi,
     tdx_abi,
+    trustee_json,
 )
 from agent.evidence.cpu import certificate_chain
 from agent.evidence.sev_guest import SevGuest
 from agent.evidence.tdx_guest import read_port
 from agent.fitness import parse_gpu_driver
+from agent.guest.api_server import ApiServer
 from agent.guest.initdata import pack_device, pack_document, parse_initdata, read_device
 from agent.guest.network import parse_ip_parameter, parse_routes, resolv_conf
 from agent.handshake import (
@@ -90,6 +95,7 @@ from agent.handshake import (
     TeePublicKey,
     grpc_status,
     grpc_wire,
+    rcar,
 )
 from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
@@ -204,6 +210,23 @@ def certificate_table(data: bytes) -> None:
 def _tdx() -> tuple[Evidence, x509.Certificate, datetime]:
     root = x509.load_pem_x509_certificate(_silicon("sgx-root.pem"))
     return Evidence(Tee.TDX, _silicon("tdx-quote.bin")), root, root.not_valid_before_utc + timedelta(days=2)
+
+
+def trustee_evidence(data: bytes) -> None:
+    """The TEE stands in front, as nothing in the text says it."""
+    name, _, text = data.partition(b" ")
+    evidence = trustee_json.parse_evidence(Tee(name.decode()), text)
+    again = trustee_json.parse_evidence(evidence.tee, trustee_json.pack_evidence(evidence).encode())
+    assert replace(again, cert_chain=()) == replace(evidence, cert_chain=())
+    # What a certificate is says its name, not the text; without a leaf none is sent.
+    assert sorted(again.cert_chain) in ([], sorted(evidence.cert_chain))
+
+
+def trustee_evidence_seeds() -> list[bytes]:
+    log = trustee_json.trimmed((CORPUS / "ccel" / "made-0").read_bytes())
+    quote, _, _ = _tdx()
+    made = (_snp()[0], replace(_snp()[0], cert_chain=()), quote, replace(quote, event_log=log), Evidence(Tee.SAMPLE, bytes(48)))
+    return [f"{each.tee.value} {trustee_json.pack_evidence(each)}".encode() for each in made]
 
 
 def tdx_quote(data: bytes) -> None:
@@ -585,6 +608,71 @@ def _sign(payload: bytes) -> str:
     return f"{text}.{jose.pack_b64url(r.to_bytes(32) + s.to_bytes(32))}"
 
 
+RCAR_STATE = Ident("AWAIT_VERDICT")
+PUBLIC = TeePublicKey(b"x" * 32, b"y" * 32)
+
+
+def rcar_challenge(data: bytes) -> None:
+    offer = rcar.parse_challenge(data, RCAR_STATE)
+    body = rcar.pack_attestation(offer.nonce, PUBLIC, CompositeEvidence(Evidence(Tee.SAMPLE, bytes(48)), ""), None)
+    assert json.loads(body)["runtime-data"]["nonce"] == offer.nonce.decode()
+    binding.report_data(RuntimeData(offer.nonce, PUBLIC.x, PUBLIC.y, offer.hash), "")
+
+
+def rcar_challenge_seeds() -> list[bytes]:
+    return [
+        b'{"nonce":"AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8=","extra-params":""}',
+        b'{"nonce":"{\\"x\\":1}","extra-params":{"selected-hash-algorithm":"SHA512"},"x":1.5}',
+    ]
+
+
+def rcar_token(data: bytes) -> None:
+    assert rcar.parse_token(data, RCAR_STATE).count(".") == 2
+
+
+def rcar_token_seeds() -> list[bytes]:
+    return [b'{"token":"aa.bb.c-_"}', b'{"token":"a.b.c","expires":3.5}']
+
+
+def rcar_failure(data: bytes) -> None:
+    """A status, and what came with it."""
+    status, _, body = data.partition(b" ")
+    answer = rcar.Answer(int(status), body, retry_after=body[:20].decode("latin-1"))
+    for exchange in rcar.Exchange:
+        error, wait_s = rcar.failure_of(exchange, answer, RCAR_STATE, body.decode("latin-1"))
+        assert isinstance(error, AgentError)
+        assert 0 <= wait_s <= 3600
+
+
+def rcar_failure_seeds() -> list[bytes]:
+    types = b"https://github.com/confidential-containers/kbs/errors/"
+    mismatch = b"KBS Client Protocol Version Mismatch: expect =0.1.1 while the request is 0.4.0"
+    bodies = [
+        b'{"type":"' + types + b'AttestationError","detail":"' + mismatch + b'"}',
+        b'{"type":"' + types + b'PolicyDeny","detail":"Access denied by policy"}',
+        b'{"type":"' + types + b'PluginNotFound","detail":"Plugin x not found"}',
+    ]
+    return [b"401 " + bodies[0], b"401 " + bodies[1], b"404 " + bodies[2], b"503 120", b"413 payload reached size limit"]
+
+
+def rcar_headers(data: bytes) -> None:
+    """Cookies, a line each, and a date."""
+    lines = tuple(data.decode("latin-1").split("\n"))
+    cookies = rcar.merge_cookies({"kept": "1"}, lines)
+    assert "kept" in cookies
+    assert len(cookies) <= 16
+    for name, value in cookies.items():
+        assert not set(name + value) & set(" ;,\r\n\t")
+    rcar.clock_ahead_s(rcar.Answer(200, b"", date=lines[0]), NOW)
+
+
+def rcar_headers_seeds() -> list[bytes]:
+    return [
+        b"kbs-session-id=0123456789abcdef; Expires=Thu, 01 Jan 1970 00:05:00 GMT\nlb=a+b/c=; Path=/",
+        b"Tue, 15 Nov 1994 08:12:31 GMT\nkept=2",
+    ]
+
+
 def token(data: bytes) -> None:
     read_token(data.decode("utf-8", "surrogatepass"), (AUTHORITY.public_key(),), NOW)
 
@@ -921,6 +1009,57 @@ def store_location_seeds() -> list[bytes]:
     ]
 
 
+# --- CoCo's api-server-rest -------------------------------------------------------------------------------------------
+
+
+def guest_api_answer(data: bytes) -> None:
+    """What answers in the guest's own API, to every request there is, from a real socket."""
+    server = _answering()
+    server.answer = data
+    api = ApiServer(f"http://127.0.0.1:{server.port}", timeout_s=5.0)
+    key = memoryview(bytearray(32))
+    asks: tuple[Callable[[], object], ...] = (
+        api.info,
+        api.token,
+        lambda: api.evidence(bytes(48)),
+        lambda: api.additional_evidence(bytes(32)),
+        lambda: api.resource(KEY_URI, key),
+        lambda: api.measure("keyturn", "op", "content"),
+    )
+    for ask in asks:
+        with suppress(GuestApiError):
+            ask()
+
+
+def guest_api_answer_seeds() -> list[bytes]:
+    bodies = (
+        b'{"version":"v0","tee":"snp","additional_tees":["nvidia"],"feature":"all"}',
+        b'{"token":"a.b.c","tee_keypair":"-----BEGIN PRIVATE KEY-----"}',
+        b'{"success":"false","message": "The platform does not support runtime measurement"}',
+        bytes(range(32)),
+    )
+    head = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\ndate: x\r\n\r\n"
+    return [head % len(body) + body for body in bodies] + [b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 1\r\n\r\nx"]
+
+
+def coco_devices(data: bytes) -> None:
+    for evidence in coco._parse_devices(jose.parse_object(data, 1 << 20)):
+        assert len(evidence.report) + len(evidence.certificate_chain) < len(data)
+
+
+def coco_devices_seeds() -> list[bytes]:
+    evidence, _, _ = _gpu()
+    entry = {
+        "arch": "HOPPER",
+        "uuid": "unknown",
+        "evidence": jose.pack_b64(evidence.report),
+        "certificate": jose.pack_b64(evidence.certificate_chain),
+    }
+    small = entry | {"evidence": "AA==", "certificate": "AA=="}
+    lists: list[list[dict[str, str]]] = [[entry], [small, small | {"arch": "Blackwell"}], []]
+    return [json.dumps({"nvidia": {"device_evidence_list": each}}).encode() for each in lists] + [b'{"sampledevice":{}}']
+
+
 # --- guest, configuration, worker and server --------------------------------------------------------------------------
 
 CONFIG = measured.EXAMPLE.encode()
@@ -1166,6 +1305,7 @@ TARGETS = {
         Target("snp_certificate", snp_certificate, _none),
         Target("amd_crl", amd_crl, _none),
         Target("certificate_table", certificate_table, _none),
+        Target("trustee_evidence", trustee_evidence, trustee_evidence_seeds, (ValueError,)),  # another TEE's name
         Target("tdx_quote", tdx_quote, tdx_quote_seeds),
         Target("tdx_evidence", tdx_evidence, _none),
         Target("tdx_tdreport", tdx_tdreport, _none),
@@ -1191,6 +1331,10 @@ TARGETS = {
         Target("key_request", key_request, key_request_seeds),
         Target("key_response", key_response, key_response_seeds),
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
+        Target("rcar_challenge", rcar_challenge, rcar_challenge_seeds),
+        Target("rcar_token", rcar_token, rcar_token_seeds),
+        Target("rcar_failure", rcar_failure, rcar_failure_seeds, (ValueError,)),  # no number
+        Target("rcar_headers", rcar_headers, rcar_headers_seeds),
         Target("token", token, _none, (UnicodeDecodeError,)),
         Target("token_claims", token_claims, token_claims_seeds),
         Target("ear", ear, _none, (UnicodeDecodeError,)),
@@ -1212,6 +1356,8 @@ TARGETS = {
         Target("registry_answer", registry_answer, registry_answer_seeds),
         Target("store_location", store_location, store_location_seeds),
         Target("store_answer", store_answer, store_answer_seeds),
+        Target("guest_api_answer", guest_api_answer, guest_api_answer_seeds),
+        Target("coco_devices", coco_devices, coco_devices_seeds, (ValueError,)),
         Target("config", config, config_seeds),
         Target("initdata", initdata, initdata_seeds),
         Target("initdata_disk", initdata_disk, initdata_disk_seeds),

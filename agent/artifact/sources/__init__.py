@@ -17,7 +17,7 @@ from agent.errors import ConfigError, ConfigProblem
 class BlobSource(Protocol):
     """Manifests by name or digest, blobs by digest. Safe for any number of threads; close it when none of them is inside.
 
-    A network read also ends, as a timeout, at the limits of the reading thread (`limited.py`).
+    A network read also ends, as a timeout, at the limits of the reading thread (`http_limited.py`).
     """
 
     def read_manifest(self, reference: str, max_bytes: int) -> bytes:

@@ -8,8 +8,8 @@ from concurrent.futures import CancelledError
 from typing import TypeVar
 
 from agent.artifact.sources import BlobSource
-from agent.artifact.sources.limited import limited
 from agent.errors import AgentError, ArtifactUnavailableError, StoreProblem
+from agent.http_limited import limited
 from agent.retry import RetrySchedule
 
 _T = TypeVar("_T")

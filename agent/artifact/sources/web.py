@@ -16,18 +16,16 @@ from typing import Protocol
 
 import urllib3
 from urllib3.exceptions import (
-    ConnectTimeoutError,
     HTTPError,
     IncompleteRead,
     NewConnectionError,
     ProtocolError,
-    ReadTimeoutError,
     SSLError,
 )
 
 from agent import __version__, http_policy
-from agent.artifact.sources.limited import limited, pool
 from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.http_limited import limited, pool
 
 ANSWERS = frozenset((200, 206, 416))
 """What a read can use."""
@@ -250,14 +248,9 @@ def _translated() -> Iterator[None]:
     """urllib3's exceptions as ours, over the whole life of an answer; their texts quote the peer and go no further."""
     try:
         yield
-    except (
-        NewConnectionError,
-        ProtocolError,
-        IncompleteRead,
-    ) as error:  # NewConnectionError is a ConnectTimeoutError by descent
-        late = any(isinstance(argument, TimeoutError) for argument in error.args)  # a body that found no room
-        raise ArtifactUnavailableError(StoreProblem.TIMEOUT if late else StoreProblem.UNREACHABLE) from None
-    except (ConnectTimeoutError, ReadTimeoutError):
+    except (NewConnectionError, ProtocolError, IncompleteRead):  # NewConnectionError is a ConnectTimeoutError by descent only
+        raise ArtifactUnavailableError(StoreProblem.UNREACHABLE) from None
+    except urllib3.exceptions.TimeoutError:
         raise ArtifactUnavailableError(StoreProblem.TIMEOUT) from None
     except SSLError as error:
         # A connection that was cut is not a failed handshake.

@@ -13,9 +13,9 @@ import pytest
 import urllib3
 
 from agent.artifact.sources import BlobSource, open_source
-from agent.artifact.sources.limited import limited, pool
 from agent.artifact.sources.patient import PatientSource
 from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.http_limited import limited, pool
 from tests.range_server import Fault, RangeServer, make_certificate
 
 DATA = bytes(range(256)) * 40

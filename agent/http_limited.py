@@ -1,9 +1,9 @@
 """HTTP connections on which a thread waits no longer than it has time, whatever the other side does.
 
-urllib3's timeouts start anew with every byte, so that a store which sends one now and then would hold a thread for years,
-past every deadline and past SIGTERM. Here every wait for the network (connect, TLS handshake, headers, body) is cut into
-slices, and before each of them the thread's deadline and its event to stop are looked at. Without a bound of ours is only the C
-library's resolver, which gives up by its own rules (resolv.conf(5), `timeout` and `attempts`). Sends no requests.
+urllib3's timeouts start anew with every byte, so that a peer which sends one now and then would hold a thread for years, past
+every deadline and past SIGTERM. Here every wait for the network (connect, TLS handshake, request, headers, body) is cut into
+slices, and before each of them the thread's deadline and its event to stop are looked at. Without a bound of ours is only the
+C library's resolver, which gives up by its own rules (resolv.conf(5), `timeout` and `attempts`). Sends no requests.
 """
 
 import math
@@ -55,7 +55,9 @@ def limited(deadline: float, stop: Event | None = None) -> Iterator[None]:
         _limit.reset(token)
 
 
-def pool(host: str, port: int | None, context: ssl.SSLContext | None, kept: int) -> urllib3.HTTPConnectionPool:
+def pool(
+    host: str, port: int | None, context: ssl.SSLContext | None, kept: int, server_name: str | None = None
+) -> urllib3.HTTPConnectionPool:
     """A pool of such connections, safe for any number of threads; urllib3's timeouts mean nothing to it.
 
     Args:
@@ -63,12 +65,13 @@ def pool(host: str, port: int | None, context: ssl.SSLContext | None, kept: int)
         port: or None: the scheme's.
         context: for https, changed for this use; None: http.
         kept: connections that are kept for later.
+        server_name: that the certificate must carry, whatever `host` is; None: `host`.
     """
     timeout = urllib3.Timeout(connect=SLICE_S, read=SLICE_S)
     if context is None:
         return _Pool(host, port, timeout, kept)
     context.sslsocket_class = _TlsSocket
-    return _TlsPool(host, port, timeout, kept, ssl_context=context)
+    return _TlsPool(host, port, timeout, kept, ssl_context=context, server_hostname=server_name)
 
 
 def _time_left() -> float:
@@ -89,24 +92,21 @@ def _in_slices(wait: Callable[..., _T], *arguments: Any) -> _T:
             continue
 
 
-def _sent_in_slices(send: Callable[[Any, int], int], data: Any, flags: int) -> int:
-    """What finds room at once needs no time: a request that is late ends as what it waits for."""
+def _sent(send: Callable[..., int], *arguments: Any) -> int:
     try:
-        return send(data, flags)
-    except TimeoutError:
-        return _in_slices(send, data, flags)
+        return _in_slices(send, *arguments)
+    except TimeoutError as error:  # urllib3 knows none while it sends, and would call it a lost connection
+        raise urllib3.exceptions.TimeoutError from error
 
 
 class _Socket(socket.socket):
     def recv_into(self, *arguments: Any) -> int:
         return _in_slices(super().recv_into, *arguments)
 
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        # Not super().sendall: after a timeout it does not tell how much was sent.
-        with memoryview(data) as view, view.cast("B") as left:
-            sent = 0
-            while sent < len(left):
-                sent += _sent_in_slices(super().send, left[sent:], flags)
+    def sendall(self, data: Any, flags: int = 0) -> None:  # socket's own counts all of it against one slice
+        rest = memoryview(data)
+        while rest:
+            rest = rest[_sent(super().send, rest, flags) :]
 
 
 class _TlsSocket(ssl.SSLSocket):
@@ -118,9 +118,8 @@ class _TlsSocket(ssl.SSLSocket):
     def recv_into(self, *arguments: Any) -> int:
         return _in_slices(super().recv_into, *arguments)
 
-    def send(self, data: Any, flags: int = 0) -> int:
-        """Called by sendall; after a slice OpenSSL gets the same bytes again, as it asks for."""
-        return _sent_in_slices(super().send, data, flags)
+    def send(self, *arguments: Any) -> int:  # what ssl's sendall calls
+        return _sent(super().send, *arguments)
 
 
 def _connect(connection: HTTPConnection) -> socket.socket:

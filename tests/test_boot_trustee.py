@@ -1,0 +1,125 @@
+"""Whole boots before a Trustee KBS (the test KBS): a working configuration with another broker section, and what ends it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agent.evidence import Tee
+from agent.sim.machine import SimulatedMachine
+from agent.sim.trustee import Trustee, serve
+from agent.sim.trustee_knobs import REFUSALS, Fault, JweFault, Knobs
+from tests.world import KEY_URI, World, ask
+
+
+@dataclass
+class Site:
+    """A world whose key is a KBS's."""
+
+    world: World
+    kbs: Trustee
+
+    def paths(self) -> list[str]:
+        return [entry.path.removeprefix("/kbs/v0/") for entry in self.kbs.log]
+
+
+def site_of(folder: Path, silicon: Path, undo: ExitStack, tee: Tee) -> Site:
+    world = World(folder, silicon, undo, tee=tee)
+    made = world.broker.directory
+    tls = ((made / "tls.pem").read_bytes(), (made / "tls.key").read_bytes())
+    kbs = undo.enter_context(serve(tls=tls, roots=world.machine.roots_dir))
+    kbs.register_resource(KEY_URI.removeprefix("kbs:///"), world.key_file.read_bytes())
+    # All that changes of a configuration that worked with our own broker.
+    del world.broker_config["endpoints"]
+    world.broker_config |= {"url": kbs.url, "token_keys": [kbs.token_key_pem]}
+    return Site(world, kbs)
+
+
+@pytest.fixture
+def site(tmp_path: Path, silicon: Path) -> Iterator[Site]:
+    with ExitStack() as undo:
+        yield site_of(tmp_path, silicon, undo, Tee.SNP)
+
+
+@pytest.mark.parametrize("initdata", [None, "sha384"])
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_a_configuration_that_worked_with_our_broker_needs_another_broker_section(
+    tmp_path: Path, silicon: Path, tee: Tee, initdata: str | None
+) -> None:
+    with ExitStack() as undo:
+        at = site_of(tmp_path, silicon, undo, tee)
+        agent = at.world.start(broker=False, initdata=initdata)
+        agent.wait_for("server_ready")
+        assert ask(at.world.port, "/about")["sha256"] == hashlib.sha256(at.world.model["model.gguf"]).hexdigest()
+        outcome = agent.stop()
+    assert outcome.status == 0
+    assert at.paths() == ["auth", "attest", f"resource/{KEY_URI.removeprefix('kbs:///')}"]
+    accepted = next(event for event in outcome.events if event["event"] == "verdict_accepted")
+    assert (accepted["policy_version"], accepted["simulated"], accepted["lease_s"]) == ("unversioned", True, None)
+
+
+def test_the_key_may_lie_elsewhere_and_stays_the_models(site: Site) -> None:
+    site.kbs.plugins["vault"] = lambda path, _: {"models/tiny": site.world.key_file.read_bytes()}[path]
+    site.kbs.set_resource_policy("allow_all")
+    site.world.broker_config["resource_uri"] = "kbs+vault:///models/tiny?version=3"
+    agent = site.world.start(broker=False)
+    agent.wait_for("server_ready")
+    assert agent.stop().status == 0
+    assert site.paths()[-1] == "vault/models/tiny"
+
+
+def failure(site: Site, status: int) -> dict[str, Any]:
+    """How a boot ends, before the gate."""
+    outcome = site.world.start(broker=False).wait()
+    assert outcome.status == status, outcome.events
+    assert "gate_passed" not in outcome.names()
+    machine = SimulatedMachine.load(site.world.machine.directory)
+    assert machine.gpu.ready == 0, "this machine can boot again"
+    failed: dict[str, Any] = outcome.failure
+    assert failed["text"] in outcome.termination
+    assert failed["next_step"] in outcome.termination
+    return failed | {"findings": [event["finding"] for event in outcome.events if event["event"] == "not_affirmed"]}
+
+
+def test_a_denial_says_which_claims_failed_of_which_device(site: Site) -> None:
+    site.kbs.set_resource_policy("affirming")
+    failed = failure(site, 16)
+    assert (failed["class"], failed["owner"]) == ("KeyReleaseDeniedError", "authority")
+    assert failed["fields"]["claim"] == failed["findings"][0]
+    assert {
+        "cpu0:executables:executables-unrecognised:33",
+        "cpu0:hardware:hardware-unrecognised:97",
+        "gpu0:hardware:hardware-unrecognised:97",
+    } <= set(failed["findings"])
+    assert site.paths().count("attest") == 1
+
+
+@pytest.mark.parametrize(
+    ("knobs", "status", "name", "says"),
+    [
+        (Knobs(protocol="0.5.0"), 15, "RemoteProtocolError", "the broker speaks 0.5.0"),
+        (Knobs(refusals={"resource": REFUSALS["jwe"]}), 15, "TrusteeRefusedError", "P-256"),
+        (Knobs(clock_offset_s=-1000), 14, "ClockSkewError", "differ by"),
+        (Knobs(faults={"auth": Fault.REDIRECT}), 15, "RemoteProtocolError", "redirect"),
+        (Knobs(jwe_fault=JweFault.EPK_OFF_CURVE), 17, "KeyUnwrapError", "ephemeral key"),
+    ],
+)
+def test_what_ends_a_boot_is_told_before_the_gate(site: Site, knobs: Knobs, status: int, name: str, says: str) -> None:
+    site.kbs.knobs = knobs
+    failed = failure(site, status)
+    assert failed["class"] == name
+    assert says in failed["text"]
+
+
+def test_an_outage_is_waited_out(site: Site) -> None:
+    site.kbs.knobs = replace(Knobs(), faults={"attest": Fault.UNAVAILABLE}, fault_times=1, retry_after="1")
+    agent = site.world.start(broker=False)
+    assert agent.wait_for("retrying")["error"] == "BrokerUnreachableError"
+    agent.wait_for("server_ready")
+    assert agent.stop().status == 0
+    assert json.loads(agent.status_file.read_text())["phase"] == "stopped"

@@ -1,0 +1,98 @@
+"""A KBS around the demo's guest: set up by its admin endpoints, ours and one that runs already."""
+
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from agent.broker import bootstrap
+from agent.config import parse
+from agent.demo import kbs, site
+from agent.evidence import Tee
+from agent.handshake.token import parse_token_key
+from agent.sim.machine import SimulatedMachine
+from agent.sim.trustee import Trustee, serve
+from tests.test_demo_run import check_good, demo
+
+MODEL = site.SealedModel(Path("layout"), "sha256:" + "ab" * 32, bytes(32), "cd" * 32, 1)
+
+
+@pytest.fixture(params=["http", "https"])
+def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Trustee]:
+    """A KBS that runs already, by Trustee's defaults."""
+    files = bootstrap.create(tmp_path / "files", "127.0.0.1", datetime.now(UTC))
+    tls = ((files.directory / "tls.pem").read_bytes(), (files.directory / "tls.key").read_bytes())
+    with serve(tls=tls if request.param == "https" else None) as running:
+        yield running
+
+
+class Calls:
+    def __init__(self) -> None:
+        self.seen: list[tuple[str, str, int]] = []
+
+    def __call__(self, method: str, path: str, status: int) -> None:
+        self.seen.append((method, path, status))
+
+
+def test_a_test_kbs_is_set_up_by_its_admin_endpoints_and_every_call_is_told(tmp_path: Path) -> None:
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=0)
+    called = Calls()
+    with kbs.run_test_kbs(tmp_path, machine, called) as running:
+        text = site.configuration_text(
+            machine, Tee.SAMPLE, MODEL, running.section, {"source": "http://127.0.0.1:1/"}, 8080, None
+        )
+        broker = parse(text.encode()).config.broker
+        assert (broker.url, broker.endpoints, broker.server_name) == (running.url, None, "localhost")
+        running.approve(machine, Tee.SAMPLE, MODEL)
+    assert called.seen == [
+        ("POST", "/kbs/v0/resource/demo/all-minilm-l6-v2/1", 200),
+        ("POST", "/kbs/v0/reference-value", 200),
+        ("POST", "/kbs/v0/resource-policy", 200),
+    ]
+
+
+def test_a_foreign_kbs_says_itself_who_signs_its_tokens(foreign: Trustee) -> None:
+    with kbs.use_kbs(foreign.url + "/", Calls()) as running:
+        assert running.url == foreign.url
+        ours = parse_token_key(foreign.token_key_pem).public_numbers()
+        text = site.configuration_text(
+            SimulatedMachine(Path("/m"), Path("/s"), b""),
+            Tee.SAMPLE,
+            MODEL,
+            running.section,
+            {"source": "http://127.0.0.1:1/"},
+            8080,
+            None,
+        )
+        broker = parse(text.encode()).config.broker
+    assert broker.token_keys is not None
+    assert parse_token_key(broker.token_keys[0]).public_numbers() == ours
+    assert (broker.ca_pem is None) == foreign.url.startswith("http:")
+
+
+def test_a_kbs_with_closed_administration_is_told_by_its_call(foreign: Trustee, tmp_path: Path) -> None:
+    foreign.admin_allowed = False
+    machine = SimulatedMachine.create(tmp_path / "machine", gpus=0)
+    with kbs.use_kbs(foreign.url, Calls()) as running, pytest.raises(kbs.KbsRefusedError, match="open admin API"):
+        running.approve(machine, Tee.SAMPLE, MODEL)
+
+
+def test_nobody_at_the_url_is_told() -> None:
+    with pytest.raises(kbs.KbsRefusedError), kbs.use_kbs("http://127.0.0.1:1", Calls()):
+        pass
+
+
+def test_a_guest_boots_against_a_kbs_that_runs_already(foreign: Trustee) -> None:
+    status, result, events = demo("--once", "--broker", foreign.url)
+    check_good(status, result)
+    calls = [event for event in events if event["event"] == "kbs_called"]
+    assert [(call["method"], call["path"], call["status"]) for call in calls] == [
+        ("POST", "/kbs/v0/auth", 200),
+        ("POST", "/kbs/v0/attest", 200),
+        ("POST", "/kbs/v0/resource/demo/all-minilm-l6-v2/1", 200),
+        ("POST", "/kbs/v0/reference-value", 200),
+        ("POST", "/kbs/v0/resource-policy", 200),
+    ]
+    opened = next(event for event in events if event["event"] == "attester_opened")
+    assert opened["tee"] == "sample"
