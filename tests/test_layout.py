@@ -24,6 +24,7 @@ WHOLE = {
     "test_devices",
     "test_fuzz",
     "test_heavy_servers",
+    "test_heavy_stores",
     "test_initrd",
     "test_layout",
     "test_rcar_with_trustee",
