@@ -353,7 +353,7 @@ the authority's ES256 token key; `keyturn broker init` prints it
 """]
 
 [artifact]
-source = "https://models.example.com/my-model"   # an OCI image layout: URL or absolute path
+source = "https://models.example.com/my-model"   # an OCI image layout: URL, absolute path, s3://…; or a registry: oci://…
 manifest_digest = "sha256:0000000000000000000000000000000000000000000000000000000000000000"  # `keyturn seal` prints it
 min_version = 1                  # older model versions are refused
 destination = "auto"             # own tmpfs, else a sealed memfd

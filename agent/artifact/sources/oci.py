@@ -112,7 +112,8 @@ class OciSource:
         return self._read_manifest(chosen, max_bytes)[0]
 
     def referrers(self, digest: str) -> tuple[str, ...]:
-        # The registry may filter by type (it says so in OCI-Filters-Applied) or not: we do in any case.
+        # The registry may filter by type (it says so in OCI-Filters-Applied) or not: we do in any case. Where it gives them in
+        # pages, the first one counts: a model has a few signatures.
         query = f"?artifactType={m.SIGNATURE_TYPE}"
         try:
             index = self._read(f"referrers/{digest}{query}", m.MAX_INDEX_BYTES, m.INDEX_TYPE)[0]

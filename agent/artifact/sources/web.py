@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import urllib3
@@ -70,7 +70,7 @@ class Ask:
     url: str
     method: str = "GET"
     headers: Mapping[str, str] | None = None
-    private: Mapping[str, str] | None = None
+    private: Mapping[str, str] | None = field(default=None, repr=False)
     elsewhere: bool = False
     body: Upload | None = None
     timeout_s: float | None = None
