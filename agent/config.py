@@ -45,6 +45,7 @@ _SemVer = Annotated[str, msgspec.Meta(pattern=r"^[0-9]{1,4}(\.[0-9]{1,4}){2}\Z")
 _Digest = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}\Z")]
 _Certificate = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN CERTIFICATE-----[!-~\s]*\Z", max_length=64 << 10)]
 _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY-----[!-~\s]*\Z", max_length=8 << 10)]
+_Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
 # An address, not a name: whoever writes /etc/hosts does not choose who answers.
 _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
@@ -103,7 +104,12 @@ class BrokerConfig(_Section, frozen=True, kw_only=True):
 
 
 class ArtifactConfig(_Section, frozen=True, kw_only=True):
-    source: Annotated[str, msgspec.Meta(pattern=r"^(/|https?://)[^\s\x00]+\Z", max_length=2048)]
+    source: Annotated[str, msgspec.Meta(pattern=r"^(/|https?://|oci(\+http)?://|s3://)[^\s\x00]+\Z", max_length=2048)]
+    user: _Credential | None = None
+    secret: _Credential | None = None
+    session_token: _Credential | None = None
+    endpoint: Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=512)] | None = None
+    region: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]+\Z", max_length=63)] | None = None
     manifest_digest: _Digest | None = None
     provider_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
     tag: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")] | None = None
@@ -115,6 +121,9 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     unsafe_allow_swap: bool = False
     headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 3600
+
+    def __repr__(self) -> str:
+        return f"ArtifactConfig(source={self.source!r}, …)"  # credentials stand in no text
 
     @property
     def digest(self) -> str:
@@ -250,6 +259,22 @@ def _check_together(config: MeasuredConfig) -> None:
         raise wrong("gpu.architecture")
     if (config.artifact.destination == "directory") != (config.artifact.directory is not None):
         raise wrong("artifact.directory")
+    artifact = config.artifact
+    in_bucket = artifact.source.startswith("s3://")
+    # refusal: test_credentials_belong_to_registries_and_buckets
+    if (artifact.user is None) != (artifact.secret is None) or (
+        artifact.user is not None and not in_bucket and not artifact.source.startswith("oci")
+    ):
+        raise wrong("artifact.secret")
+    # refusal: test_credentials_belong_to_registries_and_buckets
+    if artifact.session_token is not None and (artifact.user is None or not in_bucket):
+        raise wrong("artifact.session_token")
+    # refusal: test_credentials_belong_to_registries_and_buckets
+    if artifact.endpoint is not None and not in_bucket:
+        raise wrong("artifact.endpoint")
+    # refusal: test_credentials_belong_to_registries_and_buckets
+    if artifact.region is not None and not in_bucket:
+        raise wrong("artifact.region")
     by_signature = bool(config.artifact.provider_keys)
     # refusal: test_a_model_is_named_by_digest_or_by_signature
     if by_signature == (config.artifact.manifest_digest is not None):
@@ -332,7 +357,7 @@ the authority's ES256 token key; `keyturn broker init` prints it
 """]
 
 [artifact]
-source = "https://models.example.com/my-model"   # an OCI image layout: URL or absolute path
+source = "https://models.example.com/my-model"   # an OCI image layout: URL, absolute path, s3://…; or a registry: oci://…
 manifest_digest = "sha256:0000000000000000000000000000000000000000000000000000000000000000"  # `keyturn seal` prints it
 min_version = 1                  # older model versions are refused
 destination = "auto"             # own tmpfs, else a sealed memfd
@@ -386,8 +411,18 @@ EXPLAIN = {
     "in a Kata guest the network comes only after kata-agent",
     "broker.allow_simulated": "accept a verdict over simulated evidence: for boot tests on emulated silicon only; "
     "status and events say simulated",
-    "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout. With plain http the "
-    "network sees names and sizes; every byte is authenticated all the same",
+    "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout, "
+    "oci://host[:port]/repository of a registry, or s3://bucket[/prefix] of a layout in a bucket. http and oci+http go without "
+    "TLS: the network then sees names and sizes; every byte is authenticated all the same",
+    "artifact.user": "user name at the registry, or access key id of the bucket; default: asked for without credentials. The "
+    "host reads this configuration, so they are to keep others from the store, not the host: let them read this model and "
+    "nothing else",
+    "artifact.secret": "the password, or the secret access key. It goes over TLS only, but for a store on this machine; to the "
+    "registry or its https token service, or not at all, as a signature, to a bucket; never along a redirect to another host",
+    "artifact.session_token": "session token of temporary credentials for a bucket",
+    "artifact.endpoint": "URL of the bucket's service: https://s3.example.com (the bucket becomes the first part of the path) "
+    "or https://{bucket}.s3.example.com; default: AWS, https://{bucket}.s3.{region}.amazonaws.com",
+    "artifact.region": "region of the bucket, default us-east-1; a clock 15 minutes off is refused as bad credentials are",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`. Either this or artifact.provider_keys",
     "artifact.provider_keys": "public keys (PEM; P-256, P-384, Ed25519) of which one must have signed the manifest under "
     "artifact.tag (`keyturn seal --sign`): a new release then needs no new configuration. The oldest one to accept is "
@@ -395,7 +430,8 @@ EXPLAIN = {
     "artifact.tag": "with artifact.provider_keys: the name of the manifest in the store, such as my-model-v3 or stable",
     "artifact.name": "the model name that must stand in the manifest; with artifact.provider_keys it has to be given",
     "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
-    "artifact.ca_pem": "CA for an https source; default: the system's",
+    "artifact.ca_pem": "the only CA for everything over https that the source is or leads to (a registry's token "
+    "service, the storage it redirects to); several certificates may stand in it; default: the system's",
     "artifact.destination": "tmpfs: own detached tmpfs, needs CAP_SYS_ADMIN. memfd: sealed memory file, single-file models. "
     "directory: a given tmpfs, artifact.directory; plaintext there survives the agent's death. auto: tmpfs, else memfd",
     "artifact.directory": "an empty folder on tmpfs, for destination = directory",

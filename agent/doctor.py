@@ -269,12 +269,12 @@ def _store(guest: Guest) -> None:
 
     from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
-    from agent.artifact.sources import open_source
+    from agent.artifact.sources import open_configured
 
     config = guest.config
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
-    store = open_source(config.artifact.source, config.artifact.ca_pem, timeout_s=LOOK_S)
+    store = open_configured(config.artifact, LOOK_S)
     try:
         artifact = find_manifest(store, config.artifact, threading.Event())
         guest.model = read_model(store, artifact, config.broker.key_uri)

@@ -880,6 +880,7 @@ class StoreProblem(enum.Enum):
     TIMEOUT = "no answer in time"
     SERVER_ERROR = "server error"
     BAD_ANSWER = "answer does not fit the request"
+    CHANGED = "object changed while it was read"
     TLS = "TLS handshake failed"
 
 

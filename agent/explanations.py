@@ -874,16 +874,21 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "every blob that manifest names. `keyturn inspect SOURCE` from the same network reads it in the same "
                 "way."
             ),
-            "Refused: the agent sends no credentials; the store must let this guest read, because the content is ciphertext.",
+            (
+                "Refused: without `artifact.user` the agent sends no credentials, and the store must let this guest read, "
+                "because the content is ciphertext. With it: user and secret of a registry as `skopeo login` takes them; of a "
+                "bucket the access key, its region, and a guest's clock that is right to a quarter of an hour."
+            ),
             (
                 "Answer does not fit: the store must answer range requests with 206 and a correct Content-Range, must "
-                "not compress, and may redirect within its own scheme, host and port only. `curl -s -r 0-99 -D - -o "
-                "/dev/null URL` shows all three."
+                "not compress, and may redirect within its own scheme, host and port only, a registry for its blobs to any "
+                "https host. `curl -s -r 0-99 -D - -o /dev/null URL` shows all three. A registry's name for a model must lead "
+                "to one manifest, or to an index with one sealed model."
             ),
             "TLS: `artifact.ca_pem` for a private CA; otherwise the image must carry the system's CA certificates.",
             (
-                "A folder: regular files without symbolic links, readable by the agent. Slow rather than broken: raise "
-                "`artifact.timeout_s`."
+                "A folder: regular files without symbolic links, readable by the agent. Changed: somebody replaced an object "
+                "of the bucket while it was read. Slow rather than broken: raise `artifact.timeout_s`."
             ),
         ),
         "URLs, file names and the store's error pages are not printed: the source can carry a secret in its path, and "

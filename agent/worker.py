@@ -149,10 +149,10 @@ async def _boot(
                 await wait_for_route(at.route_timeout_s, lambda: notify(waiting))
             broker.connect()
 
-        from agent.artifact.sources import open_source
+        from agent.artifact.sources import open_configured
         from agent.boot import boot
 
-        store = open_source(cfg.artifact.source, cfg.artifact.ca_pem, timeout_s=STORE_TIMEOUT_S)
+        store = open_configured(cfg.artifact, STORE_TIMEOUT_S)
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -64,3 +64,19 @@ venv() { # LOCK
     $pip --no-index --no-build-isolation --editable . >&2
     echo "$wanted" >"$stamp"
 }
+
+install_heavy() { # NAME: .heavy/NAME holds exactly what locks/heavy-NAME.txt names, after `finish_NAME` where there is one
+    wanted="$(pwd) $(cat "locks/heavy-$1.txt" scripts/heavy scripts/venv.sh | sha256sum)"
+    packages=.heavy/$1/lib/python3.11/site-packages
+    [ "$(cat ".heavy/$1/installed" 2>/dev/null)" = "$wanted" ] && return
+    say "installing a real $1 into .heavy/$1 (once)"
+    interpreter=${PYTHON:-/usr/bin/python3.11}
+    can "$interpreter" 'import ensurepip; assert sys.version_info[:2] == (3, 11)' ||
+        { say "Python 3.11 with venv is needed here, because the locks hold wheels of 3.11: name it in PYTHON"; exit 1; }
+    rm -rf ".heavy/$1"
+    "$interpreter" -m venv ".heavy/$1"
+    ".heavy/$1/bin/python" -m pip --quiet --disable-pip-version-check --no-input --no-cache-dir install --no-deps \
+        --only-binary :all: --require-hashes -r "locks/heavy-$1.txt" >&2
+    if command -v "finish_$1" >/dev/null; then "finish_$1"; fi
+    echo "$wanted" >".heavy/$1/installed"
+}

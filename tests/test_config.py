@@ -216,6 +216,42 @@ def test_a_model_is_named_by_digest_or_by_signature() -> None:
         assert failure(text)[:2] == (BAD, key)
 
 
+def test_credentials_belong_to_registries_and_buckets() -> None:
+    def artifact(source: str, *keys: str) -> str:
+        return change('source = "https://models.example.com/my-model"', "\n".join([f'source = "{source}"', *keys]))
+
+    user, secret, token = 'user = "u"', 'secret = "s"', 'session_token = "t"'
+    endpoint, region = 'endpoint = "https://{bucket}.s3.example.com"', 'region = "eu-1"'
+    good: list[tuple[str, tuple[str, ...]]] = [
+        ("oci://host:5000/a/b", ()),
+        ("oci+http://host/a", (user, secret)),  # whether they may go there is up to the source
+        ("s3://bucket/a", ()),
+        ("s3://bucket/a", (user, secret, token, endpoint, region)),
+    ]
+    for source, lines in good:
+        assert parse(artifact(source, *lines).encode()).config.artifact.source == source
+    bad: list[tuple[str, tuple[str, ...], str]] = [
+        ("https://host/a", (user, secret), "artifact.secret"),
+        ("/models", (user, secret), "artifact.secret"),
+        ("oci://host/a", (user,), "artifact.secret"),
+        ("s3://bucket", (secret,), "artifact.secret"),
+        ("oci://host/a", (user, secret, token), "artifact.session_token"),
+        ("s3://bucket", (token,), "artifact.session_token"),
+        ("oci://host/a", (endpoint,), "artifact.endpoint"),
+        ("https://host/a", (region,), "artifact.region"),
+    ]
+    for source, lines, key in bad:
+        assert failure(artifact(source, *lines)) == (NEEDS, key)
+    malformed: list[tuple[tuple[str, ...], str]] = [
+        (('endpoint = "s3.example.com"',), "artifact.endpoint"),
+        (('region = "EU"',), "artifact.region"),
+        ((r'user = "a\nb"', secret), "artifact.user"),
+        ((user, 'secret = ""'), "artifact.secret"),
+    ]
+    for lines, key in malformed:
+        assert failure(artifact("s3://bucket", *lines)) == (BAD, key)
+
+
 def test_a_mistake_is_told_without_its_value() -> None:
     text = change("[server]", '[server]\nenvironment = {API_KEY = ["hunter2"]}')
     with pytest.raises(ConfigError) as caught:

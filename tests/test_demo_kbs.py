@@ -39,7 +39,9 @@ def test_a_test_kbs_is_set_up_by_its_admin_endpoints_and_every_call_is_told(tmp_
     machine = SimulatedMachine.create(tmp_path / "machine", gpus=0)
     called = Calls()
     with kbs.run_test_kbs(tmp_path, machine, called) as running:
-        text = site.configuration_text(machine, Tee.SAMPLE, MODEL, running.section, "http://127.0.0.1:1/", 8080, None)
+        text = site.configuration_text(
+            machine, Tee.SAMPLE, MODEL, running.section, {"source": "http://127.0.0.1:1/"}, 8080, None
+        )
         broker = parse(text.encode()).config.broker
         assert (broker.url, broker.endpoints, broker.server_name) == (running.url, None, "localhost")
         running.approve(machine, Tee.SAMPLE, MODEL)
@@ -53,7 +55,7 @@ def test_a_test_kbs_is_set_up_by_its_admin_endpoints_and_every_call_is_told(tmp_
 def test_the_guest_of_a_relay_knows_the_relay_and_the_attestation_service_and_no_kbs(tmp_path: Path) -> None:
     machine = SimulatedMachine.create(tmp_path / "machine", gpus=0)
     with kbs.run_relay(tmp_path, machine, Calls()) as running:
-        text = site.configuration_text(machine, Tee.SNP, MODEL, running.section, "http://127.0.0.1:1/", 8080, None)
+        text = site.configuration_text(machine, Tee.SNP, MODEL, running.section, {"source": "http://127.0.0.1:1/"}, 8080, None)
         broker = parse(text.encode()).config.broker
         assert (broker.url, broker.tokens, broker.server_name) == (None, "trustee", "localhost")
         assert broker.token_keys is not None
@@ -67,7 +69,13 @@ def test_a_foreign_kbs_says_itself_who_signs_its_tokens(foreign: Trustee) -> Non
         assert running.url == foreign.url
         ours = parse_token_key(foreign.token_key_pem).public_numbers()
         text = site.configuration_text(
-            SimulatedMachine(Path("/m"), Path("/s"), b""), Tee.SAMPLE, MODEL, running.section, "http://127.0.0.1:1/", 8080, None
+            SimulatedMachine(Path("/m"), Path("/s"), b""),
+            Tee.SAMPLE,
+            MODEL,
+            running.section,
+            {"source": "http://127.0.0.1:1/"},
+            8080,
+            None,
         )
         broker = parse(text.encode()).config.broker
     assert broker.token_keys is not None

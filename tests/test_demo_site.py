@@ -56,7 +56,7 @@ def test_the_guest_can_read_its_configuration_and_the_broker_its_policy(
     tmp_path: Path, machine: SimulatedMachine, model: site.SealedModel, user: site.ServerUser | None, tee: Tee
 ) -> None:
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, tee, model, broker.section, "http://127.0.0.1:1/", 8080, user)
+        text = site.configuration_text(machine, tee, model, broker.section, {"source": "http://127.0.0.1:1/"}, 8080, user)
         measured = config.parse(text.encode())
         machine.host_data = measured.digest
         broker.load_policy(site.policy_text(machine, tee, model))
@@ -79,7 +79,7 @@ def test_a_machine_with_switches_is_configured_and_wanted_as_one(
 ) -> None:
     machine = SimulatedMachine.create(tmp_path / "machine", gpus=8, switches=4, silicon=silicon)
     with site.run_broker(tmp_path, machine, model.key) as broker:
-        text = site.configuration_text(machine, Tee.SNP, model, broker.section, "http://127.0.0.1:1/", 8080, None)
+        text = site.configuration_text(machine, Tee.SNP, model, broker.section, {"source": "http://127.0.0.1:1/"}, 8080, None)
     gpu = config.parse(text.encode()).config.gpu
     assert (gpu.count, gpu.switches) == (8, 4)
     row = parse_policy(site.policy_text(machine, Tee.SNP, model).encode()).rows[site.KEY_URI].gpu

@@ -82,6 +82,32 @@ def test_a_redirect_to_anywhere_else_is_refused(location: str | None) -> None:
     assert not caught.value.retryable
 
 
+@pytest.mark.parametrize(
+    ("location", "leaves"),
+    [
+        ("https://storage.example/x?signature=y", True),
+        ("//storage.example/x", True),
+        ("/other", True),
+        ("http://storage.example/x", False),
+        ("http://store.example:8443/x", False),
+        ("https://user@storage.example/x", False),
+        ("https://:password@storage.example/x", False),
+        ("https:///x", True),  # to urljoin this is the same host
+        ("https://[", False),
+        ("ftp://storage.example/x", False),
+        (None, False),
+    ],
+)
+def test_a_redirect_of_a_registry_may_leave_it_over_https_only(location: str | None, *, leaves: bool) -> None:
+    if leaves:
+        assert redirect_target(URL, location, 0, elsewhere=True).startswith("https://")
+        return
+    with pytest.raises(ArtifactUnavailableError):
+        redirect_target(URL, location, 0, elsewhere=True)
+    with pytest.raises(ArtifactUnavailableError):
+        redirect_target(URL, "https://storage.example/x", 3, elsewhere=True)
+
+
 def test_the_default_port_is_the_same_origin_as_its_number() -> None:
     assert redirect_target("http://a/x", "http://a:80/y", 0) == "http://a:80/y"
 

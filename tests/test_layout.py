@@ -9,6 +9,8 @@ ELSEWHERE = {
     "artifact.identify": "test_artifact_signature",  # from seal to boot
     "artifact.sources.directory": "test_artifact_sources",  # one contract, every source
     "artifact.sources.http": "test_artifact_sources",
+    "artifact.sources.access": "test_artifact_sources_s3",
+    "artifact.sources.web": "test_artifact_sources",  # its three users
     "sim.fuse": "test_sim_configfs",  # its one file system
     "artifact.sources.layout": "test_artifact_signature",
     **dict.fromkeys(("sim.trustee_as", "sim.trustee_knobs", "sim.trustee_sessions"), "test_sim_trustee"),
@@ -22,6 +24,7 @@ WHOLE = {
     "test_devices",
     "test_fuzz",
     "test_heavy_servers",
+    "test_heavy_stores",
     "test_initrd",
     "test_layout",
     "test_rcar_with_trustee",

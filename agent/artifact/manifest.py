@@ -114,6 +114,7 @@ class _Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=Tru
     size: int
     artifact_type: str | None = None
     annotations: dict[str, str] = {}
+    platform: dict[str, Any] | None = None
 
 
 class _OciManifest(msgspec.Struct, frozen=True, rename="camel"):
@@ -355,6 +356,23 @@ def parse_index(index_bytes: bytes, artifact_type: str = ARTIFACT_TYPE) -> tuple
             _require(is_digest(descriptor.digest), "index.digest")
             entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
     return tuple(entries)
+
+
+def choose_model(index_bytes: bytes) -> str | None:
+    """The one sealed model that an image index stands for; None: it has none, or several.
+
+    An entry that says it is a sealed model comes before those that do not say what they are; such a one counts if it is for no
+    platform, because an image for one is no model.
+
+    Raises:
+        MalformedManifestError: as `parse_index`.
+    """
+    parse_index(index_bytes)
+    found = [entry for entry in _decode(index_bytes, _OciIndex, "index").manifests if entry.media_type == MANIFEST_TYPE]
+    ours = {entry.digest for entry in found if entry.artifact_type == ARTIFACT_TYPE}
+    unsaid = {entry.digest for entry in found if entry.artifact_type is None and entry.platform is None}
+    chosen = ours or unsaid
+    return chosen.pop() if len(chosen) == 1 else None
 
 
 def add_to_index(

@@ -70,6 +70,13 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.set_defaults(usage_error=parser.error)
     parser.add_argument(
+        "--source",
+        choices=("dir", "http", "https", "oci", "s3"),
+        default="http",
+        help="where the agent reads the model from: a folder, a server of ours, a docker-registry with TLS and password, a "
+        "SeaweedFS bucket with signed requests; default http",
+    )
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -103,9 +110,13 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error(f"--ppcie needs --gpus {MAX_GPUS}")
     from agent.demo.kbs import KbsRefusedError
     from agent.demo.run import Options, run
+    from agent.demo.stores import StoreKind, missing
     from agent.demo.view import HumanView, JsonView
     from agent.evidence import Tee
 
+    source = StoreKind(args.source)
+    if (lacking := missing(source)) is not None:
+        args.usage_error(f"--source {args.source} needs {lacking}")
     options = Options(
         once=args.once,
         flip_byte=args.flip_byte,
@@ -115,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
         broker=args.broker,
         gpus=args.gpus,
         ppcie=args.ppcie,
+        source=source,
     )
     try:
         if not args.json:

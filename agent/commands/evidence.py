@@ -140,9 +140,9 @@ def _manifest_digest(config: "MeasuredConfig") -> str:
     if config.artifact.manifest_digest is not None:
         return config.artifact.manifest_digest
     from agent.artifact.identify import find_manifest
-    from agent.artifact.sources import open_source
+    from agent.artifact.sources import open_configured
 
-    with closing(open_source(config.artifact.source, config.artifact.ca_pem, _STORE_TIMEOUT_S)) as store:
+    with closing(open_configured(config.artifact, _STORE_TIMEOUT_S)) as store:
         return find_manifest(store, config.artifact, Event()).digest
 
 

@@ -27,7 +27,7 @@ from agent.artifact.stream import (
     parse_header,
 )
 from agent.closed import Ident
-from agent.commands.seal import hint, progress_line, read_key_file, size_text
+from agent.commands.seal import add_access, hint, progress_line, read_access, read_ca, read_key_file, read_pem, size_text
 from agent.errors import (
     ArtifactUnavailableError,
     ConfigError,
@@ -40,18 +40,22 @@ from agent.errors import (
 
 _TIMEOUT_S = 30.0
 _MAX_WORKERS = 8
-_MAX_PEM_BYTES = 1 << 20
-_REFERENCE = re.compile(r"(.+?)(?:@(sha256:[0-9a-f]{64}))?")
+_REFERENCE = re.compile(
+    r"(oci(?:\+http)?://[^/]+/[^:@]+|.+?)(?::([A-Za-z0-9_][A-Za-z0-9._-]{0,127}))?(?:@(sha256:[0-9a-f]{64}))?"
+)
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser("inspect", help=summary, description=summary, allow_abbrev=False)
     parser.add_argument(
-        "ref", metavar="REF", help="folder or http(s) URL of an OCI image layout, with or without @sha256:… of a manifest"
+        "ref",
+        metavar="REF",
+        help="folder, http(s) URL or s3://bucket/prefix of an OCI image layout, or oci://host/repository of a registry, with "
+        "or without @sha256:… of a manifest; a registry's also with :tag",
     )
     parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
     parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, 32 raw bytes; for --check")
-    parser.add_argument("--ca-file", metavar="PEM", type=Path, help="the only CA to trust for https; default: the system's")
+    add_access(parser)
     parser.add_argument(
         "--signed-by", metavar="PEM", type=Path, help="fail unless this public key has signed the manifest (`seal --sign`)"
     )
@@ -67,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
     match = _REFERENCE.fullmatch(args.ref)
     if match is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
-    location, digest = match.groups()
-    ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
-    with contextlib.closing(open_source(location, ca_pem, _TIMEOUT_S)) as source:
-        for wanted in [digest] if digest else _digests_in_index(source):
+    location, tag, digest = match.groups()
+    if tag is not None and not location.startswith("oci"):  # elsewhere a colon is a part of the name
+        location, tag = f"{location}:{tag}", None
+    with contextlib.closing(open_source(location, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
+        for wanted in [digest] if digest else _digests(source, tag):
             manifest = m.parse_manifest(source.read_manifest(wanted, m.MAX_MANIFEST_BYTES), wanted)
             config = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
             if key is not None:
@@ -86,11 +91,14 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _digests_in_index(source: LayoutSource) -> list[str]:
-    digests = [entry.digest for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))]
+def _digests(source: LayoutSource, tag: str | None) -> list[str]:
+    if tag is not None:
+        digests = [m.digest_of(source.read_manifest(tag, m.MAX_MANIFEST_BYTES))]
+    else:
+        digests = [entry.digest for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))]
     if not digests:
         raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
-    hint("digests come from index.json, which nothing authenticates: compare them with what `keyturn seal` printed")
+    hint("digests come from the store, and nothing authenticates them: compare them with what `keyturn seal` printed")
     return digests
 
 
@@ -99,14 +107,6 @@ def _read_signer(path: Path) -> PublicKey:
         return parse_provider_key(read_pem(path, "signed-by"))
     except ValueError:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("signed-by")) from None
-
-
-def read_pem(path: Path, argument: str) -> str:
-    try:
-        with path.open("rb") as stream:
-            return stream.read(_MAX_PEM_BYTES).decode("ascii")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(ConfigProblem.NOT_FOUND, Ident(argument)) from error
 
 
 # --- check ------------------------------------------------------------------------------------------------------------

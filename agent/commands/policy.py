@@ -21,7 +21,6 @@ from agent.artifact.sources import open_source
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
 from agent.commands import trustee_policy
-from agent.commands.inspect import read_pem
 from agent.commands.policy_values import (
     MAX_FILE_BYTES,
     Approved,
@@ -33,6 +32,7 @@ from agent.commands.policy_values import (
     parse_gpu,
     parse_image,
 )
+from agent.commands.seal import add_access, read_access, read_ca
 from agent.config_source import FoundConfig, from_file, from_initdata_file
 from agent.errors import ConfigError, ConfigProblem
 from agent.guest.initdata import fit
@@ -63,7 +63,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--initdata", metavar="FILE", help="initdata document that guests are launched with")
     source.add_argument("--config", metavar="FILE", help="configuration that guests are launched with, without initdata")
-    parser.add_argument("--model", metavar="LAYOUT", required=True, help="folder or URL of the sealed model that it names")
+    parser.add_argument("--model", metavar="LAYOUT", required=True, help="folder, URL, oci:// or s3:// of the sealed model")
     parser.add_argument(
         "--gpu",
         metavar="FILE",
@@ -75,9 +75,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--not-after", metavar="TIME", type=_moment, help="end of the broker's row, such as 2027-12-31T00:00:00Z"
     )
-    parser.add_argument(
-        "--ca-file", metavar="PEM", type=Path, help="the only CA to trust for an https layout; default: the system's"
-    )
+    add_access(parser)
     parser.add_argument("--json", action="store_true", help="with --for trustee: print the calls as one JSON object")
     parser.set_defaults(usage_error=parser.error)
 
@@ -244,8 +242,7 @@ def _check_tee(image: Image | None, measured: config.MeasuredConfig) -> None:
 
 def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tuple[str, m.ModelConfig]:
     """The model that the configuration names, by digest or by who signed it, and the digest of its manifest."""
-    ca_pem = read_pem(args.ca_file, "ca-file") if args.ca_file else None
-    with contextlib.closing(open_source(args.model, ca_pem, _TIMEOUT_S)) as source:
+    with contextlib.closing(open_source(args.model, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
         digest = find_manifest(source, measured.artifact, Event()).digest
         manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest)
         model = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)

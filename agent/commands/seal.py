@@ -5,26 +5,37 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import check_identity, seal_model
 from agent.artifact.signature import PrivateKey, key_id, parse_signing_key, public_pem
+from agent.artifact.sources import check_secrecy
+from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
+from agent.artifact.sources.oci import Repository
 from agent.artifact.stream import KEY_BYTES
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
 
-_MAX_PEM_BYTES = 16 << 10
+REGISTRY_TIMEOUT_S = 60.0
+_MAX_PEM_BYTES = 1 << 20
+_MAX_ACCESS_BYTES = 64 << 10
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser("seal", help=summary, description=summary, allow_abbrev=False)
     parser.add_argument("model", metavar="MODEL_DIR", type=Path, help="folder with the model's files")
     parser.add_argument(
-        "--to", metavar="DIR", type=Path, required=True, help="OCI image layout: new, or to add this version to"
+        "--to",
+        metavar="DIR|REPOSITORY",
+        required=True,
+        help="OCI image layout: new, or to add this version to; or oci://host[:port]/name of a registry: sealed into the "
+        "folder NAME-vN.layout here, pushed, and removed; what broke off is finished by `keyturn push`",
     )
     parser.add_argument(
         "--key-uri", metavar="URI", required=True, help="where the broker holds the key: kbs:///repository/type/tag"
@@ -43,12 +54,19 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="sign the manifest with this private key (unencrypted PKCS#8; P-256, P-384 or Ed25519, as `openssl genpkey "
         "-algorithm ed25519` makes one); give it twice while a key is replaced",
     )
+    add_access(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def run(args: argparse.Namespace) -> int:
     check_identity(args.name, args.model_version, args.key_uri)  # before the name becomes a file name
-    out = args.to.resolve()
+    access, ca_pem, repository = read_access(args), read_ca(args), None
+    if args.to.startswith(("oci://", "oci+http://")):
+        repository = parse_repository(args.to, access)
+        check_repository(repository, ca_pem, access, REGISTRY_TIMEOUT_S)
+    out = Path(f"{args.name}-v{args.model_version}.layout" if repository else args.to).resolve()
+    if repository and out.exists():  # it is ours to remove only if it is ours
+        raise SealError(SealProblem.SEALED_BEFORE)
     key_file = args.key_file or out.parent / f"{args.name}-v{args.model_version}.key"
     # What lies in the layout gets uploaded, what lies in the model folder gets sealed.
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
@@ -59,30 +77,41 @@ def run(args: argparse.Namespace) -> int:
         with progress_line("sealing") as progress:
             digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress, signing_keys)
         undo.pop_all()
+    source = str(out)
+    if repository is not None:
+        source = args.to
+        hint(f"should this break off, `keyturn push {shlex.quote(str(out))} {args.to}` goes on with it")
+        with progress_line("pushing") as progress:
+            push_layout(out, repository, ca_pem, access, REGISTRY_TIMEOUT_S, progress)
+        shutil.rmtree(out)
     if args.json:
-        record = {"manifest_digest": digest, "layout": str(out), "key_file": str(key_file), "key_uri": args.key_uri}
+        place = "layout" if repository is None else "repository"
+        record = {"manifest_digest": digest, place: source, "key_file": str(key_file), "key_uri": args.key_uri}
         if signing_keys:
             record["signed_by"] = [key_id(key.public_key()).hex() for key in signing_keys]
         print(json.dumps(record))
     else:
-        print(_summary(args, out, key_file, digest, signing_keys))
+        print(_summary(args, source, key_file, digest, signing_keys))
     return 0
 
 
-def _summary(args: argparse.Namespace, out: Path, key_file: Path, digest: str, signing_keys: Sequence[PrivateKey]) -> str:
+def _summary(args: argparse.Namespace, source: str, key_file: Path, digest: str, signing_keys: Sequence[PrivateKey]) -> str:
     signed = "".join(f"\nsigned with key {key_id(key.public_key()).hex()}" for key in signing_keys)
+    local = "://" not in source
+    copy, their = (f"Copy {source} to where guests can read it, and p", "their") if local else ("P", "the guests'")
+    or_copy = "  # or the https, oci or s3 URL of the copy" if local else ""
     return f"""\
-sealed {args.name} version {args.model_version} into {out}{signed}
+sealed {args.name} version {args.model_version} into {source}{signed}
 
 1. Give the key to the broker. With the directory key store of `keyturn broker`:
      install -D -m 0600 {shlex.quote(str(key_file))} STORE/{args.key_uri.removeprefix("kbs:///")}
 
-2. Copy {out} to where guests can read it, and put into their configuration:
+2. {copy}ut into {their} configuration:
      [broker]
      key_uri = "{args.key_uri}"
 
      [artifact]
-     source = {json.dumps(str(out))}  # or the https URL of the copy
+     source = {json.dumps(source)}{or_copy}
      manifest_digest = "{digest}"
      min_version = {args.model_version}""" + (_by_signature(args, signing_keys) if signing_keys else "")
 
@@ -141,6 +170,55 @@ def read_key_file(path: Path) -> bytes:
     if len(key) != KEY_BYTES:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("key-file"))
     return key
+
+
+def add_access(parser: argparse.ArgumentParser) -> None:
+    """The arguments that reach a store."""
+    parser.add_argument("--ca-file", metavar="PEM", type=Path, help="the only CA to trust for https; default: the system's")
+    parser.add_argument(
+        "--credentials",
+        metavar="TOML",
+        type=Path,
+        help="for a registry or an S3 bucket: a file with user and secret, for a bucket also session_token, endpoint and "
+        "region, as they stand in [artifact]; never on the command line, where every process could read them",
+    )
+
+
+def read_access(args: argparse.Namespace) -> Access:
+    """What `--credentials` holds. Raises ConfigError."""
+    if args.credentials is None:
+        return ANONYMOUS
+    try:
+        with args.credentials.open("rb") as stream:
+            return parse_access(stream.read(_MAX_ACCESS_BYTES))
+    except OSError as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident("credentials")) from error
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("credentials")) from None
+
+
+def read_ca(args: argparse.Namespace) -> str | None:
+    """What `--ca-file` holds. Raises ConfigError."""
+    return read_pem(args.ca_file, "ca-file") if args.ca_file else None
+
+
+def parse_repository(location: str, access: Access) -> Repository:
+    """Raises ConfigError."""
+    try:
+        repository = Repository.parse(location)
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("repository")) from None
+    check_secrecy(repository.url, access)
+    return repository
+
+
+def read_pem(path: Path, argument: str) -> str:
+    """A text of at most 1 MiB. Raises ConfigError."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_MAX_PEM_BYTES).decode("ascii")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(ConfigProblem.NOT_FOUND, Ident(argument)) from error
 
 
 def hint(text: str) -> None:

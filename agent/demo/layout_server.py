@@ -1,7 +1,8 @@
 """An OCI image layout over HTTP/1.1: the demo's artifact store, as little as an object store must be.
 
 Serves `oci-layout`, `index.json` and blobs, whole or by one byte range, to many connections that stay open. Does not
-list, redirect, authenticate or encrypt: what is in the layout is ciphertext, and the guest trusts none of it.
+list, redirect or authenticate, and encrypts only when asked: what is in the layout is ciphertext, and the guest trusts none of
+it.
 
 Spec: OCI image-spec 1.1, "Image Layout"; RFC 9110, section 14 (ranges) and 13.1.5 (If-Range).
 """
@@ -9,6 +10,7 @@ Spec: OCI image-spec 1.1, "Image Layout"; RFC 9110, section 14 (ranges) and 13.1
 import http.server
 import os
 import re
+import ssl
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,17 +23,27 @@ _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 @contextmanager
-def serve(layout: Path) -> Iterator[str]:
-    """Serve the layout on a free loopback port; gives its URL, and stops at the end."""
+def serve(layout: Path, tls: tuple[Path, Path] | None = None) -> Iterator[str]:
+    """Serve the layout on a free loopback port; gives its URL, and stops at the end.
+
+    Args:
+        layout: folder.
+        tls: PEM files of certificate and key; None: plain HTTP.
+    """
 
     class Handler(_Handler):
         root = layout
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        if tls is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*tls)
+            # The handshake is the connection's own thread's affair.
+            server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
         thread.start()
         try:
-            yield f"http://127.0.0.1:{server.server_port}/"
+            yield f"{'http' if tls is None else 'https'}://127.0.0.1:{server.server_port}/"
         finally:
             server.shutdown()
             thread.join()
@@ -74,7 +86,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True
 
     def handle(self) -> None:
-        with suppress(ConnectionError):  # a guest that stopped in mid-transfer
+        with suppress(ConnectionError, ssl.SSLError):  # a guest that stopped in mid-transfer
             super().handle()
 
     def do_GET(self) -> None:

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from agent.demo import kbs, layout_server, site
+from agent.demo import kbs, site, stores
+from agent.demo.stores import StoreKind
 from agent.errors import EXIT_STATUS, AgentError, Owner, Step, error_to_record
 from agent.events import Message, ServerReady, ServerStarted, StageEnded, message_from_record
 from agent.evidence import Tee
@@ -48,6 +49,7 @@ class Options:
         broker: `grpc`, our own; `rcar`, a test KBS; `relay`, our own before one; or the URL of a KBS with an open admin API.
         gpus: how many the machine has.
         ppcie: with eight GPUs, and the four NVSwitches between them.
+        source: the store that the model is read from.
     """
 
     once: bool
@@ -58,6 +60,7 @@ class Options:
     broker: str = "grpc"
     gpus: int = 1
     ppcie: bool = False
+    source: StoreKind = StoreKind.HTTP
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +156,7 @@ def run(options: Options, view: View) -> Result:
                 site.flip_byte(model.layout)
         with ExitStack() as running:
             with view.preparing("model store and key broker"):
-                store_url = running.enter_context(layout_server.serve(model.layout))
+                store = running.enter_context(stores.serve(options.source, model.layout, folder))
                 broker = running.enter_context(_broker(options, folder, machine, model, view))
                 api_server = None
                 if options.coco:
@@ -164,11 +167,9 @@ def run(options: Options, view: View) -> Result:
                 with view.preparing("configfs-tsm"):
                     report_root = running.enter_context(site.mount_configfs(folder, machine, options.tee))
             with view.preparing("configuration, measured at launch"):
-                port = _free_port()
+                port = stores.free_port()
                 reached = site.Reached(report_root, api_server)
-                text = site.configuration_text(
-                    machine, options.tee, model, broker.section, store_url, port, user, reached
-                ).encode()
+                text = site.configuration_text(machine, options.tee, model, broker.section, store, port, user, reached).encode()
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
@@ -250,14 +251,6 @@ def _stop_on_signal(agent: subprocess.Popen[str]) -> Iterator[None]:
     finally:
         for number, handler in zip(numbers, before, strict=True):
             signal.signal(number, handler)
-
-
-def _free_port() -> int:
-    """A port that was free a moment ago: the server takes a number, not a socket."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 # --- the model --------------------------------------------------------------------------------------------------------

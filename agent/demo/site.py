@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -305,16 +305,17 @@ def configuration_text(
     tee: Tee,
     model: SealedModel,
     broker_section: str,
-    store_url: str,
+    store: Mapping[str, str],
     server_port: int,
     user: ServerUser | None,
     reached: Reached = Reached(),
 ) -> str:
-    """The guest's configuration: all the agent gets."""
+    """The guest's configuration: all the agent gets. `store`: what `stores.serve` gave."""
     via = "" if reached.report_root is None else f"report_root = {json.dumps(str(reached.report_root))}\n"
     attester = 'attester = "sample"' if tee is Tee.SAMPLE else f'attester = "simulated-{tee.value}"'
     if reached.api_server is not None:
         attester = f'attester = "simulated-coco"\ncoco_url = "{reached.api_server}"'
+    settings = "\n".join(f"{key} = {json.dumps(value)}" for key, value in store.items())
     if user is None:
         server_user = ""
     elif user.uid == 0:
@@ -340,7 +341,7 @@ ready_state = "own"
 allow_simulated = true
 
 [artifact]
-source = "{store_url}"
+{settings}
 manifest_digest = "{model.manifest_digest}"
 min_version = {MODEL_VERSION}
 destination = "auto"

@@ -29,9 +29,11 @@ from agent.errors import (
     StoreProblem,
     TruncatedArtifactError,
 )
+from tests import bucket
 from tests.faults.table import SERVED, Attempts, Fault, FaultWorld
 from tests.range_server import Fault as Store
 from tests.range_server import RangeServer, make_certificate
+from tests.script_server import Reply, ScriptServer
 from tests.world import KEY_URI, World, free_port
 
 ONCE = Attempts.ONCE
@@ -199,6 +201,28 @@ def _store(fault: Store) -> Callable[[FaultWorld], None]:
     return arrange
 
 
+def _registry(*challenges: str) -> Callable[[FaultWorld], None]:
+    """A registry that asks for more than it can get."""
+
+    def arrange(world: FaultWorld) -> None:
+        headers = [("WWW-Authenticate", challenge) for challenge in challenges]
+        server = world.undo.enter_context(ScriptServer(lambda _: Reply(401, headers)))
+        login = {"user": "guest", "secret": world.canaries.config_secret}
+        world.artifact |= {"source": f"oci+http://{server.host}/models/tiny", **login}
+
+    return arrange
+
+
+def _bucket(changes_after: int | None, secret: str) -> Callable[[FaultWorld], None]:
+    def arrange(world: FaultWorld) -> None:
+        server = world.undo.enter_context(bucket.Bucket(world.layout, changes_after=changes_after))
+        login = {"user": bucket.KEY_ID, "secret": secret, "session_token": bucket.TOKEN}
+        where = {"source": f"s3://models/{bucket.PREFIX}", "endpoint": server.url, "region": bucket.REGION}
+        world.artifact |= {**where, **login}
+
+    return arrange
+
+
 def _unavailable(fault: Store, problem: StoreProblem, status: int | None = None) -> Fault:
     fields: dict[str, object] = {"problem": problem}
     if status is not None:
@@ -234,6 +258,38 @@ ROWS = [
     _unavailable(Store.NO_RANGES, StoreProblem.BAD_ANSWER),
     _unavailable(Store.WRONG_START, StoreProblem.BAD_ANSWER),
     _unavailable(Store.NO_CONTENT_RANGE, StoreProblem.BAD_ANSWER),
+    Fault(
+        "registry that does not know the guest",
+        ArtifactUnavailableError,
+        _registry('Basic realm="models"'),
+        {"problem": StoreProblem.REFUSED, "status": 401},
+    ),
+    Fault(
+        "registry that wants the password elsewhere in the open",
+        ArtifactUnavailableError,
+        _registry('Bearer realm="http://tokens.example/",service="x"'),
+        {"problem": StoreProblem.BAD_ANSWER, "status": 401},
+    ),
+    Fault(
+        "registry whose challenge is none",
+        ArtifactUnavailableError,
+        _registry('Basic realm="models'),
+        {"problem": StoreProblem.BAD_ANSWER, "status": 401},
+    ),
+    Fault(
+        "bucket that finds the signature wrong",
+        ArtifactUnavailableError,
+        _bucket(None, "another-secret"),
+        {"problem": StoreProblem.REFUSED, "status": 403},
+    ),
+    Fault(
+        "object that is replaced under the reader",
+        ArtifactUnavailableError,
+        _bucket(2, bucket.SECRET),
+        {"problem": StoreProblem.CHANGED},
+        SERVED,
+        ONCE,
+    ),
     # --- the sealed model ---------------------------------------------------------------------------------------------
     Fault("manifest replaced", ManifestDigestError, manifest_replaced),
     Fault("manifest of the older release", ManifestDigestError, old_manifest),

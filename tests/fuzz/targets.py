@@ -34,7 +34,8 @@ from agent import config as measured
 from agent import http_policy, jose, keys
 from agent.artifact import DestinationKind, ServedModel, signature
 from agent.artifact import manifest as m
-from agent.artifact.sources import http
+from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
+from agent.artifact.sources.access import Access
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
 from agent.broker import bootstrap, jwe
 from agent.broker.policy import parse_policy
@@ -950,6 +951,78 @@ def store_answer_seeds() -> list[bytes]:
     ]
 
 
+def challenges(data: bytes) -> None:
+    """WWW-Authenticate of a registry."""
+    for challenge in registry_auth.parse_challenges(data.decode("latin-1")):
+        assert challenge.scheme == challenge.scheme.lower()
+        assert all("\n" not in value and "\r" not in value for value in challenge.parameters.values())
+
+
+def challenges_seeds() -> list[bytes]:
+    return [
+        b'Bearer realm="https://auth.test/token",service="registry.test",scope="repository:a/b:pull"',
+        b'Negotiate YQ==, Basic realm="a\\"b", charset=UTF-8',
+        b"Basic",
+    ]
+
+
+def registry_token(data: bytes) -> None:
+    """What a token service answers, as it then stands in a header."""
+    token, life_s = registry_auth.parse_token_answer(data)
+    assert token.isascii() and token.isprintable() and " " not in token
+    assert 0 <= life_s <= 3600
+
+
+def registry_token_seeds() -> list[bytes]:
+    return [b'{"token": "a.b-c", "expires_in": 300}', b'{"access_token": "a", "issued_at": "2026-01-01T00:00:00Z"}']
+
+
+def registry_answer(data: bytes) -> None:
+    """What a registry answers to everything it is asked for, from a real socket: manifests, referrers, tags, blobs.
+
+    No seed leads to another host, because a mutation of it would be asked for.
+    """
+    server = _answering()
+    server.answer = data
+    location, access = f"oci+http://127.0.0.1:{server.port}/a", Access("user", "secret")
+    reads: tuple[Callable[[LayoutSource], object], ...] = (
+        lambda source: source.read_manifest("latest", 4096),
+        lambda source: source.referrers(DIGEST),
+        lambda source: source.read_index(4096),
+        lambda source: source.read_range(DIGEST, 4, memoryview(bytearray(8))),
+    )
+    for read in reads:
+        with closing(open_source(location, None, 5.0, access)) as source, suppress(AgentError):
+            read(source)
+
+
+def registry_answer_seeds() -> list[bytes]:
+    index = m.add_to_index(None, b"{}", None, m.SIGNATURE_TYPE)
+    head = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\nContent-Length: %d\r\n\r\n%b"
+    return [
+        head % (m.INDEX_TYPE.encode(), len(index), index),
+        head % (m.MANIFEST_TYPE.encode(), 2, b"{}"),
+        head % (b"application/json", 18, b'{"tags":["a-b.c"]}'),
+        b'HTTP/1.1 401 No\r\nWWW-Authenticate: Basic realm="x"\r\nContent-Length: 0\r\n\r\n',
+        *store_answer_seeds(),
+    ]
+
+
+def store_location(data: bytes) -> None:
+    """`artifact.source` and `artifact.endpoint`: nothing is asked of anybody yet."""
+    location, _, endpoint = data.decode("utf-8", "replace").partition("\n")
+    open_source(location, None, 5.0, Access(endpoint=endpoint or None)).close()
+
+
+def store_location_seeds() -> list[bytes]:
+    return [
+        b"oci+http://host:5000/a/b",
+        b"s3://bucket/a/b\nhttp://{bucket}.s3.test",
+        b"http://host/a",
+        b"s3://bucket\nhttp://[::1]:9",
+    ]
+
+
 # --- CoCo's api-server-rest -------------------------------------------------------------------------------------------
 
 
@@ -1293,6 +1366,10 @@ TARGETS = {
         Target("signature_manifest", signature_manifest, signature_manifest_seeds),
         Target("stream_header", stream_header, stream_header_seeds),
         Target("redirect", redirect, redirect_seeds),
+        Target("challenges", challenges, challenges_seeds),
+        Target("registry_token", registry_token, registry_token_seeds),
+        Target("registry_answer", registry_answer, registry_answer_seeds),
+        Target("store_location", store_location, store_location_seeds),
         Target("store_answer", store_answer, store_answer_seeds),
         Target("guest_api_answer", guest_api_answer, guest_api_answer_seeds),
         Target("coco_devices", coco_devices, coco_devices_seeds, (ValueError,)),

@@ -4,10 +4,13 @@ A source is untrusted and checks nothing about contents: manifest and config are
 are parsed, segments authenticate themselves. It neither retries nor caches; it says whether trying again could help.
 """
 
+import re
 from typing import Protocol
 from urllib.parse import urlsplit
 
+from agent.artifact.sources.access import ANONYMOUS, Access
 from agent.closed import Ident
+from agent.config import ArtifactConfig
 from agent.errors import ConfigError, ConfigProblem
 
 
@@ -67,22 +70,25 @@ class BlobSource(Protocol):
 
 
 class LayoutSource(BlobSource, Protocol):
-    """An OCI image layout as a folder or below a URL."""
+    """A store that can tell what it has, as the index of an OCI image layout does."""
 
     def read_index(self, max_bytes: int) -> bytes:
         """`index.json`, which nothing authenticates: for people, never for a boot. Raises as `read_blob`."""
 
 
-def open_source(location: str, ca_pem: str | None, timeout_s: float) -> LayoutSource:
+def open_source(location: str, ca_pem: str | None, timeout_s: float, access: Access = ANONYMOUS) -> LayoutSource:
     """The source at a location.
 
     Args:
-        location: a path, `dir:///path`, `file:///path` (neither percent-encoded), or an http(s) URL of the layout's root.
+        location: a path, `dir:///path`, `file:///path` (neither percent-encoded), an http(s) URL of a layout's root,
+            `oci://host[:port]/repository` (`oci+http://` without TLS), or `s3://bucket[/prefix]` of a layout's root.
         ca_pem: the only CAs to trust for https, PEM; None: the system's.
         timeout_s: seconds for one request over a network, from connecting to the last byte, redirects included.
+        access: credentials, for registries and S3 only.
 
     Raises:
-        ConfigError: the location cannot be one (`artifact.source`).
+        ConfigError: the location cannot be one (`artifact.source`), or credentials would be sent in the open
+            (`artifact.secret`).
         ArtifactUnavailableError: there is no such folder, or no CA to trust.
     """
     from agent.artifact.sources.directory import DirectorySource
@@ -94,6 +100,18 @@ def open_source(location: str, ca_pem: str | None, timeout_s: float) -> LayoutSo
     if scheme in ("dir", "file") and rest.startswith("/"):
         return DirectorySource(rest)
     try:
+        if scheme in ("oci", "oci+http"):
+            from agent.artifact.sources.oci import OciSource, Repository
+
+            repository = Repository.parse(location)
+            check_secrecy(repository.url, access)
+            return OciSource(repository, ca_pem, access, timeout_s)
+        if scheme == "s3":
+            from agent.artifact.sources.s3 import Bucket, S3Source
+
+            bucket = Bucket.parse(location, access)
+            check_secrecy(bucket.url, access)
+            return S3Source(bucket, ca_pem, access, timeout_s)
         parts = urlsplit(location)
         # Credentials would end up in places that show the source; a query cannot be joined with a blob's path.
         clean = location.isascii() and not any(character in location for character in "@?#")
@@ -102,3 +120,18 @@ def open_source(location: str, ca_pem: str | None, timeout_s: float) -> LayoutSo
     except ValueError:  # urllib3's LocationValueError is one
         pass
     raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.source"))
+
+
+def open_configured(config: ArtifactConfig, timeout_s: float) -> LayoutSource:
+    """The source that the measured configuration names. Raises as `open_source`."""
+    access = Access(config.user, config.secret, config.session_token, config.endpoint, config.region or ANONYMOUS.region)
+    return open_source(config.source, config.ca_pem, timeout_s, access)
+
+
+def check_secrecy(url: str, access: Access) -> None:
+    """Credentials go over TLS, or stay inside this guest. Raises ConfigError: `artifact.secret`."""
+    parts = urlsplit(url)
+    local = parts.hostname in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", parts.hostname or "")
+    # refusal: test_artifact_sources_oci.py::test_credentials_in_the_open_are_a_configuration_error
+    if access.secret is not None and parts.scheme != "https" and not local:
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.secret"))
