@@ -5,6 +5,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import TypeVar
@@ -42,6 +43,51 @@ async def in_thread(work: Callable[[], _T], on_cancel: Callable[[], None] = lamb
         if not running.cancelled():
             running.exception()  # retrieved, or asyncio would write it out
         raise
+
+
+class Crew:
+    """Threads that do one piece of work together: the first that fails stops the others."""
+
+    def __init__(self, work: Callable[[], None], threads: int, stop: threading.Event, name: str) -> None:
+        """`work` runs in each thread and ends early once `stop` is set."""
+        self._work = work
+        self._stop = stop
+        self._threads = [threading.Thread(target=self._run, name=name) for _ in range(threads)]
+        self.errors: list[BaseException] = []
+
+    def start(self) -> None:
+        try:
+            for thread in self._threads:
+                thread.start()
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def join(self) -> None:
+        """Return when every thread has ended."""
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
+
+    def run(self) -> None:
+        """Start, and wait for the end. Raises the first error of any thread; also when interrupted, none is left running."""
+        try:
+            self.start()
+            self.join()
+        finally:
+            self._stop.set()
+            self.join()
+        if self.errors:
+            raise self.errors[0]
+
+    def _run(self) -> None:
+        try:
+            self._work()
+        except CancelledError:
+            pass
+        except BaseException as error:  # noqa: BLE001  told to whoever joins: a thread has nobody else to tell
+            self.errors.append(error)
+            self._stop.set()
 
 
 def pause(seconds: float) -> bool:

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from agent.artifact import manifest as m
-from agent.artifact.seal import seal_model
+from agent.artifact.blobs import THREADS, UnsafeFixedSalt
+from agent.artifact.seal import plan_seal, seal_model
 from agent.artifact.sources import open_source
 from agent.artifact.stream import SEGMENT_BYTES, SegmentOpener, associated_data, key_commitment, parse_header
 from agent.errors import SealError, SealProblem
@@ -132,12 +133,12 @@ def test_progress_counts_every_byte_once(model: Path, out: Path) -> None:
 
 def test_memory_does_not_grow_with_the_file(model: Path, out: Path) -> None:
     with (model / "weights" / "a.bin").open("wb") as stream:
-        stream.truncate(24 * SEGMENT_BYTES)
+        stream.truncate(64 * SEGMENT_BYTES)
     tracemalloc.start()
     seal(model, out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 6 * SEGMENT_BYTES
+    assert peak < (2 * THREADS + 2) * SEGMENT_BYTES
 
 
 # --- the model folder -------------------------------------------------------------------------------------------------
@@ -243,27 +244,144 @@ def test_a_file_that_changes_while_it_is_read_is_refused(model: Path, out: Path,
 
 
 def test_a_file_that_ends_early_is_found_where_it_ends(model: Path, out: Path) -> None:
+    path = model / "weights" / "a.bin"
+    os.truncate(path, 20 * SEGMENT_BYTES)
     seen: list[int] = []
 
     def progress(done: int, total: int) -> None:
+        if not seen:
+            os.truncate(path, 8 * SEGMENT_BYTES)
         seen.append(done)
-        if len(seen) == 3:  # the first segment of the big file
-            os.truncate(model / "weights" / "a.bin", SEGMENT_BYTES)
 
-    with pytest.raises(SealError):
+    with pytest.raises(SealError) as caught:
         seal(model, out, progress=progress)
-    assert len(seen) == 3
+    assert (caught.value.problem, caught.value.where) == (SealProblem.CHANGED, "weights/a.bin")
+    assert len(seen) <= 2 + 8
 
 
 def test_a_file_that_grows_before_its_turn_is_refused(model: Path, out: Path) -> None:
+    grown: list[int] = []
+
     def progress(done: int, total: int) -> None:
-        if done == 2:
+        if not grown:
+            grown.append(done)
             with (model / "weights" / "a.bin").open("ab") as stream:
                 stream.write(b"x")
 
     with pytest.raises(SealError) as caught:
         seal(model, out, progress=progress)
     assert caught.value.problem is SealProblem.CHANGED
+
+
+# --- a second version -------------------------------------------------------------------------------------------------
+
+
+def blobs(out: Path) -> set[str]:
+    return {path.name for path in (out / "blobs" / "sha256").iterdir()}
+
+
+def test_a_file_that_did_not_change_keeps_its_blob_and_the_version_it_was_sealed_in(model: Path, out: Path) -> None:
+    first, _ = open_model(out, seal(model, out, 1))
+    (model / "config.json").write_bytes(b"{ }")
+    (model / "new").write_bytes(b"x")
+    os.utime(model / "weights" / "a.bin", ns=(1, 1))  # contents count, not times
+    before = blobs(out)
+    second, contents = open_model(out, seal(model, out, 2))
+    assert contents == {path: data for path, data in tree(model).items() if data is not None}
+    assert {file.path: file.sealed_version for file in second.files} == {
+        "config.json": 2,
+        "empty": 1,
+        "new": 2,
+        "weights/a.bin": 1,
+    }
+    assert second.files[1] == first.files[1]
+    assert second.files[3] == first.files[2]
+    assert len(blobs(out) - before) == 4  # two files, config and manifest
+    (model / "empty").unlink()
+    third, _ = open_model(out, seal(model, out, 3))
+    assert [file.sealed_version for file in third.files] == [2, 2, 1]
+
+
+@pytest.mark.parametrize("at", [0, SEGMENT_BYTES, 2 * SEGMENT_BYTES + 16])
+def test_a_file_that_differs_in_one_byte_is_sealed_anew(model: Path, out: Path, at: int) -> None:
+    seal(model, out, 1)
+    data = bytearray((model / "weights" / "a.bin").read_bytes())
+    data[at] ^= 1
+    (model / "weights" / "a.bin").write_bytes(data)
+    config, contents = open_model(out, seal(model, out, 2))
+    assert contents["weights/a.bin"] == data
+    assert [file.sealed_version for file in config.files] == [1, 1, 2]
+
+
+def damaged(path: Path, change: Callable[[bytearray], object]) -> None:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda data: data.__setitem__(39, data[39] ^ 1),
+        lambda data: data.__setitem__(-1, data[-1] ^ 1),
+        lambda data: data.append(0),
+        lambda data: data.pop(),
+    ],
+)
+def test_a_blob_that_is_not_what_was_sealed_is_not_kept(model: Path, out: Path, change: Callable[[bytearray], object]) -> None:
+    first, _ = open_model(out, seal(model, out, 1))
+    damaged(out / "blobs" / first.files[2].blob_digest.replace("sha256:", "sha256/"), change)
+    second, contents = open_model(out, seal(model, out, 2))
+    assert contents["weights/a.bin"] == (model / "weights" / "a.bin").read_bytes()
+    assert [file.sealed_version for file in second.files] == [1, 1, 2]
+
+
+def test_nothing_is_kept_of_another_key_name_or_key_uri(model: Path, out: Path) -> None:
+    seal(model, out, 1)
+    for digest in (
+        seal_model(model, out, bytes(32), URI, "llama", 2, ignore),
+        seal(model, out, 3, name="other"),
+        seal(model, out, 4, uri="kbs:///default/model/other"),
+    ):
+        manifest = m.parse_manifest((out / "blobs" / digest.replace(":", "/")).read_bytes(), digest)
+        config = m.parse_config((out / "blobs" / manifest.config_digest.replace(":", "/")).read_bytes(), manifest)
+        assert {file.sealed_version for file in config.files} == {config.version}
+
+
+def test_progress_counts_what_is_kept(model: Path, out: Path) -> None:
+    seal(model, out, 1)
+    seen: list[tuple[int, int]] = []
+    seal(model, out, 2, progress=lambda done, total: seen.append((done, total)))
+    total = 2 * SEGMENT_BYTES + 19
+    assert seen[-1] == (total, total)
+    assert seen == sorted(seen)
+
+
+def test_a_plan_says_what_would_be_sealed_and_writes_nothing(model: Path, out: Path) -> None:
+    plan = plan_seal(model, out, None, URI, "llama", 1, ignore)
+    assert plan.sizes == plan.changed == {"config.json": 2, "empty": 0, "weights/a.bin": 2 * SEGMENT_BYTES + 17}
+    assert not out.exists()
+    seal(model, out, 1)
+    (model / "config.json").write_bytes(b"{ }")
+    before = tree(out)
+    plan = plan_seal(model, out, KEY, URI, "llama", 2, ignore)
+    assert plan.changed == {"config.json": 3}
+    with pytest.raises(SealError) as caught:
+        plan_seal(model, out, KEY, URI, "llama", 1, ignore)
+    assert caught.value.problem is SealProblem.SEALED_BEFORE
+    assert tree(out) == before
+
+
+def test_salts_that_are_fixed_make_the_same_bytes_and_open(model: Path, tmp_path: Path) -> None:
+    digests = {
+        seal_model(model, tmp_path / name, KEY, URI, "llama", 1, ignore, unsafe_salt=UnsafeFixedSalt(b"vectors"))
+        for name in ("one", "two")
+    }
+    (digest,) = digests
+    _, contents = open_model(tmp_path / "one", digest)
+    assert contents == {path: data for path, data in tree(model).items() if data is not None}
+    other = seal_model(model, tmp_path / "other", KEY, URI, "llama", 1, ignore, unsafe_salt=UnsafeFixedSalt(b"others"))
+    assert other != digest
 
 
 # --- the output folder ------------------------------------------------------------------------------------------------
@@ -373,6 +491,7 @@ def test_an_interrupt_anywhere_leaves_everything_as_it_was_or_sealed(
 ) -> None:
     if existing:
         seal(model, out, 1)
+        damaged(model / "config.json", lambda data: data.append(1))
     before = tree(out.parent)
     for call in range(1, 1000):
         interrupter.left = call
@@ -398,6 +517,8 @@ def test_an_interrupt_leaves_nothing_of_a_new_layout(model: Path, tmp_path: Path
 @pytest.mark.parametrize("call", [1, 3, 5])
 def test_an_interrupt_leaves_an_existing_layout_as_it_was(model: Path, out: Path, call: int) -> None:
     seal(model, out)
+    for path in ("config.json", "empty", "weights/a.bin"):
+        damaged(model / path, lambda data: data.append(1))
     before = tree(out)
     with pytest.raises(KeyboardInterrupt):
         seal(model, out, 2, progress=interrupt_at(call))

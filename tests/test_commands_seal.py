@@ -174,3 +174,27 @@ def _drain(reader: int) -> None:
 )
 def test_sizes_are_told_in_binary_units(size: int, text: str) -> None:
     assert size_text(size) == text
+
+
+def test_a_dry_run_says_what_would_be_new_and_writes_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (model / "config.json").write_bytes(b"{}")
+    out = tmp_path / "out" / "layout"
+    assert main(command(model, out, "--dry-run", "--json")) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "files": 2,
+        "unchanged": [],
+        "new_blobs": 2,
+        "plaintext_bytes": 100_002,
+        "new_blob_bytes": 100_002 + 2 * 56,
+    }
+    assert not out.parent.exists()
+    assert main(command(model, out)) == 0
+    (model / "config.json").write_bytes(b"{ }")
+    before = sorted(out.rglob("*"))
+    capsys.readouterr()
+    assert main(command(model, out, "--dry-run", "--key-file", str(tmp_path / "out" / "llama-v1.key"), version=2)) == 0
+    assert "1 new blobs, 59 B; 1 files are unchanged" in capsys.readouterr().out
+    assert sorted(out.rglob("*")) == before
+    assert main(command(model, out, "--dry-run", "--key-file", str(tmp_path / "out" / "llama-v1.key"))) != 0

@@ -14,7 +14,6 @@ import hmac
 import os
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
@@ -46,7 +45,7 @@ from agent.errors import (
 )
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey
-from agent.threads import in_thread
+from agent.threads import Crew, in_thread
 
 FETCH_THREADS = 8
 """They wait for the store; each has one buffer of 1 MiB."""
@@ -124,37 +123,18 @@ class _Work:
         self._do = do
         self._stop = stop
         self._lock = threading.Lock()
-        self._threads = [threading.Thread(target=self._work, name="segments") for _ in range(threads)]
-        self.errors: list[BaseException] = []
-
-    def start(self) -> None:
-        try:
-            for thread in self._threads:
-                thread.start()
-        except BaseException:
-            self._stop.set()
-            raise
-
-    def join(self) -> None:
-        """Return when every thread has ended."""
-        for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+        self._crew = Crew(self._work, threads, stop, "segments")
+        self.errors = self._crew.errors
+        self.start, self.join = self._crew.start, self._crew.join
 
     def _work(self) -> None:
         buffer = memoryview(bytearray(SEGMENT_BYTES))
-        try:
-            while not self._stop.is_set():
-                with self._lock:
-                    run = next(self._runs, None)
-                if run is None:
-                    return
-                self._do(run, buffer)
-        except CancelledError:
-            pass
-        except BaseException as error:  # noqa: BLE001  told to whoever joins: a thread has nobody else to tell
-            self.errors.append(error)
-            self._stop.set()
+        while not self._stop.is_set():
+            with self._lock:
+                run = next(self._runs, None)
+            if run is None:
+                return
+            self._do(run, buffer)
 
 
 class Prepared:

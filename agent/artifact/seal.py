@@ -6,32 +6,38 @@ whatever stops us before that takes back what was written. Does not make or stor
 
 import contextlib
 import fcntl
-import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from agent.artifact import manifest as m
 from agent.artifact import signature
-from agent.artifact.stream import (
-    NONCE_PREFIX_BYTES,
-    SALT_BYTES,
-    SEGMENT_BYTES,
-    SegmentSealer,
-    StreamHeader,
-    StreamLayout,
-    associated_data,
-    key_commitment,
-    pack_header,
-)
+from agent.artifact.blobs import TEMPORARY, Sealing, UnsafeFixedSalt, seal_files, unchanged_files
+from agent.artifact.stream import key_commitment
 from agent.closed import Ident
-from agent.errors import MalformedManifestError, SealError, SealProblem
+from agent.errors import ArtifactError, MalformedManifestError, SealError, SealProblem
 
-_TEMPORARY = ".sealing-"
 _LAYOUT_VERSION = "1.0.0"
+
+
+@dataclass(frozen=True, slots=True)
+class SealPlan:
+    """What a seal would do.
+
+    Attributes:
+        sizes: path -> size in bytes, in the order of the file table.
+        kept: those of them whose blobs of an earlier version still hold them.
+    """
+
+    sizes: dict[str, int]
+    kept: dict[str, m.SealedFile]
+
+    @property
+    def changed(self) -> dict[str, int]:
+        return {path: size for path, size in self.sizes.items() if path not in self.kept}
 
 
 def seal_model(
@@ -43,8 +49,12 @@ def seal_model(
     version: int,
     progress: Callable[[int, int], None],
     signing_keys: Sequence[signature.PrivateKey] = (),
+    unsafe_salt: UnsafeFixedSalt | None = None,
 ) -> str:
-    """Seal every file of a folder, and name the result `<name>-v<version>` in an OCI image layout.
+    """Seal the files of a folder, and name the result `<name>-v<version>` in an OCI image layout.
+
+    A file that an earlier version in this layout holds, sealed with the same key, keeps its blob: to know that, the blob is
+    opened and compared, which takes as long as reading both, and less than half as long as sealing.
 
     Args:
         model_dir: links to files inside it are followed, empty folders are not kept.
@@ -53,8 +63,9 @@ def seal_model(
         key_uri: `kbs:///repository/type/tag` under which the broker will hold the key.
         name: model name.
         version: greater than that of every release before.
-        progress: called after each segment with the plaintext bytes done and in all.
+        progress: called after each segment with the plaintext bytes done and in all, from any thread, one at a time.
         signing_keys: the provider's: each signs the manifest.
+        unsafe_salt: None: salts come from the operating system. Else the result is for test vectors only.
 
     Returns:
         The manifest digest, `sha256:…`.
@@ -62,37 +73,22 @@ def seal_model(
     Raises:
         SealError: the folder cannot be sealed under these names, or the output cannot be written; nothing was left behind.
     """
-    check_identity(name, version, key_uri)
-    model, out = Path(os.path.realpath(model_dir)), Path(os.path.realpath(out_dir))  # resolve() fails on a loop of links
-    if model.is_relative_to(out) or out.is_relative_to(model):
-        raise SealError(SealProblem.INSIDE)
+    model, out = _check_places(model_dir, out_dir, name, version, key_uri)
     try:
         sizes = _list_model(model)
-        total = sum(sizes.values())
-        done = 0
-
-        def advance(length: int) -> None:
-            nonlocal done
-            done += length
-            progress(done, total)
-
+        advance = _counter(sizes, progress)
         # Two stacks: the lock is held until what was written has been taken back.
         with contextlib.ExitStack() as lock, contextlib.ExitStack() as undo:
             blobs = _open_layout(out, lock, undo)
             index = _read_index(out, f"{name}-v{version}")
-            files: list[m.SealedFile] = []
-            for path, size in sizes.items():
-                header = StreamHeader(salt=os.urandom(SALT_BYTES), nonce_prefix=os.urandom(NONCE_PREFIX_BYTES))
-                bound = associated_data(name, path, size, key_uri, version)
-                sealer = SegmentSealer(key, header, bound, StreamLayout(size), len(files))
-                chunks: Iterable[bytes | memoryview] = chain(
-                    [pack_header(header)], _sealed_segments(model, path, size, sealer, advance)
-                )
-                files.append(m.SealedFile(path, size, _write_blob(blobs, chunks, undo), version, pack_header(header)))
-            config = m.ModelConfig(Ident(name), version, Ident(key_uri), key_commitment(key, key_uri), tuple(files))
+            sealing = Sealing(model, blobs, key, key_uri, name, version, unsafe_salt)
+            plan = SealPlan(sizes, _unchanged(sealing, sizes, index, advance))
+            rows = plan.kept | {file.path: file for file in seal_files(sealing, plan.changed, undo, advance)}
+            files = tuple(rows[path] for path in sizes)
+            config = m.ModelConfig(Ident(name), version, Ident(key_uri), key_commitment(key, key_uri), files)
             manifest_bytes = _pack_and_check(config)
-            _write_blob(blobs, [m.pack_config(config)], undo)
-            digest = _write_blob(blobs, [manifest_bytes], undo)
+            _write_blob(blobs, m.pack_config(config), undo)
+            digest = _write_blob(blobs, manifest_bytes, undo)
             named = m.add_to_index(index, manifest_bytes, f"{name}-v{version}")
             for signing_key in signing_keys:
                 named = _add_signature(blobs, named, manifest_bytes, signing_key, undo)
@@ -103,6 +99,98 @@ def seal_model(
     except OSError as error:
         raise SealError(SealProblem.IO, code=error.errno or 0) from error
     return digest
+
+
+def plan_seal(
+    model_dir: Path,
+    out_dir: Path,
+    key: bytes | None,
+    key_uri: str,
+    name: str,
+    version: int,
+    progress: Callable[[int, int], None],
+) -> SealPlan:
+    """What `seal_model` would do. Writes nothing.
+
+    Args:
+        model_dir: as for `seal_model`, and so the others.
+        key: None: a new one, with which no earlier version was sealed.
+
+    Raises:
+        SealError: as `seal_model` would, before the first segment.
+    """
+    model, out = _check_places(model_dir, out_dir, name, version, key_uri)
+    try:
+        sizes = _list_model(model)
+        kept: dict[str, m.SealedFile] = {}
+        if out.exists() and any(out.iterdir()):
+            _check_mark(out / "oci-layout")
+            index = _read_index(out, f"{name}-v{version}")
+            if key is not None:
+                sealing = Sealing(model, out / "blobs" / "sha256", key, key_uri, name, version)
+                kept = _unchanged(sealing, sizes, index, _counter(sizes, progress))
+    except OSError as error:
+        raise SealError(SealProblem.IO, code=error.errno or 0) from error
+    return SealPlan(sizes, kept)
+
+
+def _check_places(model_dir: Path, out_dir: Path, name: str, version: int, key_uri: str) -> tuple[Path, Path]:
+    """The two folders, resolved."""
+    check_identity(name, version, key_uri)
+    model, out = Path(os.path.realpath(model_dir)), Path(os.path.realpath(out_dir))  # resolve() fails on a loop of links
+    if model.is_relative_to(out) or out.is_relative_to(model):
+        raise SealError(SealProblem.INSIDE)
+    return model, out
+
+
+def _counter(sizes: dict[str, int], progress: Callable[[int, int], None]) -> Callable[[int], None]:
+    """Counts bytes that are done with."""
+    total, done = sum(sizes.values()), 0
+
+    def advance(length: int) -> None:
+        nonlocal done
+        done += length
+        progress(done, total)
+
+    return advance
+
+
+def _unchanged(
+    sealing: Sealing, sizes: dict[str, int], index: bytes | None, advance: Callable[[int], None]
+) -> dict[str, m.SealedFile]:
+    """The rows of the newest earlier version with this key that can stay as they are."""
+    previous = _newest_before(sealing, index)
+    if previous is None:
+        return {}
+    kept = unchanged_files(sealing, sizes, previous)
+    for file in kept.values():
+        advance(file.size)
+    return kept
+
+
+def _newest_before(sealing: Sealing, index: bytes | None) -> m.ModelConfig | None:
+    """Nothing authenticates an index, and nothing has to: what is kept was opened with the key and compared."""
+    found = []
+    for entry in m.parse_index(index) if index else ():
+        name, _, version = (entry.ref_name or "").rpartition("-v")
+        if name == sealing.name and version.isdecimal() and len(version) <= 16 and int(version) < sealing.version:
+            found.append((int(version), entry.digest))
+    if not found:
+        return None
+    try:
+        digest = max(found)[1]
+        manifest = m.parse_manifest(_read_blob(sealing.blobs, digest, m.MAX_MANIFEST_BYTES), digest)
+        config = m.parse_config(_read_blob(sealing.blobs, manifest.config_digest, manifest.config_bytes), manifest)
+    except (FileNotFoundError, ArtifactError):
+        return None
+    same_key = config.key_commitment == key_commitment(sealing.key, sealing.key_uri)
+    earlier = config.version < sealing.version
+    return config if same_key and earlier and (config.model_name, config.key_uri) == (sealing.name, sealing.key_uri) else None
+
+
+def _read_blob(blobs: Path, digest: str, max_bytes: int) -> bytes:
+    with (blobs / digest.removeprefix("sha256:")).open("rb") as stream:
+        return stream.read(max_bytes + 1)
 
 
 def check_identity(name: str, version: int, key_uri: str) -> None:
@@ -132,7 +220,7 @@ def _add_signature(
     cose = signature.sign_manifest(m.digest_of(manifest_bytes), key)
     about = signature.pack_signature_manifest(manifest_bytes, cose)
     for blob in (signature.EMPTY, cose, about):
-        _write_blob(blobs, [blob], undo)
+        _write_blob(blobs, blob, undo)
     return m.add_to_index(index, about, None, m.SIGNATURE_TYPE)
 
 
@@ -172,31 +260,6 @@ def _stop_walking(error: OSError) -> None:
     raise error  # os.walk passes over a folder that it cannot read
 
 
-def _sealed_segments(
-    model: Path, path: str, size: int, sealer: SegmentSealer, advance: Callable[[int], None]
-) -> Iterator[memoryview]:
-    """The segments of one file; each is valid until the next one."""
-    changed = SealError(SealProblem.CHANGED, Ident.of_peer(path))
-    layout = StreamLayout(size)
-    plaintext, ciphertext = memoryview(bytearray(SEGMENT_BYTES)), memoryview(bytearray(SEGMENT_BYTES))
-    with (model / path).open("rb", buffering=0) as stream:
-        modified = os.fstat(stream.fileno()).st_mtime_ns
-        for segment in range(layout.segments):
-            length = layout.plaintext_range(segment)[1]
-            filled = 0
-            while filled < length and (got := stream.readinto(plaintext[filled:length])):
-                filled += got
-            if filled < length:
-                raise changed
-            out = ciphertext[: layout.ciphertext_range(segment)[1]]
-            sealer.seal(segment, plaintext[:length], out)
-            yield out
-            advance(length)
-        after = os.fstat(stream.fileno())
-        if (after.st_size, after.st_mtime_ns) != (size, modified):
-            raise changed
-
-
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 
@@ -211,14 +274,14 @@ def _open_layout(out: Path, lock: contextlib.ExitStack, undo: contextlib.ExitSta
         raise SealError(SealProblem.BUSY) from error
     mark = out / "oci-layout"
     if not mark.exists():
-        if any(not entry.name.startswith(_TEMPORARY) for entry in out.iterdir()):
+        if any(not entry.name.startswith(TEMPORARY) for entry in out.iterdir()):
             raise SealError(SealProblem.NOT_A_LAYOUT)
         undo.callback(mark.unlink, missing_ok=True)
         _write_small(mark, msgspec.json.encode({"imageLayoutVersion": _LAYOUT_VERSION}))
     _check_mark(mark)
     blobs = out / "blobs" / "sha256"
     _make_folders(blobs, undo)
-    for leftover in blobs.glob(f"{_TEMPORARY}*"):  # of a seal that was killed; nobody writes it, since the lock is ours
+    for leftover in blobs.glob(f"{TEMPORARY}*"):  # of a seal that was killed; nobody writes it, since the lock is ours
         leftover.unlink()
     return blobs
 
@@ -252,27 +315,25 @@ def _restore_index(out: Path, index: bytes | None) -> None:
         _write_small(out / "index.json", index)
 
 
-def _write_blob(blobs: Path, chunks: Iterable[bytes | memoryview], undo: contextlib.ExitStack) -> str:
-    """Write one blob under a temporary name, then give it the name of its digest, which is returned."""
-    temporary = blobs / f"{_TEMPORARY}{os.urandom(8).hex()}"
+def _write_blob(blobs: Path, data: bytes, undo: contextlib.ExitStack) -> str:
+    """Write a small blob under a temporary name, then give it the name of its digest, which is returned."""
+    temporary = blobs / f"{TEMPORARY}{os.urandom(8).hex()}"
     undo.callback(temporary.unlink, missing_ok=True)
-    digest = hashlib.sha256()
     with temporary.open("xb") as stream:
-        for chunk in chunks:
-            digest.update(chunk)
-            stream.write(chunk)
+        stream.write(data)
         stream.flush()
         os.fsync(stream.fileno())
-    final = blobs / digest.hexdigest()
+    digest = m.digest_of(data)
+    final = blobs / digest.removeprefix("sha256:")
     if not final.exists():  # another model's may have the same contents
         undo.callback(final.unlink, missing_ok=True)
     temporary.rename(final)
-    return f"sha256:{digest.hexdigest()}"
+    return digest
 
 
 def _write_small(path: Path, data: bytes) -> None:
     """Replace a file in one step, durably."""
-    temporary = path.with_name(_TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name)
     try:
         with temporary.open("wb") as stream:
             stream.write(data)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from agent.artifact.push import check_repository, push_layout
-from agent.artifact.seal import check_identity, seal_model
+from agent.artifact.seal import check_identity, plan_seal, seal_model
 from agent.artifact.signature import PrivateKey, key_id, parse_signing_key, public_pem
 from agent.artifact.sources import check_secrecy
 from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
 from agent.artifact.sources.oci import Repository
-from agent.artifact.stream import KEY_BYTES
+from agent.artifact.stream import KEY_BYTES, StreamLayout
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
 
@@ -43,7 +43,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--name", required=True, help="model name: letters, digits, . _ -")
     parser.add_argument("--version", metavar="N", dest="model_version", type=int, required=True, help="1 or more, rising")
     parser.add_argument(
-        "--key-file", metavar="K", type=Path, help="32 raw bytes; default: a new key in NAME-vN.key beside the output folder"
+        "--key-file",
+        metavar="K",
+        type=Path,
+        help="32 raw bytes; with the key of an earlier version in the layout, files that did not change keep their blobs. "
+        "Default: a new key in NAME-vN.key beside the output folder",
     )
     parser.add_argument(
         "--sign",
@@ -55,6 +59,9 @@ def add_parser(verbs: Any, summary: str) -> None:
         "-algorithm ed25519` makes one); give it twice while a key is replaced",
     )
     add_access(parser)
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be sealed and what is unchanged, write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -72,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
         raise SealError(SealProblem.INSIDE)
     signing_keys = [_read_signing_key(path) for path in args.sign]
+    if args.dry_run:
+        return _plan(args, out)
     with _termination_unwinds(), contextlib.ExitStack() as undo:
         key = read_key_file(key_file) if args.key_file else _create_key_file(key_file, undo)
         with progress_line("sealing") as progress:
@@ -92,6 +101,23 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(record))
     else:
         print(_summary(args, source, key_file, digest, signing_keys))
+    return 0
+
+
+def _plan(args: argparse.Namespace, out: Path) -> int:
+    key = read_key_file(args.key_file) if args.key_file else None
+    with progress_line("comparing") as progress:
+        plan = plan_seal(args.model, out, key, args.key_uri, args.name, args.model_version, progress)
+    sealed_bytes = sum(StreamLayout(size).ciphertext_bytes for size in plan.changed.values())
+    if args.json:
+        record = {"files": len(plan.sizes), "unchanged": sorted(plan.kept), "new_blobs": len(plan.changed)}
+        print(json.dumps(record | {"plaintext_bytes": sum(plan.sizes.values()), "new_blob_bytes": sealed_bytes}))
+    else:
+        print(
+            f"would seal {args.name} version {args.model_version} into {args.to}: {len(plan.sizes)} files, "
+            f"{size_text(sum(plan.sizes.values()))}\n{len(plan.changed)} new blobs, {size_text(sealed_bytes)}; "
+            f"{len(plan.kept)} files are unchanged and keep theirs"
+        )
     return 0
 
 
