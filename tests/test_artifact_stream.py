@@ -44,7 +44,7 @@ def seal(plaintext: bytes, key: bytes = KEY, bound: bytes = BOUND) -> bytes:
     for i in range(layout.segments):
         start, length = layout.plaintext_range(i)
         at, sealed = layout.ciphertext_range(i)
-        sealer.seal(i, memoryview(plaintext)[start : start + length], memoryview(blob)[at : at + sealed])
+        sealer.seal(sealer.claim(), memoryview(plaintext)[start : start + length], memoryview(blob)[at : at + sealed])
     return bytes(blob)
 
 
@@ -326,6 +326,11 @@ def test_a_segment_is_sealed_once(order: tuple[int, ...]) -> None:
         (memoryview(bytes(length)), memoryview(bytearray(length + TAG_BYTES)))
         for _, length in (layout.plaintext_range(segment) for segment in range(3))
     ]
+    with pytest.raises(RuntimeError):
+        sealer.seal(0, *buffers[0])
+    assert [sealer.claim() for _ in order] == [0, 1, 2]
+    with pytest.raises(RuntimeError):
+        sealer.claim()
     for segment in order:
         sealer.seal(segment, *buffers[segment])
         with pytest.raises(RuntimeError):
@@ -377,5 +382,5 @@ def test_the_key_commitment_is_rfc5869_by_hand_and_tells_key_and_uri_apart() -> 
 def test_a_sealed_file_has_the_bytes_it_always_had() -> None:
     sealer = SegmentSealer(KEY, StreamHeader(bytes(32), bytes(7)), BOUND, StreamLayout(7), 0)
     out = bytearray(23)
-    sealer.seal(0, memoryview(b"weights"), memoryview(out))
+    sealer.seal(sealer.claim(), memoryview(b"weights"), memoryview(out))
     assert out.hex() == "cbb4f6fef1e70258ca2347b79ff5e5f84b3a1381d17ec0"

@@ -6,6 +6,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Modules without a test file of their own, and where they are tested instead.
 ELSEWHERE = {
+    "artifact.blobs": "test_artifact_seal",
     "artifact.identify": "test_artifact_signature",  # from seal to boot
     "artifact.sources.directory": "test_artifact_sources",  # one contract, every source
     "artifact.sources.http": "test_artifact_sources",

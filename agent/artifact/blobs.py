@@ -126,7 +126,6 @@ class _Blob:
         self.header = pack_header(header)
         bound = associated_data(sealing.name, path, size, sealing.key_uri, sealing.version)
         self.sealer = SegmentSealer(sealing.key, header, bound, self.layout, index)
-        self.taken = 0
         self.digested = 0
         self.digest = hashlib.sha256(self.header)
         self._version = sealing.version
@@ -216,22 +215,21 @@ class _Sealer:
             while not self._stop.is_set():
                 blob = self._choose()
                 if blob:
-                    blob.taken += 1
-                    return blob, blob.taken - 1
+                    return blob, blob.sealer.claim()
                 if not self._open:
                     return None
                 self._turn.wait()
         return None
 
     def _choose(self) -> _Blob | None:
-        left = [blob for blob in self._open if blob.taken < blob.layout.segments]
-        blob = min(left, key=lambda blob: blob.taken - blob.digested, default=None)
-        if (blob is None or blob.taken > blob.digested) and len(self._open) < THREADS:
+        left = [blob for blob in self._open if blob.sealer.claimed < blob.layout.segments]
+        blob = min(left, key=lambda blob: blob.sealer.claimed - blob.digested, default=None)
+        if (blob is None or blob.sealer.claimed > blob.digested) and len(self._open) < THREADS:
             index, (path, size) = next(self._waiting, (0, ("", None)))
             if size is not None:
                 self._open.append(_Blob(self._sealing, path, size, index, self._undo))
                 return self._open[-1]
-        return blob if blob and blob.taken - blob.digested < _IN_FLIGHT else None
+        return blob if blob and blob.sealer.claimed - blob.digested < _IN_FLIGHT else None
 
     def _seal(self, blob: _Blob, segment: int, plaintext: memoryview, ciphertext: memoryview) -> None:
         out = blob.seal(segment, plaintext, ciphertext)

@@ -9,7 +9,6 @@ randomness: salt and nonce prefix come in with the header.
 (4, 3145832, (40, 1048536), (1048520, 1048560))
 """
 
-import threading
 from dataclasses import dataclass
 
 import cbor2
@@ -179,32 +178,29 @@ class SegmentOpener(_Segments):
 
 
 class SegmentSealer(_Segments):
-    """Seals the segments of one file, each once: a nonce cannot come back with other data. Safe for any number of threads."""
+    """Seals the segments of one file, each once: a nonce cannot come back with other data."""
 
-    def __init__(
-        self,
-        key: bytes | bytearray | memoryview,
-        header: StreamHeader,
-        associated_data: bytes,
-        layout: StreamLayout,
-        file: int,
-    ) -> None:
+    def __init__(self, key: bytes, header: StreamHeader, associated_data: bytes, layout: StreamLayout, file: int) -> None:
+        """`claimed`: how many segments were, from the first on."""
         super().__init__(key, header, associated_data, layout, file)
-        self._lock = threading.Lock()
-        self._next = 0  # every segment below was begun
-        self._ahead: set[int] = set()  # and these above: few, where threads go through a file together
+        self.claimed = 0
+        self._unsealed: set[int] = set()
+
+    def claim(self) -> int:
+        """The next segment, for whoever asks to seal. For one thread at a time; RuntimeError behind the last one."""
+        self._layout.ciphertext_range(self.claimed)
+        segment, self.claimed = self.claimed, self.claimed + 1
+        self._unsealed.add(segment)
+        return segment
 
     def seal(self, segment: int, plaintext: memoryview, out: memoryview) -> None:
-        """Encrypt one segment into `out`, 16 bytes longer than `plaintext`."""
+        """Encrypt a claimed segment into `out`, 16 bytes longer than `plaintext`. From any number of threads."""
         self._check_sizes(segment, plaintext, out)
-        with self._lock:
+        try:
             # refusal: test_a_segment_is_sealed_once
-            if segment < self._next or segment in self._ahead:
-                raise RuntimeError("a segment is sealed once")
-            self._ahead.add(segment)
-            while self._next in self._ahead:
-                self._ahead.remove(self._next)
-                self._next += 1
+            self._unsealed.remove(segment)
+        except KeyError:
+            raise RuntimeError("a segment is claimed, and sealed once") from None
         self._aead.encrypt_into(self._nonce(segment), plaintext, None, out)
 
 
