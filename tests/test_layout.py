@@ -31,6 +31,7 @@ WHOLE = {
     "test_rcar_with_trustee",
     "test_refusals",
     "test_scripts",
+    "test_sealed_vectors",
 }
 
 

@@ -144,7 +144,7 @@ class _Blob:
     def seal(self, segment: int, plaintext: memoryview, ciphertext: memoryview) -> memoryview:
         """Read one segment, seal it and write it; returns it, in the front of `ciphertext`."""
         start, length = self.layout.plaintext_range(segment)
-        # refusal: test_a_file_that_ends_early_is_found_where_it_ends
+        # refusal: test_artifact_seal.py::test_a_file_that_ends_early_is_found_where_it_ends
         if read_at(self._source.fileno(), plaintext[:length], start) < length:
             raise self._changed()
         offset, sealed = self.layout.ciphertext_range(segment)
@@ -156,7 +156,7 @@ class _Blob:
     def finish(self, undo: ExitStack) -> SealedFile:
         """Give it the name of its digest, once it is on disk."""
         after = os.fstat(self._source.fileno())
-        # refusal: test_a_file_that_changes_while_it_is_read_is_refused
+        # refusal: test_artifact_seal.py::test_a_file_that_changes_while_it_is_read_is_refused
         if (after.st_size, after.st_mtime_ns) != (self.size, self._modified):
             raise self._changed()
         os.fsync(self._target.fileno())
