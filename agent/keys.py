@@ -27,6 +27,7 @@ from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence.gate import SecuredDevices
 from agent.handshake import MAX_JWE_BYTES, KeptKey, SealedKey, TeePublicKey
 from agent.jose import COORDINATE_BYTES, parse_b64url, parse_object, parse_point, string
+from agent.tink_keyset import MAX_KEYSET_BYTES, copy_key
 
 KEY_BYTES = 32
 ALGORITHM = "ECDH-ES+A256KW"
@@ -143,7 +144,7 @@ def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevic
         secured: the proof that the GPU gate was passed.
 
     Raises:
-        KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no 32-byte key.
+        KeyUnwrapError: the JWE is malformed, not for us, not of the one allowed algorithm, or holds no model key.
         AgentError: whatever the fetch of a kept key raised.
     """
     # refusal: test_nothing_is_unwrapped_before_the_gate
@@ -196,11 +197,16 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     except InvalidUnwrap:
         raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
 
-    # 2. AES-GCM into the caller's memory; the header is authenticated as it was received.
+    # 2. AES-GCM into locked memory; the header is authenticated as it was received.
+    content = SecretBuffer(len(parts.sealed) - _TAG_BYTES)
     try:
-        AESGCM(content_key).decrypt_into(parts.iv, parts.sealed, parts.protected, out)
+        with content.view() as opened:
+            AESGCM(content_key).decrypt_into(parts.iv, parts.sealed, parts.protected, opened)
+            copy_model_key(opened, out)
     except InvalidTag:
         raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
+    finally:
+        content.wipe()
 
 
 def parse_jwe(jwe: bytes) -> Jwe:
@@ -251,12 +257,32 @@ def parse_jwe(jwe: bytes) -> Jwe:
     except ValueError:
         raise KeyUnwrapError(UnwrapCheck.EPHEMERAL_KEY) from None
 
-    # 4. The only content that can be a model key; GCM keeps lengths.
+    # 4. The only contents that can be a model key: its bytes, or a Tink keyset; GCM keeps lengths.
     # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
-    if len(ciphertext) != KEY_BYTES:
+    if len(ciphertext) < KEY_BYTES or len(ciphertext) > MAX_KEYSET_BYTES:
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 
     return Jwe(protected.encode("ascii"), sender, wrapped, iv, ciphertext + tag)
+
+
+def copy_model_key(resource: memoryview, out: memoryview) -> None:
+    """Write the model key of a KBS resource into `out`.
+
+    Args:
+        resource: 32 bytes, or a Tink JSON keyset.
+        out: 32 bytes; after an error it holds nothing to be used.
+
+    Raises:
+        KeyUnwrapError: it is neither.
+    """
+    if len(resource) == KEY_BYTES:
+        out[:] = resource
+        return
+    try:
+        # refusal: test_tink_keyset.py::test_a_keyset_that_is_not_exactly_ours_is_refused
+        copy_key(resource, out)
+    except ValueError:
+        raise KeyUnwrapError(UnwrapCheck.KEYSET) from None
 
 
 def _length_prefixed(data: bytes) -> bytes:

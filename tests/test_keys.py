@@ -163,7 +163,8 @@ def test_what_joserfc_seals_opens() -> None:
         (UnwrapCheck.CONTENT, flipped("iv")),
         (UnwrapCheck.CONTENT, with_header(lambda h: None)),  # the same header in other bytes
         (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"k" * 31)),
-        (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"k" * 33)),
+        (UnwrapCheck.KEYSET, sealed_by_jwcrypto(b"k" * 33)),
+        (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"k" * 2049)),
         (UnwrapCheck.LENGTH, sealed_by_jwcrypto(b"")),
     ],
 )

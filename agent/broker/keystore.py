@@ -12,6 +12,7 @@ from typing import Protocol
 
 from agent.closed import Ident
 from agent.errors import BrokerFailureError
+from agent.tink_keyset import MAX_KEYSET_BYTES, parse_keyset
 
 KEY_BYTES = 32
 MAX_VERSION_BYTES = 10
@@ -43,7 +44,7 @@ class KeyStore(Protocol):
 
 
 class DirectoryKeyStore:
-    """`<directory>/<repository>/<type>/<tag>`: files of exactly 32 bytes, of root or the broker and for their owner alone.
+    """`<directory>/<repository>/<type>/<tag>`: files of 32 bytes or a Tink keyset, of root or the broker, only for their owner.
 
     The version stands in a sibling `.<tag>.version` (a decimal number from 1); without one it is 1. The name cannot clash
     with a key, since no part of a key URI begins with a dot. Symbolic links are followed inside the directory only, so that
@@ -59,13 +60,16 @@ class DirectoryKeyStore:
         if match is None:
             raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
         path = self._directory / match[1]
-        key = self._read(path, KEY_BYTES)
+        key = self._read(path, MAX_KEYSET_BYTES)
         # refusal: test_a_store_that_is_not_there_has_no_keys
         if key is None:
             raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
         # refusal: test_a_file_of_another_length_is_refused
         if len(key) != KEY_BYTES:
-            raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_LENGTH"))
+            try:
+                key = parse_keyset(key)
+            except ValueError:
+                raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_FILE_LENGTH")) from None
         version = self._read(path.with_name(f".{path.name}.version"), MAX_VERSION_BYTES)
         # refusal: test_a_version_that_is_no_positive_number_is_refused
         if version is not None and not _VERSION.fullmatch(version):

@@ -54,7 +54,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         "or without @sha256:… of a manifest; a registry's also with :tag",
     )
     parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
-    parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, 32 raw bytes; for --check")
+    parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, as `seal` takes it; for --check")
     add_access(parser)
     parser.add_argument(
         "--signed-by", metavar="PEM", type=Path, help="fail unless this public key has signed the manifest (`seal --sign`)"

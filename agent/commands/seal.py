@@ -21,6 +21,7 @@ from agent.artifact.sources.oci import Repository
 from agent.artifact.stream import KEY_BYTES, StreamLayout
 from agent.closed import Ident
 from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
+from agent.tink_keyset import MAX_KEYSET_BYTES, parse_keyset
 
 REGISTRY_TIMEOUT_S = 60.0
 _MAX_PEM_BYTES = 1 << 20
@@ -46,8 +47,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         "--key-file",
         metavar="K",
         type=Path,
-        help="32 raw bytes; with the key of an earlier version in the layout, files that did not change keep their blobs. "
-        "Default: a new key in NAME-vN.key beside the output folder",
+        help="32 raw bytes, or a Tink JSON keyset of one AES256_GCM_HKDF_1MB key. With the key of an earlier version in the "
+        "layout, files that did not change keep their blobs. Default: a new key in NAME-vN.key beside the output folder",
     )
     parser.add_argument(
         "--sign",
@@ -181,21 +182,22 @@ def _create_key_file(path: Path, undo: contextlib.ExitStack) -> bytes:
 
 
 def read_key_file(path: Path) -> bytes:
-    """The 32 bytes of a key file.
+    """The 32 bytes of a key file, or of the Tink JSON keyset in it.
 
     Raises:
-        ConfigError: not readable, or not 32 bytes.
+        ConfigError: not readable, or neither.
     """
     try:
         with path.open("rb") as stream:
-            key = stream.read(KEY_BYTES + 1)
+            key = stream.read(MAX_KEYSET_BYTES + 1)
             if os.fstat(stream.fileno()).st_mode & 0o077:
                 hint("others can read the key file, chmod 600 it")
     except OSError as error:
         raise ConfigError(ConfigProblem.NOT_FOUND, Ident("key-file")) from error
-    if len(key) != KEY_BYTES:
-        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("key-file"))
-    return key
+    try:
+        return key if len(key) == KEY_BYTES else parse_keyset(key)
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("key-file")) from None
 
 
 def add_access(parser: argparse.ArgumentParser) -> None:

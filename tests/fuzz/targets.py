@@ -31,7 +31,7 @@ from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
-from agent import http_policy, jose, keys
+from agent import http_policy, jose, keys, tink_keyset
 from agent.artifact import DestinationKind, ServedModel, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
@@ -805,6 +805,17 @@ def policy_values_seeds() -> list[bytes]:
     ]
 
 
+def keyset(data: bytes) -> None:
+    assert len(tink_keyset.parse_keyset(data)) == keys.KEY_BYTES
+
+
+def keyset_seeds() -> list[bytes]:
+    value = jose.pack_b64(bytes.fromhex("120808808040102018031a20") + bytes(range(32)))
+    about = f'"typeUrl": "type.googleapis.com/google.crypto.tink.AesGcmHkdfStreamingKey", "value": "{value}", "keyMaterialType": "SYMMETRIC"'
+    key = f'{{"keyData": {{{about}}}, "status": "ENABLED", "keyId": 7, "outputPrefixType": "RAW"}}'
+    return [f'{{"primaryKeyId": 7, "key": [{key}]}}'.encode()]
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -1357,6 +1368,7 @@ TARGETS = {
         Target("policy_values", policy_values, policy_values_seeds),
         Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
+        Target("keyset", keyset, keyset_seeds, (ValueError,)),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
         Target("manifest", manifest, manifest_seeds),
