@@ -13,7 +13,7 @@ from agent.jose import parse_object
 MAX_KEYSET_BYTES = 2 << 10
 
 _KEY_BYTES = 32
-_TYPE = "type.googleapis.com/google.crypto.tink.AesGcmHkdfStreamingKey"
+TYPE = "type.googleapis.com/google.crypto.tink.AesGcmHkdfStreamingKey"
 _VALUE = re.compile(rb'"value"\s*:\s*"([A-Za-z0-9+/]*)(={0,2})"')
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _DIGITS = {character: number for number, character in enumerate(_ALPHABET)}
@@ -52,7 +52,7 @@ def copy_key(keyset: memoryview, out: memoryview) -> None:
         (key,) = document["key"]
         about = {name: value for name, value in key.items() if name != "keyData"}
         expected = {"status": "ENABLED", "keyId": document["primaryKeyId"], "outputPrefixType": "RAW"}
-        data = {"typeUrl": _TYPE, "value": "", "keyMaterialType": "SYMMETRIC"}
+        data = {"typeUrl": TYPE, "value": "", "keyMaterialType": "SYMMETRIC"}
         # refusal: test_a_keyset_that_is_not_exactly_ours_is_refused
         if set(document) != {"primaryKeyId", "key"} or about != expected or key["keyData"] != data:
             raise ValueError("not the key of a sealed model")

@@ -811,7 +811,7 @@ def keyset(data: bytes) -> None:
 
 def keyset_seeds() -> list[bytes]:
     value = jose.pack_b64(bytes.fromhex("120808808040102018031a20") + bytes(range(32)))
-    about = f'"typeUrl": "type.googleapis.com/google.crypto.tink.AesGcmHkdfStreamingKey", "value": "{value}", "keyMaterialType": "SYMMETRIC"'
+    about = f'"typeUrl": "{tink_keyset.TYPE}", "value": "{value}", "keyMaterialType": "SYMMETRIC"'
     key = f'{{"keyData": {{{about}}}, "status": "ENABLED", "keyId": 7, "outputPrefixType": "RAW"}}'
     return [f'{{"primaryKeyId": 7, "key": [{key}]}}'.encode()]
 
