@@ -7,6 +7,7 @@ bytes object ever holds it. Spec: tink.proto and aes_gcm_hkdf_streaming.proto of
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from agent.jose import parse_object
 
@@ -47,7 +48,7 @@ def copy_key(keyset: memoryview, out: memoryview) -> None:
     start, end = found[0].span(1)
     rest = bytes(keyset[:start]) + bytes(keyset[found[0].end() - 1 :])
     # 2. One key, and it is the one that counts.
-    document = parse_object(rest, MAX_KEYSET_BYTES)
+    document: Any = parse_object(rest, MAX_KEYSET_BYTES)
     try:
         (key,) = document["key"]
         about = {name: value for name, value in key.items() if name != "keyData"}

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -57,7 +56,7 @@ def read(case: v.Case, given: Path) -> str:
         with secret.view() as view:
             view[:] = reader["key"]
         with ExitStack() as undo, ReleasedKey(secret, Ident("vectors"), 1) as key:
-            identified = identify(case, config, threading.Event())
+            identified = await identify(case, config)
             prepared = await prepare(case, identified, reader["key_uri"], undo, allow_swap=True)
             assert os.listdir(given) == [".keyturn"]
             loaded = await load(prepared, key, reader["floor"], lambda _, __: None)

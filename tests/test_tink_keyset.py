@@ -160,7 +160,13 @@ def test_a_model_written_with_tink_and_the_format_alone_loads(tmp_path: Path, gi
     commitment = hmac.digest(
         hmac.digest(b"\0" * 32, raw_key, "sha256"), b"keyturn/v1/key-commitment\0" + KEY_URI.encode() + b"\x01", "sha256"
     )
-    document = {"schema": "keyturn/v1/model", "model_name": "tinker", "version": 5, "key_uri": KEY_URI, "files": table}
+    document: dict[str, Any] = {
+        "schema": "keyturn/v1/model",
+        "model_name": "tinker",
+        "version": 5,
+        "key_uri": KEY_URI,
+        "files": table,
+    }
     config_blob = rfc8785.dumps(document | {"key_commitment": commitment.hex()})
     layers = [
         {
