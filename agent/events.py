@@ -100,11 +100,16 @@ class StageFailed(Event):
 
 @dataclasses.dataclass(frozen=True)
 class Progress(Event):
-    """At most a few per second and stage."""
+    """At most a few per second and stage.
+
+    `bytes_per_s`: of the last ten seconds. `eta_s`: how long it will take at this rate. None: not known yet.
+    """
 
     stage: Stage
     done_bytes: int
     total_bytes: int
+    bytes_per_s: int | None = None
+    eta_s: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)

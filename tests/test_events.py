@@ -19,7 +19,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "stage_started": ["stage"],
         "stage_ended": ["stage", "ms", "bytes"],
         "stage_failed": ["stage", "ms"],
-        "progress": ["stage", "done_bytes", "total_bytes"],
+        "progress": ["stage", "done_bytes", "total_bytes", "bytes_per_s", "eta_s"],
         "requested": ["request_id", "attempt"],
         "retrying": ["attempt", "wait_ms", "error"],
         "verdict_accepted": ["request_id", "key_uri", "policy_version", "simulated", "lease_s"],
