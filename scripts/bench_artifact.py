@@ -15,11 +15,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from agent.artifact.load import OPEN_THREADS, load, prepare
+from agent.artifact.load import CONNECTIONS, OPEN_THREADS, load, prepare
 from agent.artifact.manifest import parse_manifest
 from agent.artifact.memory import choose_destination
 from agent.artifact.seal import seal_model
-from agent.artifact.sources import BlobSource, open_source
+from agent.artifact.sources import open_source
+from agent.artifact.sources.directory import DirectorySource
+from agent.artifact.sources.http import HttpSource
 from agent.artifact.stream import SEGMENT_BYTES, StreamLayout
 from agent.closed import Ident
 from agent.config import ArtifactConfig
@@ -49,29 +51,7 @@ class Model:
         return self.layout / "blobs" / self.plaintext_digest.replace(":", "/")
 
 
-class WrappedSource:
-    """A store between us and the one it is given."""
-
-    def __init__(self, source: BlobSource) -> None:
-        self._source = source
-
-    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
-        return self._source.read_manifest(reference, max_bytes)
-
-    def referrers(self, digest: str) -> tuple[str, ...]:
-        return self._source.referrers(digest)
-
-    def read_blob(self, digest: str, max_bytes: int) -> bytes:
-        return self._source.read_blob(digest, max_bytes)
-
-    def read_range(self, digest: str, offset: int, out: memoryview) -> int:
-        return self._source.read_range(digest, offset, out)
-
-    def close(self) -> None:
-        self._source.close()
-
-
-class HeldSource(WrappedSource):
+class _Held:
     """Gives no segment before it is let go: what a load does alone, nothing having been fetched ahead."""
 
     held = True
@@ -82,11 +62,19 @@ class HeldSource(WrappedSource):
         return super().read_range(digest, offset, out)
 
 
-class SlowSource(WrappedSource):
+class HeldDirectory(_Held, DirectorySource):
+    pass
+
+
+class HeldHttp(_Held, HttpSource):
+    pass
+
+
+class SlowSource(DirectorySource):
     """A store that gives so many bytes a second, over all connections together."""
 
-    def __init__(self, source: BlobSource, bytes_per_s: float) -> None:
-        super().__init__(source)
+    def __init__(self, path: str, bytes_per_s: float) -> None:
+        super().__init__(path)
         self._rate = bytes_per_s
         self._lock = threading.Lock()
         self._free_at = time.monotonic()
@@ -128,7 +116,7 @@ def artifact_config(location: str, digest: str, ca_pem: str | None = None) -> Ar
 
 async def load_once(location: str, digest: str, ca_pem: str | None = None) -> float:
     """Seconds that `load` takes when nothing was fetched ahead."""
-    source = HeldSource(open_source(location, ca_pem, 30))
+    source = HeldHttp(location, ca_pem, 30) if "://" in location else HeldDirectory(location)
     with ExitStack() as undo:
         undo.callback(source.close)
         prepared = await prepare(source, artifact_config(location, digest, ca_pem), KEY_URI, undo, allow_swap=True)
@@ -140,8 +128,8 @@ async def load_once(location: str, digest: str, ca_pem: str | None = None) -> fl
             return time.perf_counter() - began
 
 
-def in_threads(work: Callable[[int], None], pieces: range) -> float:
-    """Seconds that `work` takes for all pieces, in as many threads as a load opens segments with."""
+def in_threads(work: Callable[[int], None], pieces: range, count: int) -> float:
+    """Seconds that `work` takes for all pieces, in as many threads as a load has."""
     lock, left = threading.Lock(), iter(pieces)
 
     def run() -> None:
@@ -152,7 +140,7 @@ def in_threads(work: Callable[[int], None], pieces: range) -> float:
                 return
             work(piece)
 
-    threads = [threading.Thread(target=run) for _ in range(OPEN_THREADS)]
+    threads = [threading.Thread(target=run) for _ in range(count)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()
@@ -174,7 +162,7 @@ def copy_once(model: Model) -> float:
                 with window.view(offset, SEGMENT_BYTES) as view:
                     assert source.read_range(model.plaintext_digest, offset, view) == SEGMENT_BYTES
 
-    seconds = in_threads(copy, range(0, MODEL_BYTES, RUN_BYTES))
+    seconds = in_threads(copy, range(0, MODEL_BYTES, RUN_BYTES), OPEN_THREADS)
     destination.close()
     source.close()
     return seconds
@@ -260,7 +248,7 @@ def readinto_once(url: str, model: Model, ca_pem: str | None) -> float:
         offset, length = layout.ciphertext_range(segment)
         assert source.read_range(layer.blob_digest, offset, buffers.view[:length]) == length
 
-    seconds = in_threads(read, range(layout.segments))
+    seconds = in_threads(read, range(layout.segments), CONNECTIONS)
     source.close()
     return seconds
 
@@ -291,7 +279,7 @@ def overlap_vs_longest(model: Model, _: int) -> dict[str, float]:
     """The whole from the first request to the last open segment, with a handshake that only takes time."""
 
     async def boot() -> float:
-        source = SlowSource(open_source(str(model.layout), None, 30), STORE_BYTES_PER_S)
+        source = SlowSource(str(model.layout), STORE_BYTES_PER_S)
         with ExitStack() as undo:
             undo.callback(source.close)
             began = time.perf_counter()

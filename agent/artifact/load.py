@@ -22,6 +22,7 @@ from agent.artifact import LoadedArtifact, LoadedFile
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
 from agent.artifact.sources import BlobSource
+from agent.artifact.sources.directory import DirectorySource
 from agent.artifact.sources.patient import PatientSource
 from agent.artifact.stream import (
     SEGMENT_BYTES,
@@ -47,10 +48,10 @@ from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey
 from agent.threads import Crew, in_thread
 
-FETCH_THREADS = 8
-"""They wait for the store; each has one buffer of 1 MiB."""
-OPEN_THREADS = max(2, min(len(os.sched_getaffinity(0)), FETCH_THREADS))
+OPEN_THREADS = max(2, len(os.sched_getaffinity(0)))
 """They keep a processor busy each; more than there are would take each other's cache (measured: 20 to 40 % more work)."""
+CONNECTIONS = max(8, min(OPEN_THREADS, 16))
+"""To a store over a network: what is on its way while others are opened. Each has one buffer of 1 MiB."""
 _RUN_SEGMENTS = 8
 """Segments a thread takes at a time: it opens and maps a file once for all of them."""
 
@@ -163,7 +164,8 @@ class Prepared:
         self.files = [_File(i, sealed) for i, sealed in enumerate(model.files)]
         self._stop = threading.Event()
         self._patient = PatientSource(source, timeout_s, self._stop)
-        self._ahead = _Work(self.files, self._fetch_run, self._stop, FETCH_THREADS)
+        self.threads = _threads(source, self.files)
+        self._ahead = _Work(self.files, self._fetch_run, self._stop, self.threads)
 
     def start(self) -> None:
         """Begin to fetch ahead."""
@@ -345,6 +347,12 @@ def _opener(model: ModelConfig, index: int, secret: memoryview) -> SegmentOpener
     return SegmentOpener(secret, parse_header(file.header, index), bound_to, file.layout, index)
 
 
+def _threads(source: BlobSource, files: list[_File]) -> int:
+    """As many as can work at a time: on a folder as there are processors, on a network as there are connections."""
+    useful = OPEN_THREADS if isinstance(source, DirectorySource) else max(CONNECTIONS, OPEN_THREADS)
+    return min(useful, sum(file.layout.segments for file in files))
+
+
 class _Opening:
     """Opens every segment of a prepared model, each straight into its place."""
 
@@ -358,7 +366,8 @@ class _Opening:
         self._lock = threading.Lock()
         self._done_bytes = 0
         self._left = sum(file.layout.segments for file in prepared.files)
-        self._work = _Work(prepared.files, self._open_run, stop, OPEN_THREADS)
+        self._processors = threading.Semaphore(OPEN_THREADS)
+        self._work = _Work(prepared.files, self._open_run, stop, prepared.threads)
 
     def run(self) -> None:
         """Return when every segment is open, or raise with every thread ended."""
@@ -381,12 +390,13 @@ class _Opening:
 
     def _open(self, file: _File, segment: int, window: Window, buffer: memoryview) -> None:
         offset, length = file.layout.plaintext_range(segment)
-        window.populate(offset, length)  # before the ciphertext comes, which then is still in the cache when it is opened
-        if file.fetched[segment]:
-            ciphertext = file.take_ahead(segment, window, buffer)
-        else:
+        if not file.fetched[segment]:
             ciphertext = file.fetch(segment, self._source, buffer)
-        with window.view(offset, length) as out:
+        with self._processors, window.view(offset, length) as out:
+            if file.fetched[segment]:
+                ciphertext = file.take_ahead(segment, window, buffer)
+            else:
+                window.populate(offset, length)
             self._openers[file.index].open(segment, ciphertext, out)
         with self._lock:
             self._left -= 1

@@ -4,6 +4,7 @@ Windows are short-lived: a model may have more files than a process may have des
 its own needs no lock. Does not know which files there are or where they lie (`memory.py`). Follows madvise(2).
 """
 
+import ctypes
 import errno
 import mmap
 import os
@@ -15,6 +16,9 @@ from typing import Self
 from agent.errors import DestinationError, DestinationProblem
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
+
+
+_LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
@@ -60,8 +64,12 @@ class Window:
         """
         if self._map is not None:
             start = (offset - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
-            with translated():
-                self._map.madvise(_MADV_POPULATE_WRITE, start, offset - self._start + length - start)
+            size = offset - self._start + length - start
+            # Not `mmap.madvise`, which keeps every other thread waiting: to zero pages takes as long as to open segments.
+            with translated(), memoryview(self._map) as whole:
+                address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
+                if _LIBC.madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(size), ctypes.c_int(_MADV_POPULATE_WRITE)):
+                    raise OSError(ctypes.get_errno(), "madvise")
 
     def copy_in(self, offset: int, data: memoryview) -> None:
         """Write `data`. Raises DestinationError. Other threads run meanwhile, as they would not with a slice assignment."""
