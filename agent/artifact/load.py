@@ -390,13 +390,13 @@ class _Opening:
 
     def _open(self, file: _File, segment: int, window: Window, buffer: memoryview) -> None:
         offset, length = file.layout.plaintext_range(segment)
-        if not file.fetched[segment]:
+        ahead = file.fetched[segment]
+        if not ahead:
+            window.populate(offset, length)  # before the ciphertext comes, which then is still in the cache when it is opened
             ciphertext = file.fetch(segment, self._source, buffer)
         with self._processors, window.view(offset, length) as out:
-            if file.fetched[segment]:
+            if ahead:
                 ciphertext = file.take_ahead(segment, window, buffer)
-            else:
-                window.populate(offset, length)
             self._openers[file.index].open(segment, ciphertext, out)
         with self._lock:
             self._left -= 1

@@ -18,6 +18,7 @@ from agent.errors import DestinationError, DestinationProblem
 _MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 
 
+_HUGE_BYTES = 2 << 20
 _LIBC = ctypes.CDLL(None, use_errno=True)
 
 
@@ -39,11 +40,13 @@ class Window:
     def __init__(self, fd: int, offset: int, length: int) -> None:
         """Map `length` bytes from `offset`, perhaps none. The descriptor is the window's from now on."""
         self._fd = fd
-        self._start = offset - offset % mmap.PAGESIZE
+        # Of huge pages that lie in the mapping only in part each small page would be mapped by a fault of its own.
+        self._start = offset - offset % _HUGE_BYTES
         self._map: mmap.mmap | None = None
         try:
             if length:
-                self._map = mmap.mmap(fd, offset + length - self._start, offset=self._start)
+                end = min(-(-(offset + length) // _HUGE_BYTES) * _HUGE_BYTES, os.fstat(fd).st_size)
+                self._map = mmap.mmap(fd, end - self._start, offset=self._start)
                 self._map.madvise(mmap.MADV_DONTDUMP)
                 with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
                     self._map.madvise(mmap.MADV_HUGEPAGE)
