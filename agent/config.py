@@ -48,6 +48,7 @@ _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY----
 _Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
 # An address, not a name: whoever writes /etc/hosts does not choose who answers.
 _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
+_Mirror = Annotated[str, msgspec.Meta(pattern=r"^(/|https?://|oci(\+http)?://)[^\s\x00]+\Z", max_length=2048)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
 
@@ -110,6 +111,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     session_token: _Credential | None = None
     endpoint: Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=512)] | None = None
     region: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]+\Z", max_length=63)] | None = None
+    mirrors: Annotated[tuple[_Mirror, ...], msgspec.Meta(max_length=8)] = ()
     manifest_digest: _Digest | None = None
     provider_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
     tag: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")] | None = None
@@ -423,6 +425,8 @@ EXPLAIN = {
     "artifact.endpoint": "URL of the bucket's service: https://s3.example.com (the bucket becomes the first part of the path) "
     "or https://{bucket}.s3.example.com; default: AWS, https://{bucket}.s3.{region}.amazonaws.com",
     "artifact.region": "region of the bucket, default us-east-1; a clock 15 minutes off is refused as bad credentials are",
+    "artifact.mirrors": "other places with the same blobs (paths, http(s) and oci URLs), tried in this order when one does not "
+    "deliver, default none; asked without credentials. Everything is authenticated wherever it comes from",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`. Either this or artifact.provider_keys",
     "artifact.provider_keys": "public keys (PEM; P-256, P-384, Ed25519) of which one must have signed the manifest under "
     "artifact.tag (`keyturn seal --sign`): a new release then needs no new configuration. The oldest one to accept is "

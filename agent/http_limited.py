@@ -23,6 +23,8 @@ from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
 from urllib3.util import wait_for_write
 
+STALL_S = 20.0
+"""How long a connection may say nothing at all: then the request fails, and whoever asks again gets another connection."""
 SLICE_S = 0.25
 """How late a wait may end. The timeout of every socket here, set once: each setting is a system call."""
 
@@ -32,23 +34,26 @@ _T = TypeVar("_T")
 class _Limit(NamedTuple):
     deadline: float
     stop: Event
+    stall_slices: int
 
 
 # A variable of the context, no argument: between a request and its sockets lie urllib3, http.client and ssl.
-_NO_LIMIT = _Limit(math.inf, Event())
+_NO_LIMIT = _Limit(math.inf, Event(), round(STALL_S / SLICE_S))
 _limit: ContextVar[_Limit] = ContextVar("limit", default=_NO_LIMIT)
 
 
 @contextmanager
-def limited(deadline: float, stop: Event | None = None) -> Iterator[None]:
+def limited(deadline: float, stop: Event | None = None, stall_s: float | None = None) -> Iterator[None]:
     """Within the block, every wait of this thread's connections is a timeout after `deadline` and after `stop`.
 
     Args:
         deadline: on the monotonic clock, in seconds; that of a block around this one counts too.
         stop: or None: that of the block around this one.
+        stall_s: how long a connection may be silent; None: that of the block around this one, at last `STALL_S`.
     """
     outer = _limit.get()
-    token = _limit.set(_Limit(min(deadline, outer.deadline), stop or outer.stop))
+    stall_slices = outer.stall_slices if stall_s is None else max(1, round(stall_s / SLICE_S))
+    token = _limit.set(_Limit(min(deadline, outer.deadline), stop or outer.stop, stall_slices))
     try:
         yield
     finally:
@@ -76,7 +81,7 @@ def pool(
 
 def _time_left() -> float:
     """Seconds, more than 0, or TimeoutError. Called for every 16 KiB of a TLS stream, so that each call in it counts."""
-    deadline, stop = _limit.get()
+    deadline, stop, _ = _limit.get()
     left_s = deadline - time.monotonic()
     if left_s <= 0 or stop.is_set():
         raise TimeoutError
@@ -84,12 +89,13 @@ def _time_left() -> float:
 
 
 def _in_slices(wait: Callable[..., _T], *arguments: Any) -> _T:
-    while True:
+    for _ in range(_limit.get().stall_slices):
         _time_left()
         try:
             return wait(*arguments)
         except TimeoutError:  # the slice is over; a connection that is over says something else next time
             continue
+    raise TimeoutError  # stalled: a new connection may do better
 
 
 def _sent(send: Callable[..., int], *arguments: Any) -> int:

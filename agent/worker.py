@@ -149,10 +149,10 @@ async def _boot(
                 await wait_for_route(at.route_timeout_s, lambda: notify(waiting))
             broker.connect()
 
-        from agent.artifact.sources import open_configured
+        from agent.artifact.sources.mirrors import open_mirrored
         from agent.boot import boot
 
-        store = open_configured(cfg.artifact, STORE_TIMEOUT_S)
+        store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S)
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)

@@ -210,3 +210,21 @@ def test_limits_within_each_other_all_count(tmp_path: Path) -> None:
                 ask()
         assert ask() == 200
         connections.close()
+
+
+def test_a_connection_that_says_nothing_is_given_up_before_the_request_is_late(tmp_path: Path) -> None:
+    blob = tmp_path / "blobs" / BLOB.replace(":", "/")
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(DATA)
+    with RangeServer(tmp_path, Fault.SILENT, faulty_answers=1) as server:
+        source = open_source(server.url, None, 30)
+        began = time.monotonic()
+        with limited(began + 60, stall_s=0.5):
+            with pytest.raises(ArtifactUnavailableError) as caught:
+                source.read_blob(BLOB, 1 << 20)
+            assert time.monotonic() - began < TOO_LATE_S
+            assert caught.value.problem is StoreProblem.TIMEOUT
+            assert caught.value.retryable
+            assert source.read_blob(BLOB, 1 << 20) == DATA
+        assert server.connections == 2
+        source.close()

@@ -1,0 +1,100 @@
+"""Several stores that hold the same blobs, asked in order: the next one when one does not deliver.
+
+What comes from any of them is authenticated like everything else, so that a mirror can only be late or lacking. Waiting between
+attempts and the deadline of all are `patient.py`'s.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import TypeVar
+
+from agent.artifact.sources import BlobSource, open_configured, open_source
+from agent.config import ArtifactConfig
+from agent.errors import ArtifactUnavailableError
+
+BUDGET = 4
+"""Failures of one store in a row, of all threads together, that may pass: what does not pass at all moves on at once."""
+
+_T = TypeVar("_T")
+
+
+def open_mirrored(config: ArtifactConfig, timeout_s: float) -> BlobSource:
+    """The store of the measured configuration, and the mirrors behind it. Raises as `open_source`."""
+
+    def mirror(location: str) -> Callable[[], BlobSource]:
+        return lambda: open_source(location, config.ca_pem, timeout_s)
+
+    if not config.mirrors:
+        return open_configured(config, timeout_s)
+    return Mirrors([lambda: open_configured(config, timeout_s), *(mirror(location) for location in config.mirrors)])
+
+
+class Mirrors:
+    """Reads like the stores it is given, opens them, and closes all.
+
+    A store that has failed is left for good, unless every one has: then the first is asked again, for as long as there is
+    time. An error that no store can make good is the first store's.
+    """
+
+    def __init__(self, openers: Sequence[Callable[[], BlobSource]]) -> None:
+        """At least one. One that raises ArtifactUnavailableError is opened when it is asked; other errors go on."""
+        self._openers = openers
+        self._opened: list[BlobSource | None] = [None] * len(openers)
+        self._lock = threading.Lock()
+        self._current = 0
+        self._failures = 0
+        for at in range(len(openers)):
+            with suppress(ArtifactUnavailableError):
+                self._source(at)
+
+    def read_manifest(self, reference: str, max_bytes: int) -> bytes:
+        return self._asked(lambda source: source.read_manifest(reference, max_bytes))
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        return self._asked(lambda source: source.referrers(digest))
+
+    def read_blob(self, digest: str, max_bytes: int) -> bytes:
+        return self._asked(lambda source: source.read_blob(digest, max_bytes))
+
+    def read_range(self, digest: str, offset: int, out: memoryview) -> int:
+        return self._asked(lambda source: source.read_range(digest, offset, out))
+
+    def close(self) -> None:
+        for source in self._opened:
+            if source is not None:
+                source.close()
+
+    def _asked(self, read: Callable[[BlobSource], _T]) -> _T:
+        first: ArtifactUnavailableError | None = None
+        for _ in self._openers:
+            at = self._current
+            try:
+                answer = read(self._source(at))
+                if self._failures:
+                    with self._lock:
+                        self._failures = 0
+                return answer
+            except ArtifactUnavailableError as error:
+                self._leave(at, for_good=not error.retryable)
+                if error.retryable:
+                    raise
+                first = first or error
+        assert first is not None
+        raise first
+
+    def _source(self, at: int) -> BlobSource:
+        with self._lock:
+            source = self._opened[at]
+            if source is None:
+                source = self._opened[at] = self._openers[at]()
+            return source
+
+    def _leave(self, at: int, *, for_good: bool) -> None:
+        with self._lock:
+            if at != self._current:  # another thread has left it meanwhile
+                return
+            self._failures += 1
+            if for_good or self._failures > BUDGET:
+                self._current = (at + 1) % len(self._openers)
+                self._failures = 0

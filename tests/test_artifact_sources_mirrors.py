@@ -1,0 +1,131 @@
+"""Stores that fail one after the other, and what is read nevertheless."""
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from agent.artifact.sources import BlobSource, open_source
+from agent.artifact.sources.mirrors import BUDGET, Mirrors, open_mirrored
+from agent.artifact.sources.patient import PatientSource
+from agent.config import ArtifactConfig
+from agent.errors import ArtifactUnavailableError, ConfigError, StoreProblem
+from tests.range_server import Fault, RangeServer
+
+BLOB = "sha256:" + "ab" * 32
+DATA = bytes(range(256))
+
+
+@pytest.fixture
+def layout(tmp_path: Path) -> Iterator[Path]:
+    blob = tmp_path / "layout" / "blobs" / BLOB.replace(":", "/")
+    blob.parent.mkdir(parents=True)
+    blob.write_bytes(DATA)
+    yield tmp_path / "layout"
+
+
+def opener(location: object) -> Callable[[], BlobSource]:
+    return lambda: open_source(str(location), None, 5)
+
+
+def mirrors(*locations: object) -> closing[Mirrors]:
+    return closing(Mirrors([opener(location) for location in locations]))
+
+
+def read(source: BlobSource | PatientSource) -> bytes:
+    out = bytearray(100)
+    return bytes(out[: source.read_range(BLOB, 7, memoryview(out))])
+
+
+def test_the_first_store_is_asked_while_it_delivers(layout: Path) -> None:
+    with (
+        RangeServer(layout) as one,
+        RangeServer(layout) as other,
+        mirrors(one.url, other.url) as both,
+    ):
+        for _ in range(5):
+            assert read(both) == DATA[7:107]
+        assert (len(one.requests), len(other.requests)) == (5, 0)
+
+
+@pytest.mark.parametrize("fault", [Fault.NOT_FOUND, Fault.FORBIDDEN, Fault.GZIP, Fault.NO_RANGES, Fault.REDIRECT_LOOP])
+def test_what_does_not_pass_moves_on_at_once_and_for_good(layout: Path, fault: Fault) -> None:
+    with RangeServer(layout, fault) as one, RangeServer(layout) as other, mirrors(one.url, other.url) as both:
+        for _ in range(5):
+            assert read(both) == DATA[7:107]
+        assert len(other.requests) == 5
+        asked = len(one.requests)
+        read(both)
+        assert len(one.requests) == asked <= 11
+
+
+def test_what_may_pass_moves_on_when_the_budget_is_used_up(layout: Path) -> None:
+    with RangeServer(layout, Fault.BROKEN) as one, RangeServer(layout) as other, mirrors(one.url, other.url) as both:
+        for _ in range(BUDGET + 1):
+            with pytest.raises(ArtifactUnavailableError):
+                read(both)
+        assert read(both) == DATA[7:107]
+        assert (len(one.requests), len(other.requests)) == (BUDGET + 1, 1)
+
+
+def test_a_store_that_delivers_again_has_its_whole_budget_again(layout: Path) -> None:
+    with (
+        RangeServer(layout, Fault.CUT, faulty_answers=BUDGET) as one,
+        RangeServer(layout) as other,
+        mirrors(one.url, other.url) as both,
+    ):
+        for _ in range(BUDGET):
+            with pytest.raises(ArtifactUnavailableError):
+                read(both)
+        for _ in range(3):
+            assert read(both) == DATA[7:107]
+        assert not other.requests
+
+
+def test_when_no_store_has_it_the_error_is_the_first_ones(layout: Path, tmp_path: Path) -> None:
+    with (
+        RangeServer(layout, Fault.FORBIDDEN) as one,
+        RangeServer(layout, Fault.NOT_FOUND) as other,
+        mirrors(one.url, tmp_path / "absent", other.url) as all_of_them,
+    ):
+        with pytest.raises(ArtifactUnavailableError) as caught:
+            read(all_of_them)
+        assert caught.value.problem is StoreProblem.REFUSED
+
+
+def test_a_folder_that_is_not_there_is_passed_over(layout: Path, tmp_path: Path) -> None:
+    with mirrors(tmp_path / "absent", layout) as both:
+        assert read(both) == DATA[7:107]
+        assert both.read_blob(BLOB, 1000) == DATA
+
+
+def test_a_folder_that_comes_later_is_found(layout: Path, tmp_path: Path) -> None:
+    with mirrors(tmp_path / "late") as one:
+        with pytest.raises(ArtifactUnavailableError):
+            read(one)
+        shutil.copytree(layout, tmp_path / "late")
+        assert read(one) == DATA[7:107]
+
+
+def test_many_threads_move_on_together(layout: Path) -> None:
+    with RangeServer(layout, Fault.BROKEN) as one, RangeServer(layout) as other, mirrors(one.url, other.url) as both:
+        patient = PatientSource(both, 30, threading.Event())
+        with ThreadPoolExecutor(8) as pool:
+            assert set(pool.map(lambda _: read(patient), range(16))) == {DATA[7:107]}
+    assert BUDGET < len(one.requests) <= BUDGET + 8
+
+
+def test_the_configuration_names_them_and_a_location_that_is_none_is_told_at_once(layout: Path) -> None:
+    def config(*mirrors: str) -> ArtifactConfig:
+        return ArtifactConfig(source="/absent", mirrors=mirrors, manifest_digest=BLOB)
+
+    with closing(open_mirrored(config(str(layout)), 5)) as store:
+        assert read(store) == DATA[7:107]
+    with pytest.raises(ConfigError):
+        open_mirrored(config("https://user:secret@example.org/x"), 5)
+    with pytest.raises(ArtifactUnavailableError):
+        open_mirrored(config(), 5)
