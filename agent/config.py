@@ -120,6 +120,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     ca_pem: _Certificate | None = None
     destination: Literal["auto", "tmpfs", "memfd", "directory"] = "auto"
     directory: _Path | None = None
+    after_ready: Literal["keep", "release"] = "keep"
     unsafe_allow_swap: bool = False
     headroom_mib: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 64
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 3600
@@ -277,6 +278,8 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_credentials_belong_to_registries_and_buckets
     if artifact.region is not None and not in_bucket:
         raise wrong("artifact.region")
+    if config.artifact.after_ready == "release" and config.artifact.destination == "memfd":
+        raise wrong("artifact.after_ready")
     by_signature = bool(config.artifact.provider_keys)
     # refusal: test_a_model_is_named_by_digest_or_by_signature
     if by_signature == (config.artifact.manifest_digest is not None):
@@ -439,6 +442,8 @@ EXPLAIN = {
     "artifact.destination": "tmpfs: own detached tmpfs, needs CAP_SYS_ADMIN. memfd: sealed memory file, single-file models. "
     "directory: a given tmpfs, artifact.directory; plaintext there survives the agent's death. auto: tmpfs, else memfd",
     "artifact.directory": "an empty folder on tmpfs, for destination = directory",
+    "artifact.after_ready": "keep: the model's files stay while the server runs. release: they are unlinked once it is ready, "
+    "for servers that have copied the weights into GPUs; a server that crashes then is not started again. Not with a memfd",
     "artifact.unsafe_allow_swap": "go on although swap could carry weights to a disk; only with a simulated attester",
     "artifact.headroom_mib": "guest memory that must stay free beside the model, default 64",
     "artifact.timeout_s": "seconds for fetching and opening the whole model, default 3600",

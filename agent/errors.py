@@ -1044,6 +1044,7 @@ class DestinationProblem(enum.Enum):
     NOT_EMPTY = "directory is not empty"
     IN_USE = "directory is in use by another agent"
     MANY_FILES = "a memfd holds one file, the model has more"
+    HELD = "a memfd stays while its server lives, and cannot be released"
     KERNEL = "kernel refused"
     MOUNT_POINT = "/run/keyturn cannot be made, or nothing can be mounted there in private"
 

@@ -242,6 +242,13 @@ class ServerReady(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class ModelReleased(Event):
+    """The model's files are unlinked, as the configuration says: from here on this server is the only one there can be."""
+
+    files: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ServerEnded(Event):
     status: int
     signal: int

@@ -33,6 +33,7 @@ class HandedModel:
         lease: of its key; None: it may be used without end.
         watch_gpus: it is served with GPUs.
         simulated_machine: the folder of the simulated machine they belong to.
+        release: its files are unlinked once the server is ready.
     """
 
     plan: ServerPlan
@@ -44,6 +45,7 @@ class HandedModel:
     lease: Lease | None
     watch_gpus: bool
     simulated_machine: str | None
+    release: bool = False
 
     def record(self) -> dict[str, object]:
         """For the channel; the descriptors travel beside it."""
@@ -58,6 +60,7 @@ class HandedModel:
             "lease_since": self.lease.since if self.lease else None,
             "watch_gpus": self.watch_gpus,
             "simulated_machine": self.simulated_machine,
+            "release": self.release,
         }
 
     @classmethod
@@ -75,6 +78,7 @@ class HandedModel:
             lease=None if record["lease_s"] is None else Lease(int(record["lease_s"]), float(record["lease_since"])),
             watch_gpus=bool(record["watch_gpus"]),
             simulated_machine=record["simulated_machine"],
+            release=bool(record["release"]),
         )
 
 
@@ -128,6 +132,39 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
     file = f"{root}/{model.single_file}" if model.single_file else root
     return Placement(file, root, scratch, private_mounts=private_mounts)
+
+
+def release(model: HandedModel) -> int:
+    """Unlink the files of a published model; what the server has open or mapped stays until it lets go. Returns how many.
+
+    Raises:
+        DestinationError: the kernel refused, or they lie in a memfd, which its server holds.
+    """
+    files = 0
+    try:
+        if model.destination is DestinationKind.TMPFS:
+            mounts.set_writable(model.descriptors[0])  # for us: the server sees it through a mount of its own, or as nobody
+            root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=model.descriptors[0])
+        elif model.directory is not None:
+            root = os.open(model.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        else:
+            raise DestinationError(DestinationProblem.HELD)
+        try:
+            for _, _, names, folder in os.fwalk(".", dir_fd=root, onerror=_stop_walking):
+                for name in names:
+                    os.unlink(name, dir_fd=folder)
+                    files += 1
+        finally:
+            os.close(root)
+            if model.destination is DestinationKind.TMPFS:
+                mounts.set_read_only(model.descriptors[0])
+    except OSError as error:
+        raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+    return files
+
+
+def _stop_walking(error: OSError) -> None:
+    raise error
 
 
 def _make_scratch(plan: ServerPlan, private_mounts: bool, undo: ExitStack) -> str:

@@ -36,6 +36,7 @@ from agent.events import (
     Hook,
     Message,
     ModelLeft,
+    ModelReleased,
     ServerEnded,
     ServerOutputInherited,
     ServerReady,
@@ -55,7 +56,7 @@ from agent.gpu_watch import GpuWatch, WatchMain
 from agent.guest import hardening, mounts, systemd
 from agent.health import HealthPort
 from agent.loop import Loop
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
+from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
 from agent.renewal import Renewal
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
@@ -236,7 +237,9 @@ class Supervisor:
         if plan.output is Output.INHERIT:
             self._tell(ServerOutputInherited())
         self._policy = policy.RestartPolicy(
-            ready_timeout_s=plan.ready_timeout_s, max_restarts=plan.max_restarts, restart_window_s=plan.restart_window_s
+            ready_timeout_s=plan.ready_timeout_s,
+            max_restarts=0 if model.release else plan.max_restarts,  # there will be nothing to start it with
+            restart_window_s=plan.restart_window_s,
         )
         self._tell(StageStarted(Stage.SERVER))
         self._serving_since = time.monotonic()
@@ -299,6 +302,15 @@ class Supervisor:
             self._tell(StageEnded(Stage.SERVER, running.ready_after_ms))
         self._tell(ServerReady(running.ready_after_ms, self._policy.starts))
         self._obey(self._policy.decide(policy.Ready(), now))
+        self._release_model()
+
+    def _release_model(self) -> None:
+        assert self._model
+        if self._model.release:
+            try:
+                self._tell(ModelReleased(release(self._model)))
+            except AgentError as error:
+                self._fail(error)
 
     def _on_server_end(self) -> None:
         try:

@@ -170,6 +170,7 @@ async def _boot(
         lease=None if lease_s is None else Lease(lease_s, lease_from),
         watch_gpus=cfg.gpu.count > 0,
         simulated_machine=cfg.simulation.machine if cfg.simulation else None,
+        release=cfg.artifact.after_ready == "release",
     )
     return {"loaded": handed.record()}, handed.descriptors
 

@@ -26,6 +26,7 @@ from agent.errors import (
     ArtifactUnavailableError,
     ConfigError,
     DestinationError,
+    DestinationProblem,
     InsufficientMemoryError,
     KeyMismatchError,
     ManifestDigestError,
@@ -301,6 +302,12 @@ def test_without_privilege_a_single_file_goes_into_a_memfd(pristine: dict[int, S
             os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     shutil.rmtree(public)
+
+
+def test_a_model_that_shall_be_released_does_not_go_into_a_memfd(pristine: dict[int, Sealed], given: Path) -> None:
+    with pytest.raises(DestinationError) as caught:
+        boot(config(pristine[1], "memfd", given, after_ready="release"))
+    assert caught.value.problem is DestinationProblem.HELD
 
 
 def test_ciphertext_that_came_before_the_key_is_not_fetched_again(sealed: Sealed, given: Path) -> None:

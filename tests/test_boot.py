@@ -21,6 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ed25519
 from agent.artifact.signature import public_pem
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.evidence.ccel import parse_event_log, parse_runtime_event, replay
+from agent.publish import RUN_DIRECTORY
 from agent.server.presets import command_digest
 from agent.sim.api_server_rest import serve
 from agent.sim.machine import SimulatedMachine
@@ -427,6 +428,39 @@ def test_a_given_directory_serves_and_is_empty_afterwards(world: World) -> None:
     assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
     assert agent.stop().status == 0
     assert list(given.iterdir()) == []
+
+
+@pytest.mark.parametrize("destination", ["tmpfs", "directory"] if os.geteuid() == 0 else ["directory"])
+def test_a_model_that_is_released_is_gone_once_the_server_is_ready_and_a_crash_is_the_end(
+    world: World, destination: str
+) -> None:
+    given = Path("/dev/shm") / f"keyturn-test-{os.getpid()}"
+    given.mkdir(mode=0o755)
+    world.undo.callback(shutil.rmtree, given, ignore_errors=True)
+    world.artifact |= {"destination": destination, "after_ready": "release"}
+    if destination == "directory":
+        world.artifact["directory"] = str(given)
+    agent = world.start()
+    pid = agent.wait_for("server_started")["pid"]
+    assert agent.wait_for("model_released")["files"] == 1
+    root = given if destination == "directory" else Path(f"/proc/{pid}/root{RUN_DIRECTORY}")
+    assert (root / "model").is_dir()
+    assert list((root / "model").iterdir()) == []
+    with pytest.raises(OSError):
+        ask(world.port, "/crash")
+    outcome = agent.wait()
+    assert outcome.failure["class"] == "ServerExitedError"
+    assert "server_restarting" not in outcome.names()
+    assert list(given.iterdir()) == []
+
+
+def test_a_model_of_many_files_that_is_released_leaves_no_file(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, files=3)
+        world.artifact["after_ready"] = "release"
+        agent = world.start()
+        assert agent.wait_for("model_released")["files"] == 3
+        assert agent.stop().status == 0
 
 
 def test_a_server_that_is_starting_is_asked_to_stop_once_and_is_never_ready_again(world: World) -> None:

@@ -35,6 +35,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "server_started": ["pid", "start", "own_uid", "landlock"],
         "server_output_inherited": [],
         "server_ready": ["ms", "start"],
+        "model_released": ["files"],
         "server_ended": ["status", "signal", "output_bytes"],
         "server_restarting": ["wait_ms", "start"],
         "model_left": ["version"],

@@ -7,10 +7,10 @@ import pytest
 
 from agent.artifact import DestinationKind, ServedModel, given
 from agent.config import EXAMPLE, parse
-from agent.errors import DestinationError
+from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
 from agent.lease import Lease
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, take_over
+from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
 from agent.server import ServerPlan
 from agent.worker import plan_server
 from tests.children import in_child
@@ -94,3 +94,35 @@ def test_model_and_scratch_are_mounted_for_the_server_and_gone_before_we_say_so(
         return during, Path("/proc/self/mountinfo").read_text().count(f" {RUN_DIRECTORY}/")
 
     assert in_child(scenario) == (2, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")
+def test_releasing_unlinks_every_file_and_leaves_the_mount_read_only() -> None:
+    def scenario() -> tuple[int, list[str]]:
+        mounts.enter_private_mount_namespace()
+        make_mount_points()
+        made = mounts.detached_tmpfs(1 << 20, os.getegid())
+        os.mkdir("d", dir_fd=made.fd)
+        for name in ("a", "d/b"):
+            os.close(os.open(name, os.O_CREAT | os.O_WRONLY, 0o440, dir_fd=made.fd))
+        mounts.set_read_only(made.fd)
+        model = handed(DestinationKind.TMPFS, (made.fd,))
+        with ExitStack() as undo:
+            take_over(model, undo)
+            publish(model, True, undo)
+            files = release(model)
+            left = sorted(path.name for path in Path(RUN_DIRECTORY, "model").rglob("*"))
+            with pytest.raises(OSError, match="Read-only"):
+                Path(RUN_DIRECTORY, "model", "new").touch()
+        return files, left
+
+    assert in_child(scenario) == (2, ["d"])
+
+
+def test_a_memfd_cannot_be_released() -> None:
+    memfd = os.memfd_create("model")
+    with ExitStack() as undo, pytest.raises(DestinationError) as caught:
+        model = handed(DestinationKind.MEMFD, (memfd,))
+        take_over(model, undo)
+        release(model)
+    assert caught.value.problem is DestinationProblem.HELD

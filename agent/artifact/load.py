@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agent.artifact import LoadedArtifact, LoadedFile
+from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
 from agent.artifact.sources import BlobSource
@@ -39,6 +39,8 @@ from agent.errors import (
     AgentError,
     ConfigError,
     ConfigProblem,
+    DestinationError,
+    DestinationProblem,
     KeyMismatchError,
     RollbackError,
     SwapActiveError,
@@ -297,6 +299,9 @@ def _prepare(
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
     prepared = Prepared(source, config.digest, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
+    # refusal: test_a_model_that_shall_be_released_does_not_go_into_a_memfd
+    if config.after_ready == "release" and destination.kind is DestinationKind.MEMFD:
+        raise DestinationError(DestinationProblem.HELD)
     for file in model.files:
         destination.create(file.path, file.size)
     # 3. From here the store works while attestation waits.

@@ -95,7 +95,7 @@ def detached_tmpfs(
 
 
 def set_read_only(mount: int) -> None:
-    """Make a mount read-only for good.
+    """Make a mount read-only.
 
     Args:
         mount: descriptor of a mount; no file in it is open for writing or mapped writable.
@@ -103,7 +103,16 @@ def set_read_only(mount: int) -> None:
     Raises:
         OSError: EBUSY, somebody can still write; EPERM; ENOSYS before Linux 5.12.
     """
-    attributes = (ctypes.c_uint64 * 4)(_MOUNT_ATTR_RDONLY, 0, 0, 0)  # struct mount_attr: set, clear, propagation, userns
+    _set_attributes(mount, set_flags=_MOUNT_ATTR_RDONLY)
+
+
+def set_writable(mount: int) -> None:
+    """Let this one mount be written through again; copies of it in other namespaces stay as they are. Raises OSError."""
+    _set_attributes(mount, clear_flags=_MOUNT_ATTR_RDONLY)
+
+
+def _set_attributes(mount: int, set_flags: int = 0, clear_flags: int = 0) -> None:
+    attributes = (ctypes.c_uint64 * 4)(set_flags, clear_flags, 0, 0)  # struct mount_attr: set, clear, propagation, userns
     size = ctypes.c_size_t(ctypes.sizeof(attributes))
     _call(_SYS_MOUNT_SETATTR, mount, ctypes.c_char_p(b""), ctypes.c_uint(_AT_EMPTY_PATH), attributes, size)
 
