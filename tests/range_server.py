@@ -36,6 +36,7 @@ class Fault(enum.Enum):
     CUT = enum.auto()  # closes in the middle of the body
     CUT_CHUNKED = enum.auto()  # a chunked body that ends early and cleanly
     CHUNKED = enum.auto()  # a chunked body that is complete: no fault
+    SLOW = enum.auto()  # a tenth of a second for each range: no fault
     SILENT = enum.auto()  # takes the request and never answers
     DRIP_HEAD = enum.auto()  # one byte of a header now and then
     DRIP_BODY = enum.auto()  # one byte of a range now and then
@@ -161,6 +162,8 @@ class _Server(http.server.ThreadingHTTPServer):
 def _answer(handler: http.server.BaseHTTPRequestHandler, root: Path, fault: Fault, done: threading.Event) -> None:
     if fault in _STATUS:
         return _head(handler, _STATUS[fault], {"Content-Length": "0"})
+    if fault is Fault.SLOW and handler.headers["Range"]:
+        done.wait(0.1)
     if fault is Fault.SILENT:
         done.wait(30)
         handler.close_connection = True

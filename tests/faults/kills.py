@@ -35,6 +35,9 @@ BOUNDARIES = {
 }
 LONGEST_BOOT_S = 1.2
 """A random kill comes within this time: a boot of these tests is over then, mostly, and the server serves."""
+LARGE_BYTES = 96 << 20
+LOAD_S = 0.8
+"""A load of so many bytes from a store that takes a tenth of a second for each MiB and connection lasts longer than this."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +47,17 @@ class Kill:
     Attributes:
         at: the event after which it is killed, or seconds after the start.
         destination: of the configuration.
+        loading_s: for a worker that opens a large model from a slow store: seconds after the event.
     """
 
     victim: str
     at: str | float
     destination: str
+    loading_s: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.victim} {'at' if isinstance(self.at, str) else 'after'} {self.at}, {self.destination}"
+        later = "" if self.loading_s is None else f" + {self.loading_s} s"
+        return f"{self.victim} {'at' if isinstance(self.at, str) else 'after'} {self.at}{later}, {self.destination}"
 
 
 def matrix() -> list[Kill]:
@@ -74,10 +80,17 @@ def at_random(count: int, seed: str) -> list[Kill]:
     ]
 
 
+def in_mid_load(count: int, seed: str) -> list[Kill]:
+    """A worker that has the key and opens segments, some of them open already."""
+    draw = random.Random(seed)
+    return [Kill("worker", "gate_passed", ("tmpfs", "memfd")[i % 2], round(draw.uniform(0, LOAD_S), 3)) for i in range(count)]
+
+
 def run(kill: Kill, folder: Path, silicon: Path) -> Finding:
     """Kill, and see what is left."""
     with ExitStack() as undo:
-        world = FaultWorld(folder, silicon, undo)
+        large = {} if kill.loading_s is None else {"model_bytes": LARGE_BYTES}
+        world = FaultWorld(folder, silicon, undo, **large)
         world.artifact["destination"] = kill.destination
         world.server["max_restarts"] = 0
         given = Path("/dev/shm") / f"keyturn-kill-{os.getpid()}"
@@ -86,7 +99,8 @@ def run(kill: Kill, folder: Path, silicon: Path) -> Finding:
             undo.callback(shutil.rmtree, given, ignore_errors=True)
             world.artifact["directory"] = str(given)
         if kill.victim == "worker" and isinstance(kill.at, str):  # or it would have ended before it is killed
-            world.artifact["source"] = undo.enter_context(RangeServer(world.layout, Fault.DRIP_BODY)).url
+            fault = Fault.DRIP_BODY if kill.loading_s is None else Fault.SLOW
+            world.artifact["source"] = undo.enter_context(RangeServer(world.layout, fault)).url
         config = world.prepare()
         world.start_broker()
         before = Before(world.folder)
@@ -118,6 +132,7 @@ def _kill(kill: Kill, agent: Agent) -> type[AgentError] | None:
     """Returns the error that the agent ended with; None where it was the victim, or its victim had ended before."""
     if isinstance(kill.at, str):
         agent.wait_for(kill.at)
+        time.sleep(kill.loading_s or 0)
     else:
         time.sleep(kill.at)
     if kill.victim == "supervisor":

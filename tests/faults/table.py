@@ -40,7 +40,15 @@ class FaultWorld(World):
     """A world full of canaries."""
 
     def __init__(
-        self, folder: Path, silicon: Path, undo: ExitStack, *, gpus: int = 1, switches: int = 0, files: int = 1
+        self,
+        folder: Path,
+        silicon: Path,
+        undo: ExitStack,
+        *,
+        gpus: int = 1,
+        switches: int = 0,
+        files: int = 1,
+        model_bytes: int = MODEL_BYTES,
     ) -> None:
         self.canaries = Canaries()
         super().__init__(
@@ -50,7 +58,7 @@ class FaultWorld(World):
             gpus=gpus,
             switches=switches,
             files=files,
-            given=self.canaries.model(MODEL_BYTES),
+            given=self.canaries.model(model_bytes),
             key=self.canaries.key,
             stem=self.canaries.file_name,
         )

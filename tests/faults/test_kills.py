@@ -13,7 +13,8 @@ from tests.faults import kills
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "kill" in metafunc.fixturenames:
         options = metafunc.config
-        rows = [*kills.matrix(), *kills.at_random(options.getoption("kills"), options.getoption("kill_seed"))]
+        seed = options.getoption("kill_seed")
+        rows = [*kills.matrix(), *kills.in_mid_load(20, seed), *kills.at_random(options.getoption("kills"), seed)]
         metafunc.parametrize("kill", rows, ids=[f"{number} {row}" for number, row in enumerate(rows)])
 
 
