@@ -17,7 +17,8 @@ import agent
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 LOCKS = sorted((ROOT / "locks").glob("*.txt"))
-SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file())
+PARTS = "bench_*.py"  # of bench.py, and no scripts of their own
+SCRIPTS = sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file() and not path.match(PARTS))
 
 
 def pins(lock: str) -> dict[str, Version]:
