@@ -1,10 +1,12 @@
 import asyncio
+import mmap
 import os
 import random
 import shutil
 import tempfile
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -14,12 +16,21 @@ from typing import Any
 import pytest
 
 from agent.artifact import DestinationKind, LoadedArtifact
-from agent.artifact.load import Prepared, load, prepare
-from agent.artifact.manifest import ModelConfig, parse_config, parse_manifest
+from agent.artifact.load import Prepared, _File, load, prepare
+from agent.artifact.manifest import (
+    ModelConfig,
+    SealedFile,
+    digest_of,
+    pack_config,
+    pack_manifest,
+    parse_config,
+    parse_manifest,
+)
+from agent.artifact.memory import DetachedTmpfs
 from agent.artifact.seal import seal_model
 from agent.artifact.sources import BlobSource, open_source
 from agent.artifact.sources.directory import DirectorySource
-from agent.artifact.stream import SEGMENT_BYTES
+from agent.artifact.stream import SEGMENT_BYTES, StreamLayout, key_commitment
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import (
@@ -30,6 +41,7 @@ from agent.errors import (
     InsufficientMemoryError,
     KeyMismatchError,
     ManifestDigestError,
+    MemoryLimit,
     RollbackError,
     SegmentAuthenticationError,
     StoreProblem,
@@ -40,6 +52,7 @@ from agent.guest import mounts
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey, SecretBuffer
 from tests.range_server import Fault, RangeServer
+from tests.sealed_vectors import Case
 
 KEY = bytes(range(32))
 KEY_URI = "kbs:///models/tiny/1"
@@ -365,6 +378,82 @@ def test_the_group_may_read(sealed: Sealed, given: Path) -> None:
         assert (status.st_mode & 0o777, status.st_gid) == (0o440, os.getegid())
 
     boot(config(sealed, "directory", given), check, gid=os.getegid())
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def planned(sizes: dict[str, int], given: Path, memory: MemoryInfo) -> int:
+    """Prepare a model of which there are only documents; returns the most bytes that Python held meanwhile."""
+    files = tuple(
+        SealedFile(path, size, digest_of(path.encode()), 1, b"\x28" + bytes(39)) for path, size in sorted(sizes.items())
+    )
+    model = ModelConfig(Ident("planned"), 1, Ident(KEY_URI), key_commitment(KEY, KEY_URI), files)
+    documents = {digest_of(data): data for data in (pack_manifest(model), pack_config(model))}
+    digest = next(iter(documents))
+    artifact = ArtifactConfig(
+        source="/planned", manifest_digest=digest, destination="directory", directory=str(given), headroom_mib=0
+    )
+    tracemalloc.start()
+    try:
+        boot(artifact, source=Case(documents, b"", {}), memory=memory)
+    except ArtifactUnavailableError:  # the blobs
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    pytest.fail("loaded")
+
+
+def test_a_file_of_200_gib_is_planned_by_its_size_and_takes_nothing_yet(given: Path, tmp_path: Path) -> None:
+    size = 200 << 30
+    assert (StreamLayout(size).segments, StreamLayout(size).ciphertext_bytes) == (204_804, size + 40 + 16 * 204_804)
+    with pytest.raises(InsufficientMemoryError) as caught:
+        planned({"weights": size}, given, machine_with(tmp_path / "small", size - 1024))
+    assert (caught.value.needed_bytes, caught.value.available_bytes) == (size, size - 1024)
+    room = os.statvfs(given)
+    if room.f_bavail * room.f_frsize < size:
+        with pytest.raises(InsufficientMemoryError) as caught:
+            planned({"weights": size}, given, machine_with(tmp_path, size))
+        assert caught.value.limit is MemoryLimit.DESTINATION
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a tmpfs of any size")
+def test_what_is_kept_beside_a_file_of_200_gib_is_17_bytes_a_mib() -> None:
+    layout = StreamLayout(200 << 30)
+    tracemalloc.start()
+    with ExitStack() as undo:
+        destination = DetachedTmpfs(layout.plaintext_bytes, None)
+        undo.callback(destination.close)
+        destination.create("weights", layout.plaintext_bytes)
+        with destination.window("weights", *layout.plaintext_range(layout.segments - 1)) as window:
+            window.populate(*layout.plaintext_range(layout.segments - 1))
+        file = _File(0, SealedFile("weights", layout.plaintext_bytes, digest_of(b""), 1, b"\x28" + bytes(39)))
+        assert len(file.fetched) == layout.segments
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 17 * layout.segments + (1 << 20)
+
+
+def test_ten_thousand_small_files_take_whole_pages_and_little_beside_them(given: Path, tmp_path: Path) -> None:
+    sizes = {f"part-{i % 100}/{i}": i % 3 for i in range(10_000)}
+    pages = sum(1 for size in sizes.values() if size) * mmap.PAGESIZE
+    with pytest.raises(InsufficientMemoryError) as caught:
+        planned(sizes, given, machine_with(tmp_path / "small", pages - 1024))
+    assert caught.value.needed_bytes == pages
+    assert planned(sizes, given, machine_with(tmp_path, pages)) < 48 << 20
+
+
+def test_holes_and_empty_files_are_loaded_as_what_they_read_as(tmp_path: Path, given: Path) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "nothing").touch()
+    with (folder / "holes").open("wb") as stream:
+        stream.seek(3 << 20)
+        stream.write(b"x")
+        stream.truncate(5 << 20)
+    sealed = Sealed(tmp_path / "out", seal_model(folder, tmp_path / "out", KEY, KEY_URI, "tiny", VERSION, lambda _, __: None))
+    files = {"nothing": b"", "holes": bytes(3 << 20) + b"x" + bytes((2 << 20) - 1)}
+    boot(config(sealed, "directory", given), holds(files, "directory"))
 
 
 # --- the artifact is not the promised one -----------------------------------------------------------------------------

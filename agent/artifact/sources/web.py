@@ -29,7 +29,7 @@ from agent.http_limited import limited, pool
 
 ANSWERS = frozenset((200, 206, 416))
 """What a read can use."""
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 1 << 18
 _KEPT_CONNECTIONS = 32
 _MAX_ORIGINS = 16
 """A store names those it redirects to: it must not make us keep ever more of them."""
