@@ -350,6 +350,14 @@ def test_what_the_store_lacks_ends_the_boot_before_the_gate(world: World) -> Non
 # --- the end of processes ---------------------------------------------------------------------------------------------
 
 
+def test_a_mirror_serves_when_the_source_does_not(world: World) -> None:
+    world.artifact |= {"source": str(world.folder / "absent"), "mirrors": [str(world.layout)]}
+    agent = world.start()
+    agent.wait_for("server_ready")
+    assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+    assert agent.stop().status == 0
+
+
 def test_a_signal_during_the_boot_ends_it_without_a_key(world: World) -> None:
     world.broker_config["timeout_s"] = 3600  # longer than this test waits
     agent = world.start(broker=False)  # nobody answers: the worker waits
