@@ -15,7 +15,7 @@ MAX_KEYSET_BYTES = 2 << 10
 
 _KEY_BYTES = 32
 TYPE = "type.googleapis.com/google.crypto.tink.AesGcmHkdfStreamingKey"
-_VALUE = re.compile(rb'"value"\s*:\s*"([A-Za-z0-9+/]*)(={0,2})"')
+_VALUE = re.compile(rb'"value"\s*:\s*"([A-Za-z0-9+/]*)="')
 _ALPHABET = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 _DIGITS = {character: number for number, character in enumerate(_ALPHABET)}
 # AesGcmHkdfStreamingKey without its key: version 0 is not written; params: segments of 1 MiB, 32-byte keys, SHA256.
@@ -43,7 +43,7 @@ def copy_key(keyset: memoryview, out: memoryview) -> None:
     # 1. Where the secret stands, so that everything else can be parsed without it.
     found = list(_VALUE.finditer(keyset))
     # refusal: test_a_keyset_that_is_not_exactly_ours_is_refused
-    if len(keyset) > MAX_KEYSET_BYTES or len(found) != 1:
+    if len(found) != 1:
         raise ValueError("not one key")
     start, end = found[0].span(1)
     rest = bytes(keyset[:start]) + bytes(keyset[found[0].end() - 1 :])
@@ -70,7 +70,7 @@ def copy_key(keyset: memoryview, out: memoryview) -> None:
 
 
 def _decode(text: memoryview) -> Iterator[int]:
-    """The bytes of base64 without its padding; bits that fill no byte are zero, or it is no base64."""
+    """The bytes of base64 without its padding; bits that fill no byte are zero, or there were two ways to write it."""
     held = bits = 0
     for character in text:
         held, bits = held << 6 | _DIGITS[character], bits + 6
@@ -79,5 +79,5 @@ def _decode(text: memoryview) -> Iterator[int]:
             yield held >> bits
             held &= (1 << bits) - 1
     # refusal: test_a_keyset_that_is_not_exactly_ours_is_refused
-    if held or bits == 6:
+    if held:
         raise ValueError("not base64")

@@ -73,6 +73,21 @@ def value(change: Callable[[bytearray], object]) -> bytes:
     return changed(rewrite)
 
 
+def with_a_bit_that_fills_no_byte() -> bytes:
+    def rewrite(document: dict[str, Any]) -> None:
+        text = document["key"][0]["keyData"]["value"]
+        document["key"][0]["keyData"]["value"] = text[:-2] + chr(ord(text[-2]) + 1) + "="
+
+    return changed(rewrite)
+
+
+def without_padding() -> bytes:
+    def rewrite(document: dict[str, Any]) -> None:
+        document["key"][0]["keyData"]["value"] = document["key"][0]["keyData"]["value"].rstrip("=")
+
+    return changed(rewrite)
+
+
 def data(**changes: object) -> bytes:
     return changed(lambda document: document["key"][0]["keyData"].update(changes))
 
@@ -112,6 +127,10 @@ REFUSED = [
     value(lambda message: message.__setitem__(9, 4)),  # SHA-512
     value(lambda message: message.pop()),  # 31 bytes
     value(lambda message: message.append(0)),
+    value(lambda message: message.extend(bytes(3))),
+    value(lambda message: message.__delitem__(slice(-3, None))),
+    with_a_bit_that_fills_no_byte(),
+    without_padding(),
     changed(lambda document: None).replace(b'"value": "', b'"value": "A', 1),
     changed(lambda document: None) + b" " * MAX_KEYSET_BYTES,
     changed(lambda document: None).replace(b'{"keyData"', b'{"keyId": 1, "keyData"'),  # a member twice
