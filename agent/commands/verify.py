@@ -47,7 +47,7 @@ from agent.evidence.snp_abi import (
 from agent.evidence.snp_abi import parse_report as parse_snp_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, TDREPORT_BYTES, TEE_TYPE_TDX, TdAttributes, TdBody, parse_tdreport
 from agent.verify.crl import MAX_CRL_BYTES, parse_crl
-from agent.verify.nvidia import GpuClaims, SwitchClaims, verify_gpu, verify_switch
+from agent.verify.nvidia import GPU_ARCHS, FspClaims, GpuClaims, SwitchClaims, verify_fsp, verify_gpu, verify_switch
 from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
 from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
 from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES, evaluate_tcb
@@ -138,8 +138,8 @@ def add_parser(verbs: Any, summary: str) -> None:
     nvidia = kinds.add_parser(
         "nvidia",
         help="the attestation report of an NVIDIA GPU or NVSwitch",
-        description="Verify the attestation report of an NVIDIA GPU, Hopper or Blackwell, or of an NVSwitch, LS10: a genuine "
-        "device signed it, with the firmware that its key was made for. Measurements are printed and not compared with "
+        description="Verify the attestation report of an NVIDIA GPU, Hopper, Blackwell or Rubin, of such a GPU's security "
+        "processor, or of an NVSwitch, LS10: a genuine device signed it, with the firmware that its key was made for. Measurements are printed and not compared with "
         "NVIDIA's. Revocation is not checked.",
         epilog="Without --nonce the report may be an old one. Example: keyturn verify nvidia gpu.bin --chain chain.pem --nonce "
         "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb",
@@ -371,6 +371,9 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
                 "fwid": None if report.fwid is None else report.fwid.hex(),
                 "feature_flag": claims.feature_flag,
             }
+        case FspClaims():
+            device = f"{claims.arch} GPU's security processor (FSP), which says nothing of driver or confidential mode"
+            said = {"arch": claims.arch, "fwid": claims.fwid.hex()}
         case SwitchClaims():
             device = f"{SWITCH_ARCH} NVSwitch"
             said = {"arch": SWITCH_ARCH, "pdi": claims.pdi.hex(), "gpu_pdis": [pdi.hex() for pdi in claims.gpu_pdis]}
@@ -379,13 +382,15 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
         "hwmodel": claims.hwmodel,
         "ueid": claims.ueid,
         "leaf_key_sha256": claims.leaf_key_sha256,
-        "vbios_version": claims.vbios_version,
+        "vbios_version": report.vbios_version,
         "project": report.project,
         "project_sku": report.project_sku,
         "chip_sku": report.chip_sku,
         "nonce": report.requester_nonce.hex(),
         "nonce_compared": args.nonce is not None,
-        "measurements": [digest.hex() for digest in report.measurements],
+        "measurements": [block.value.hex() for block in report.measurements],
+        "measurement_indices": [block.index for block in report.measurements],
+        "measurement_types": [block.kind for block in report.measurements],
     }
     return _Finding(
         f"verified: report of {_silicon(claims.simulated)} {device}{'' if args.nonce else ', of unknown age'}",
@@ -394,14 +399,17 @@ def _nvidia(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     )
 
 
-def _verify_nvidia(report: bytes, chain: bytes, nonce: GpuNonce, roots: _Roots, now: datetime) -> GpuClaims | SwitchClaims:
-    """The certificates decide between the architectures: what the Evidence of a guest claims beside them is not here."""
-    for arch in ("HOPPER", "BLACKWELL"):
-        try:
-            return verify_gpu(GpuEvidence(arch, "", report, chain), nonce, roots, now)
-        except EvidenceVerificationError as error:
-            if error.check is not EvidenceCheck.CERTIFICATE_CHIP_ID:
-                raise
+def _verify_nvidia(
+    report: bytes, chain: bytes, nonce: GpuNonce, roots: _Roots, now: datetime
+) -> GpuClaims | FspClaims | SwitchClaims:
+    """The certificates decide what the device is: what the Evidence of a guest claims beside them is not here."""
+    for arch in GPU_ARCHS:
+        for verify in (verify_gpu, verify_fsp):
+            try:
+                return verify(GpuEvidence(arch, "", report, chain), nonce, roots, now)
+            except EvidenceVerificationError as error:
+                if error.check is not EvidenceCheck.CERTIFICATE_CHIP_ID:
+                    raise
     return verify_switch(GpuEvidence(SWITCH_ARCH, "", report, chain), nonce, roots, now)
 
 

@@ -8,21 +8,28 @@ Verifies nothing: signature, chain and firmware identity are `agent/verify/nvidi
     36       slot id 0
     37       SPDM version 0x11, code 0x60, param1 0, param2 0
     41       number of blocks n, u8;  length M of all blocks, u24
-    45       n blocks of 55: index u8 from 1, spec u8 1 (DMTF), size u16 51, type u8 1, length u16 48, SHA-384
+    45       n blocks: index u8, spec u8 1 (DMTF), size u16 L+3, type u8, length u16 L, value
     45+M     responder nonce, 32: random, not ours
     77+M     length P of the opaque data, u16
-    79+M     opaque data: type u16, size u16, value, repeated
+    79+M     opaque data: none, or type u16, size u16, value, repeated; or with a header: `NVDAOD`, profile u16 0, version
+             major u8 and minor u8, two zeros, then type u16, value type u16, size u16, value, repeated
     79+M+P   ECDSA P-384 signature r ‖ s, 48 each, big endian, over everything before it
 
 Integers are little endian unless said otherwise. Positions come from lengths and never from the end of the bytes: there are
-devices that append zero bytes after the signature. Which opaque fields there are depends on driver and firmware, and so does
-their order: a known one must have its documented shape, an unknown one is kept as it is. GPU and NVSwitch mean different
-things by types 22 and, with old firmware, 4: there the length tells.
-Spec: DMTF DSP0274 1.1.0, tables GET_MEASUREMENTS request and MEASUREMENTS response; NVIDIA attestation-sdk, opaque field ids.
+devices that append zero bytes after the signature. How many blocks there are, and of what, is the device's: 64 digests of a
+GPU's system processor (GSP), 31 of an NVSwitch, digests and raw values of a GPU's security processor (FSP), a manifest in a block
+of its own from drivers of 2026. Those bring the header of the opaque data too. Which opaque fields there are depends on driver
+and firmware, and so does their order: a known one must have its documented shape, an unknown one is kept as it is. GPU and
+NVSwitch mean different things by types 22 and, with old firmware, 4: there the length tells.
+
+SPDM 1.2 has the same layout and is refused: its signature covers messages (VCA) that no report of NVIDIA's carries.
+Spec: DMTF DSP0274 1.1.0, tables GET_MEASUREMENTS request, MEASUREMENTS response and DMTF measurement; NVIDIA attestation-sdk,
+opaque field ids and header.
 """
 
 import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NewType
 
@@ -40,8 +47,12 @@ RESPONDER_NONCE_BYTES = 32
 _REQUEST = {"request-version": 0x11, "request-code": 0xE0, "request-param1": 0x01, "request-param2": 0xFF}  # a byte each
 _RESPONSE = {"version": 0x11, "code": 0x60, "param1": 0x00, "param2": 0x00}  # a byte each
 _BLOCK = struct.Struct("<BBHBH")
-_BLOCK_BYTES = _BLOCK.size + DIGEST_BYTES
+_BLOCK_HEAD_BYTES = 3  # type and length, which the size of a block counts too
+_INDICES = range(0x01, 0xFF)  # the others stand for their number and for all of them
+_RAW = 0x80
 _TLV = struct.Struct("<HH")
+_TYPED_TLV = struct.Struct("<HHH")  # after a header
+_OPAQUE_MAGIC = b"NVDAOD\0\0"  # with profile 0
 
 OPAQUE_DRIVER_VERSION = 3
 OPAQUE_GPU_INFO = 4
@@ -103,31 +114,72 @@ Pdi = NewType("Pdi", bytes)
 
 
 @dataclass(frozen=True, slots=True)
+class Measurement:
+    """One block in DMTF's form.
+
+    Attributes:
+        index: 1 to 254; NVIDIA's RIM index is one less.
+        kind: what was measured, bits 6:0 (0 immutable ROM, 1 mutable firmware, 2 hardware configuration …); bit 7: a raw value.
+        value: a SHA-384 digest, 48 bytes, or any raw value.
+    """
+
+    index: int
+    kind: int
+    value: bytes
+
+    @property
+    def packed(self) -> bytes:
+        """The block as it stands in a report."""
+        size = len(self.value)
+        return _BLOCK.pack(self.index, 1, _BLOCK_HEAD_BYTES + size, self.kind, size) + self.value
+
+
+def firmware_digests(digests: Iterable[bytes]) -> tuple[Measurement, ...]:
+    """Blocks of mutable firmware from index 1 on: all that a GSP and an NVSwitch measure."""
+    return tuple(Measurement(index, 1, digest) for index, digest in enumerate(digests, 1))
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueHeader:
+    """What stands before opaque data of drivers of 2026.
+
+    Attributes:
+        major, minor: version of the format, a byte each.
+        value_types: of each field in the order of the report, two bytes each.
+    """
+
+    major: int
+    minor: int
+    value_types: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GpuReport:
     """One report, of a GPU or (same format) of an NVSwitch.
 
     Attributes:
         requester_nonce: 32 bytes, what the caller of the device asked for.
-        measurements: SHA-384 digests, 48 bytes each; the first is block index 1. NVIDIA's RIM index is one less.
+        measurements: in the order of the report; no index occurs twice.
         responder_nonce: 32 bytes, the device's own.
         opaque: (type, value) in the order of the report; no type occurs twice, unknown types are kept.
         signature: r ‖ s, 96 bytes, big endian.
         trailing_bytes: number of zero bytes after the signature, not signed; at most 3.
+        opaque_header: None from drivers that write none.
     """
 
     requester_nonce: GpuNonce
-    measurements: tuple[bytes, ...]
+    measurements: tuple[Measurement, ...]
     responder_nonce: bytes
     opaque: tuple[tuple[int, bytes], ...]
     signature: bytes
     trailing_bytes: int = 0
+    opaque_header: OpaqueHeader | None = None
 
     @property
     def signed_bytes(self) -> bytes:
         """What the signature covers: request and response without it."""
-        blocks = enumerate(self.measurements, 1)
-        record = b"".join(_BLOCK.pack(index, 1, 3 + DIGEST_BYTES, 1, DIGEST_BYTES) + digest for index, digest in blocks)
-        opaque = b"".join(_TLV.pack(kind, len(value)) + value for kind, value in self.opaque)
+        record = b"".join(block.packed for block in self.measurements)
+        opaque = _pack_opaque(self.opaque, self.opaque_header)
         return b"".join((
             bytes(_REQUEST.values()), self.requester_nonce, b"\0",
             bytes(_RESPONSE.values()), bytes((len(self.measurements),)), len(record).to_bytes(3, "little"), record,
@@ -244,25 +296,17 @@ def parse_report(report: bytes) -> GpuReport:
     # refusal: test_a_report_measures_something
     if blocks == 0:
         raise _malformed("number-of-blocks", blocks)
-    reader.constant("measurement-record-length", 3, blocks * _BLOCK_BYTES)
-    measurements = []
-    for index in range(1, blocks + 1):
-        reader.constant("block-index", 1, index)
-        reader.constant("block-specification", 1, 1)
-        reader.constant("block-size", 2, 3 + DIGEST_BYTES)
-        reader.constant("block-type", 1, 1)
-        reader.constant("block-length", 2, DIGEST_BYTES)
-        measurements.append(reader.take("block-digest", DIGEST_BYTES))
-
+    record = reader.take("measurement-record", reader.number("measurement-record-length", 3))
+    measurements = _parse_measurements(record, blocks)
     responder_nonce = reader.take("responder-nonce", RESPONDER_NONCE_BYTES)
-    opaque = _parse_opaque(reader.take("opaque-data", reader.number("opaque-length", 2)))
+    opaque, header = _parse_opaque(reader.take("opaque-data", reader.number("opaque-length", 2)))
     signature = reader.take("signature", SIGNATURE_BYTES)
     trailing = reader.rest()
     # refusal: test_other_trailing_bytes_are_malformed
     if len(trailing) > MAX_TRAILING_BYTES or any(trailing):
         raise _malformed("trailing-bytes", len(trailing), 0)
 
-    return GpuReport(requester_nonce, tuple(measurements), responder_nonce, opaque, signature, len(trailing))
+    return GpuReport(requester_nonce, measurements, responder_nonce, opaque, signature, len(trailing), header)
 
 
 def pack_report(report: GpuReport) -> bytes:
@@ -270,11 +314,54 @@ def pack_report(report: GpuReport) -> bytes:
     return report.signed_bytes + report.signature + bytes(report.trailing_bytes)
 
 
-def _parse_opaque(data: bytes) -> tuple[tuple[int, bytes], ...]:
+def _parse_measurements(record: bytes, blocks: int) -> tuple[Measurement, ...]:
+    measurements: dict[int, Measurement] = {}
+    reader = _Reader(record)
+    for _ in range(blocks):
+        index = reader.number("block-index", 1)
+        # With an index given twice, two readers could believe two different values under one signature.
+        # refusal: test_every_block_has_an_index_of_its_own
+        if index not in _INDICES or index in measurements:
+            raise _malformed("block-index", index)
+        reader.constant("block-specification", 1, 1)
+        size, kind, length = reader.number("block-size", 2), reader.number("block-type", 1), reader.number("block-length", 2)
+        # refusal: test_every_constant_of_the_layout_is_checked
+        if size != _BLOCK_HEAD_BYTES + length:
+            raise _malformed("block-size", size, _BLOCK_HEAD_BYTES + length)
+        # refusal: test_a_digest_is_one_of_sha384
+        if not kind & _RAW and length != DIGEST_BYTES:
+            raise _malformed("block-length", length, DIGEST_BYTES)
+        measurements[index] = Measurement(index, kind, reader.take("block-value", length))
+    # refusal: test_the_record_holds_its_blocks_and_nothing_else
+    if reader.left():
+        raise _malformed("measurement-record-length", len(record), len(record) - reader.left())
+    return tuple(measurements.values())
+
+
+def _pack_opaque(fields: tuple[tuple[int, bytes], ...], header: OpaqueHeader | None) -> bytes:
+    if header is None:
+        return b"".join(_TLV.pack(kind, len(value)) + value for kind, value in fields)
+    packed = (
+        _TYPED_TLV.pack(kind, of_value, len(value)) + value
+        for (kind, value), of_value in zip(fields, header.value_types, strict=True)
+    )
+    return _OPAQUE_MAGIC + bytes((header.major, header.minor, 0, 0)) + b"".join(packed)
+
+
+def _parse_opaque(data: bytes) -> tuple[tuple[tuple[int, bytes], ...], OpaqueHeader | None]:
     fields: dict[int, bytes] = {}
     reader = _Reader(data)
+    has_header = data.startswith(_OPAQUE_MAGIC)
+    major = minor = 0
+    if has_header:
+        reader.take("opaque-header", len(_OPAQUE_MAGIC))
+        major, minor = reader.number("opaque-header", 1), reader.number("opaque-header", 1)
+        reader.constant("opaque-header", 2, 0)
+    value_types: list[int] = []
     while reader.left():
         kind = reader.number("opaque-type", 2)
+        if has_header:
+            value_types.append(reader.number("opaque-value-type", 2))
         size = reader.number("opaque-size", 2)
         # With a type given twice, two readers could believe two different values under one signature.
         # refusal: test_opaque_fields_have_the_shape_their_type_asks_for
@@ -283,7 +370,7 @@ def _parse_opaque(data: bytes) -> tuple[tuple[int, bytes], ...]:
         fields[kind] = reader.take("opaque-value", size)
     for kind, value in fields.items():
         _check_shape(kind, value)
-    return tuple(fields.items())
+    return tuple(fields.items()), OpaqueHeader(major, minor, tuple(value_types)) if has_header else None
 
 
 def _check_shape(kind: int, value: bytes) -> None:

@@ -22,6 +22,7 @@ from agent.evidence.gpu_abi import (
     PDI_BYTES,
     SIGNATURE_BYTES,
     GpuReport,
+    firmware_digests,
 )
 from agent.evidence.nscq import MOUNT_DEVICES, UNEXPECTED_VALUE, Certificate, NscqSwitches, Report, SessionResult, Uuid
 from agent.sim.gpu_silicon import hand_out, read_chain, read_pdi
@@ -152,7 +153,7 @@ class SimulatedNscq:
         listed = b"".join(gpus).ljust(LISTED_GPUS * PDI_BYTES, b"\0")
         return GpuReport(
             requester_nonce=GpuNonce(secrets.token_bytes(32) if gpu.wrong_switch_nonce else nonce),
-            measurements=tuple(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
+            measurements=firmware_digests(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
             responder_nonce=secrets.token_bytes(32),
             opaque=(
                 (OPAQUE_VBIOS_VERSION, gpu.switch_vbios_version.encode()),

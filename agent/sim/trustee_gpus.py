@@ -89,7 +89,7 @@ def gpu_claims(report: GpuReport, uuid: str) -> Claims:
         elif kind == OPAQUE_MEASUREMENT_COUNTS:
             counts = (int.from_bytes(value[at : at + 4], "little") for at in range(0, len(value), 4))
             config["measurement_count"] = {str(index): count for index, count in enumerate(counts, 1)}
-    measurements = {str(index): digest.hex() for index, digest in enumerate(report.measurements, 1)}
+    measurements = {str(block.index): block.value.hex() for block in report.measurements}
     return {"arch": "Hopper", "uuid": uuid, "config": config, "measurements": measurements}
 
 

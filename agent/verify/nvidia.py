@@ -1,9 +1,13 @@
 """Verify the Evidence of one NVIDIA GPU or NVSwitch: fresh, genuine, and from the firmware its key was made for.
 
+A GPU has two processors that sign reports. The system processor (GSP), which runs the driver's firmware and confidential
+computing, answers the driver: its reports are what a GPU is trusted by. The security processor (FSP), which starts the GPU,
+answers a management controller, and from Blackwell on has a key of its own.
+
 Owns signatures, chains and firmware identity of reports. Does not appraise: which driver, VBIOS, feature or number of GPUs
 is acceptable is a policy's business, and so are revocation and NVIDIA's reference measurements. What devices say of each
 other is held together in `ppcie.py`.
-Spec: NVIDIA attestation-sdk and nvtrust (report and chain); TCG DICE Attestation Architecture 1.1 (TcbInfo), DICE Layering
+Spec: NVIDIA attestation-sdk and nvtrust (report and chain); TCG DICE Attestation Architecture 1.2 (TcbInfo), DICE Layering
 Architecture 1.0 (CompositeDeviceID).
 """
 
@@ -39,12 +43,18 @@ CHAIN_CERTIFICATES = 5  # attestation key, boot ROM identity, provisioner, chip 
 _FIRST_DRIVER_WITH_FWID = 550
 COMPOSITE_DEVICE_ID = x509.ObjectIdentifier("2.23.133.5.4.1")
 DICE_TCB_INFO = x509.ObjectIdentifier("2.23.133.5.4.1.1")
-_ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL", "LS": SWITCH_ARCH}  # first letters of the hardware model
+_ARCH_OF_CHIP = {"GH": "HOPPER", "GB": "BLACKWELL", "GR": "RUBIN", "LS": SWITCH_ARCH}  # first letters of the hardware model
+GPU_ARCHS = ("HOPPER", "BLACKWELL", "RUBIN")
 _FORMATS_OF_SWITCH = {
     EvidenceFormat.NVIDIA_REPORT: EvidenceFormat.SWITCH_REPORT,
     EvidenceFormat.NVIDIA_CHAIN: EvidenceFormat.SWITCH_CHAIN,
 }
-_FWID_EXTENSION = {"HOPPER": COMPOSITE_DEVICE_ID, "BLACKWELL": DICE_TCB_INFO, SWITCH_ARCH: COMPOSITE_DEVICE_ID}
+_FWID_EXTENSION = {
+    "HOPPER": COMPOSITE_DEVICE_ID,
+    "BLACKWELL": DICE_TCB_INFO,
+    "RUBIN": DICE_TCB_INFO,
+    SWITCH_ARCH: COMPOSITE_DEVICE_ID,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +67,7 @@ class GpuClaims:
         leaf_key_sha256: SHA-256 of the attestation key's SubjectPublicKeyInfo, hex; tells devices apart.
         ueid: serial number of the attestation key's certificate, decimal, as NVIDIA's tools print it.
         hwmodel: common name of the boot ROM identity, `GH100 A01 GSP BROM`.
-        arch: `HOPPER` or `BLACKWELL`, from the certificate.
+        arch: one of `GPU_ARCHS`, from the certificate.
         feature_flag: 0 one GPU, 1 several, 2 protected PCIe; None from drivers before 580.
         simulated: the chain ends in a root passed in whose name says SIMULATED.
         protected_pcie: what the GPU says of protected PCIe; None where it does not say.
@@ -97,6 +107,23 @@ class SwitchClaims:
 
 
 @dataclass(frozen=True, slots=True)
+class FspClaims:
+    """What Evidence of a GPU's security processor proves: which GPU it is. It names no driver, and says nothing of the GSP.
+
+    Attributes:
+        leaf_key_sha256, ueid, hwmodel, arch, simulated: as of a GPU; the key is another one than the GSP's.
+        fwid: 48 bytes, from the certificate: the report does not repeat it.
+    """
+
+    leaf_key_sha256: str
+    ueid: str
+    hwmodel: str
+    arch: str
+    simulated: bool
+    fwid: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class GpuChain:
     """Five P-384 certificates, leaf first, not yet verified."""
 
@@ -113,7 +140,7 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     """Verify Evidence of one GPU.
 
     1. The Evidence is a genuine device's, fresh, and from the firmware its key was made for (`_verify_device`).
-    2. The device is a GPU.
+    2. The device is a GPU's system processor.
     3. Driver and VBIOS version are there, and with a driver that reports its firmware (FWID), that too.
 
     Args:
@@ -130,8 +157,8 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
     report = device.report
 
     # 2.
-    # refusal: test_a_genuine_switch_is_no_gpu
-    if evidence.arch == SWITCH_ARCH:
+    # refusal: test_a_genuine_switch_or_security_processor_is_no_gpu
+    if evidence.arch == SWITCH_ARCH or device.of_security_processor:
         raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
 
     # 3. Drivers before 550 do not report the FWID; from 550 on its absence is a failure, never a reason to skip.
@@ -157,6 +184,36 @@ def verify_gpu(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Cert
         simulated=device.simulated,
         protected_pcie=report.protected_pcie,
         switch_pdis=report.switch_pdis or (),
+    )
+
+
+def verify_fsp(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> FspClaims:
+    """Verify Evidence of a GPU's security processor. No guest is given any: it is for whoever holds some.
+
+    1. As of a GPU.
+    2. The device is a GPU's security processor.
+
+    Args:
+        evidence, nonce, roots, now: as of `verify_gpu`.
+    Raises:
+        MalformedEvidenceError: report or chain does not parse.
+        EvidenceVerificationError: one of the checks above does not hold.
+    """
+    # 1.
+    device = _verify_device(evidence, nonce, roots, now)
+
+    # 2.
+    # refusal: test_a_security_processor_is_told_from_a_gpu_and_a_switch
+    if evidence.arch == SWITCH_ARCH or not device.of_security_processor:
+        raise _failed(EvidenceCheck.CERTIFICATE_CHIP_ID)
+
+    return FspClaims(
+        leaf_key_sha256=device.chain.leaf_key_sha256,
+        ueid=device.ueid,
+        hwmodel=device.hwmodel,
+        arch=evidence.arch,
+        simulated=device.simulated,
+        fwid=device.fwid,
     )
 
 
@@ -224,10 +281,15 @@ class _Device:
     chain: GpuChain
     hwmodel: str
     simulated: bool
+    fwid: bytes
 
     @property
     def ueid(self) -> str:
         return str(self.chain.certificates[0].serial_number)
+
+    @property
+    def of_security_processor(self) -> bool:
+        return "FSP" in self.hwmodel.split()
 
 
 def _verify_device(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.Certificate], now: datetime) -> _Device:
@@ -270,7 +332,7 @@ def _verify_device(evidence: GpuEvidence, nonce: GpuNonce, roots: Sequence[x509.
         raise _failed(EvidenceCheck.FWID)
 
     simulated = extra_root and "SIMULATED" in _common_name(chain.certificates[-1])
-    return _Device(report, chain, hwmodel, simulated)
+    return _Device(report, chain, hwmodel, simulated, fwid)
 
 
 def parse_chain(chain: bytes) -> GpuChain:
@@ -356,8 +418,17 @@ class CompositeDeviceId:
 
 
 @asn1.sequence
+class IntegrityRegister:
+    """What DICE says of a register that firmware is measured into."""
+
+    name: Annotated[asn1.IA5String | None, asn1.Implicit(0)]
+    number: Annotated[int | None, asn1.Implicit(1)]
+    digests: Annotated[list[Fwid] | None, asn1.Implicit(2)]
+
+
+@asn1.sequence
 class DiceTcbInfo:
-    """What DICE says of a firmware layer."""
+    """What DICE says of a firmware layer; the last two since version 1.2."""
 
     vendor: Annotated[str | None, asn1.Implicit(0)]
     model: Annotated[str | None, asn1.Implicit(1)]
@@ -369,6 +440,8 @@ class DiceTcbInfo:
     flags: Annotated[asn1.BitString | None, asn1.Implicit(7)]
     vendor_info: Annotated[bytes | None, asn1.Implicit(8)]
     type: Annotated[bytes | None, asn1.Implicit(9)]
+    flags_mask: Annotated[asn1.BitString | None, asn1.Implicit(10)] = None
+    integrity_registers: Annotated[list[IntegrityRegister] | None, asn1.Implicit(11)] = None
 
 
 def _fwid_of_certificate(leaf: x509.Certificate, oid: x509.ObjectIdentifier) -> bytes:
