@@ -3,7 +3,7 @@
 import base64
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cryptography import x509
@@ -12,7 +12,7 @@ from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
 from agent.errors import EvidenceCheck
 from agent.evidence import GpuEvidence, GpuNonce, GpuSystem
-from agent.evidence.gpu_abi import GpuReport
+from agent.evidence.gpu_abi import GpuReport, Measurement, OpaqueHeader, firmware_digests
 from agent.evidence.nscq import GpusAndSwitches
 from agent.sim.gpu_silicon import (
     BLACKWELL,
@@ -80,16 +80,39 @@ class Device:
     def evidence(self) -> GpuEvidence:
         return self.saying({})
 
+    @property
+    def with_opaque_header(self) -> GpuEvidence:
+        """Evidence in the form that drivers of 2026 write: typed fields after a header, and a manifest as the last block."""
+        report = self._report(dict(self.opaque))
+        manifest = Measurement(0xFD, 0x8A, b"\xd9\x02\x3a" * 400)
+        header = OpaqueHeader(2, 0, tuple(0x82 + kind % 6 for kind, _ in report.opaque))
+        return self._signed(replace(report, measurements=(*report.measurements, manifest), opaque_header=header))
+
+    @property
+    def fsp_evidence(self) -> GpuEvidence:
+        """Evidence as a security processor writes it: digests and raw values, and no opaque data at all."""
+        blocks = (
+            Measurement(1, 0x83, b"\0\0\0\1"),
+            Measurement(2, 0x82, b"\xff"),
+            Measurement(3, 0x02, bytes(48)),
+            Measurement(52, 0x81, b"\0" * 73),
+        )
+        return self._signed(replace(self._report({}), measurements=blocks))
+
     def saying(self, changes: dict[int, bytes | None]) -> GpuEvidence:
         """Evidence with other values of some opaque fields, None for none, and a good signature."""
-        opaque = {**dict(self.opaque), **changes}
-        report = GpuReport(
+        return self._signed(self._report({**dict(self.opaque), **changes}))
+
+    def _report(self, opaque: dict[int, bytes | None] | dict[int, bytes]) -> GpuReport:
+        return GpuReport(
             requester_nonce=NONCE,
-            measurements=(bytes(48),),
+            measurements=firmware_digests([bytes(48)]),
             responder_nonce=bytes(32),
             opaque=tuple((kind, value) for kind, value in opaque.items() if value is not None),
             signature=bytes(96),
         )
+
+    def _signed(self, report: GpuReport) -> GpuEvidence:
         return GpuEvidence(self.arch, "GPU-simulated", sign_report(self.key, report), self.chain)
 
 
@@ -111,7 +134,7 @@ SWITCH_SAYS: Opaque = ((6, b"96.10.55.00.01"), (12, bytes(104)), (26, listed(GPU
 
 
 class SimulatedSet:
-    """Eight GPUs and four switches in protected-PCIe mode, a GPU of the next generation, and the root of all of them."""
+    """Eight GPUs and four switches in protected-PCIe mode, GPUs of the next generations, a security processor; their root."""
 
     def __init__(self) -> None:
         root = issue("SIMULATED Device Identity CA", None)
@@ -124,6 +147,8 @@ class SimulatedSet:
         self.gpus = devices(HOPPER, [PPCIE_SAYS] * 8)
         self.switches = devices(LS10, [(*SWITCH_SAYS, (22, name)) for name in SWITCH_NAMES])
         (self.blackwell,) = devices(BLACKWELL, [BLACKWELL_SAYS])
+        (self.rubin,) = devices(replace(BLACKWELL, arch="RUBIN", name="GR100"), [BLACKWELL_SAYS])
+        (self.fsp,) = devices(replace(BLACKWELL, unit="FSP"), [BLACKWELL_SAYS])
 
 
 @dataclass(frozen=True)

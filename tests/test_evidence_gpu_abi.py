@@ -8,12 +8,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.errors import EvidenceFormat, MalformedEvidenceError
-from agent.evidence.gpu_abi import MAX_REPORT_BYTES, GpuReport, pack_report, parse_report
+from agent.evidence.gpu_abi import (
+    MAX_REPORT_BYTES,
+    GpuReport,
+    Measurement,
+    OpaqueHeader,
+    firmware_digests,
+    pack_report,
+    parse_report,
+)
 from tests.gpus import GPU_NAMES, NONCE, RECORDED, SWITCH_NAMES, links, listed, recorded
 
 REPORT = GpuReport(
     requester_nonce=NONCE,
-    measurements=(b"\x01" * 48, b"\x02" * 48),
+    measurements=firmware_digests((b"\x01" * 48, b"\x02" * 48)),
     responder_nonce=b"\x03" * 32,
     opaque=(
         (6, bytes.fromhex("007400961a000000")),
@@ -119,15 +127,9 @@ def test_fields_that_are_absent_are_none() -> None:
         (38, "code"),
         (39, "param1"),
         (40, "param2"),
-        (41, "measurement-record-length"),
-        (42, "measurement-record-length"),
-        (44, "measurement-record-length"),
-        (45, "block-index"),
         (46, "block-specification"),
         (47, "block-size"),
-        (49, "block-type"),
-        (50, "block-length"),
-        (100, "block-index"),
+        (50, "block-size"),
     ],
 )
 def test_every_constant_of_the_layout_is_checked(offset: int, field: str) -> None:
@@ -141,6 +143,68 @@ def test_a_report_cut_anywhere_is_malformed(length: int) -> None:
 
 def test_a_report_measures_something() -> None:
     assert field_of_error(pack_report(replace(REPORT, measurements=()))) == "number-of-blocks"
+
+
+@pytest.mark.parametrize("index", [0, 1, 0xFF])
+def test_every_block_has_an_index_of_its_own(index: int) -> None:
+    other = Measurement(index, 1, bytes(48))
+    assert field_of_error(pack_report(replace(REPORT, measurements=(*firmware_digests([bytes(48)]), other)))) == "block-index"
+
+
+@pytest.mark.parametrize("length", [0, 32, 47, 49, 64])
+def test_a_digest_is_one_of_sha384(length: int) -> None:
+    assert field_of_error(pack_report(replace(REPORT, measurements=(Measurement(1, 1, bytes(length)),)))) == "block-length"
+
+
+@pytest.mark.parametrize(("at", "changed"), [(41, 1), (41, 0x40), (42, 109), (42, 111), (43, 1), (44, 1)])
+def test_the_record_holds_its_blocks_and_nothing_else(at: int, changed: int) -> None:
+    field_of_error(PACKED[:at] + bytes((changed,)) + PACKED[at + 1 :])
+    assert field_of_error(PACKED[:41] + b"\1" + PACKED[42:]) == "measurement-record-length"
+
+
+def test_blocks_are_of_any_kind_and_number_and_in_any_order() -> None:
+    """As a security processor measures, and as newer drivers add a manifest: raw values of any length, indices with gaps."""
+    blocks = (
+        Measurement(0x34, 0x81, b"\0" * 73),
+        Measurement(1, 0x83, b"\0\0\0\1"),
+        Measurement(2, 0x82, b""),
+        Measurement(3, 0x03, b"\3" * 48),
+        Measurement(0xFD, 0x8A, b"manifest" * 200),
+        Measurement(0xFE, 0x00, bytes(48)),
+    )
+    packed = pack_report(replace(REPORT, measurements=blocks, opaque=()))
+    report = parse_report(packed)
+    assert (report.measurements, report.opaque, report.opaque_header) == (blocks, (), None)
+    assert pack_report(report) == packed
+
+
+def test_opaque_data_with_a_header_has_typed_fields() -> None:
+    header = OpaqueHeader(2, 1, tuple(0x82 + number % 6 for number in range(len(REPORT.opaque))))
+    packed = pack_report(replace(REPORT, opaque_header=header))
+    report = parse_report(packed)
+    assert (report.opaque, report.opaque_header) == (REPORT.opaque, header)
+    assert (report.driver_version, report.vbios_version, report.fwid) == ("580.95.05", "96.00.74.00.1A", b"\4" * 48)
+    assert pack_report(report) == packed
+    assert len(packed) == len(PACKED) + 12 + 2 * len(REPORT.opaque)
+
+
+@pytest.mark.parametrize(
+    ("opaque", "field"),
+    [
+        (b"NVDAOD\0\0", "opaque-header"),
+        (b"NVDAOD\0\0\2\0\1\0", "opaque-header"),
+        (b"NVDAOD\0\0\2\0\0", "opaque-header"),
+        (b"NVDAOD\1\0\2\0\0\0", "opaque-value"),  # of another profile: no header, and no field of such a length
+        (b"NVDAOD\0\0\2\0\0\0\3\0", "opaque-value-type"),
+        (b"NVDAOD\0\0\2\0\0\0\3\0\x86", "opaque-value-type"),
+        (b"NVDAOD\0\0\2\0\0\0\3\0\x86\0\1", "opaque-size"),
+        (b"NVDAOD\0\0\2\0\0\0\x4d\0\x86\0\2\0x", "opaque-value"),
+        (b"NVDAOD\0\0\2\0\0\0" + b"\x4d\0\x86\0\1\0x" * 2, "opaque-type"),
+    ],
+)
+def test_a_header_of_opaque_data_is_whole_and_so_are_its_fields(opaque: bytes, field: str) -> None:
+    head = PACKED[: RECORD_END + 32]
+    assert field_of_error(head + struct.pack("<H", len(opaque)) + opaque + bytes(96)) == field
 
 
 def test_a_report_larger_than_the_driver_can_return_is_malformed() -> None:

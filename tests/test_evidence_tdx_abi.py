@@ -16,6 +16,7 @@ from agent.evidence.tdx_abi import (
     QeReport,
     TdAttributes,
     TdBody,
+    TdExtension,
     TdReport,
     TdxQuote,
     pack_quote,
@@ -46,6 +47,21 @@ BODY_1_5 = TdBody(
     tee_tcb_svn_2=b"\x14" * 16,
     mr_service_td=b"\x15" * 48,
 )
+BODY_EXTENDED = dataclasses.replace(
+    BODY_1_5,
+    extension=TdExtension(
+        vm_id=1,
+        td_id=b"\x51" * 32,
+        device_info=b"\x52" * 48,
+        init_service_td_hash=b"\x53" * 48,
+        init_service_td_attributes=1 << 63 | 0x54,
+        init_cpu_svn=b"\x55" * 16,
+        init_tee_tcb_svn=b"\x56" * 16,
+        init_tee_fmspc=b"\x57" * 12,
+        service_td_hash=b"\x58" * 48,
+        service_td_attributes=0x59,
+    ),
+)
 BODY_1_0 = dataclasses.replace(BODY_1_5, tee_tcb_svn_2=None, mr_service_td=None)
 QE = QeReport(b"\x21" * 16, 0x22, b"\x23" * 16, b"\x24" * 32, b"\x25" * 32, 0x26, 0x27, b"\x28" * 64)
 V4 = TdxQuote(
@@ -64,7 +80,9 @@ V4 = TdxQuote(
 )
 V5 = dataclasses.replace(V4, version=5, body=BODY_1_5)
 V5_OF_1_0 = dataclasses.replace(V4, version=5)
-QUOTES = {"v4": V4, "v5": V5, "v5-of-1.0": V5_OF_1_0}
+V5_EXTENDED = dataclasses.replace(V4, version=5, body=BODY_EXTENDED)
+QUOTES = {"v4": V4, "v5": V5, "v5-of-1.0": V5_OF_1_0, "v5-extended": V5_EXTENDED}
+BODY_BYTES = {"v4": 584, "v5": 648, "v5-of-1.0": 584, "v5-extended": 885}
 REPORTS = {"v0": dataclasses.replace(BODY_1_5, mr_service_td=bytes(48)), "v1": BODY_1_5}
 
 
@@ -96,7 +114,7 @@ def every(start: int, size: int) -> set[int]:
 
 def reserved_attributes(start: int) -> set[int]:
     """Written down from Intel's table and not from our parser."""
-    used = {0, 4, 5, 6, 16, 27, 28, 29, 30, 31, 62, 63}
+    used = {0, 4, 5, 6, 16, 17, 27, 28, 29, 30, 31, 62, 63}
     return {start * 8 + bit for bit in range(64) if bit not in used}
 
 
@@ -108,7 +126,7 @@ def test_a_flipped_bit_of_a_quote_is_refused_exactly_where_it_is_reserved_or_a_t
     quote = QUOTES[name]
     data = pack_quote(quote)
     body = 48 if name == "v4" else 54
-    end = body + (648 if name == "v5" else 584)
+    end = body + BODY_BYTES[name]
     qe_report = end + 4 + 128 + 6
     fixed = every(0, 8)  # version, key type, TEE type
     fixed |= every(48, body - 48)  # body type and size
@@ -220,6 +238,8 @@ def test_authentication_data_may_have_any_length(size: int) -> None:
         {"version": 3},
         {"version": 4, "body": BODY_1_5},
         {"body": dataclasses.replace(BODY_1_0, mr_service_td=bytes(48))},
+        {"body": dataclasses.replace(BODY_1_0, extension=BODY_EXTENDED.extension)},
+        {"body": BODY_EXTENDED},
         {"body": dataclasses.replace(BODY_1_0, mr_td=bytes(47))},
         {"body": dataclasses.replace(BODY_1_0, td_attributes=TdAttributes(1 << 8))},
         {"signature": bytes(63)},

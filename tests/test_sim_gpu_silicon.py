@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from cryptography import x509
 
-from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
+from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, firmware_digests, parse_report
 from agent.sim.gpu_silicon import create_gpu_silicon, hand_out, read_chain, read_pdi
 from agent.verify.nvidia import parse_chain, verify_report_signature
 from tests.gpus import NONCE
 
 DEVICES = ("gpu-0", "gpu-1", "gpu-2", "switch-0", "switch-1")
-REPORT = GpuReport(NONCE, (bytes(48),), bytes(32), (), bytes(96))
+REPORT = GpuReport(NONCE, firmware_digests([bytes(48)]), bytes(32), (), bytes(96))
 
 
 @pytest.fixture

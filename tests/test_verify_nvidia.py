@@ -25,11 +25,15 @@ from agent.evidence.gpu_abi import MAX_CHAIN_BYTES, GpuReport, parse_report
 from agent.sim.gpu_silicon import BLACKWELL, FWID, HOPPER, LS10, Chip, issue, issue_authority, issue_device
 from agent.verify.nvidia import (
     COMPOSITE_DEVICE_ID,
+    DICE_TCB_INFO,
     CompositeDeviceId,
+    DiceTcbInfo,
     Fwid,
     GpuClaims,
+    IntegrityRegister,
     SwitchClaims,
     parse_chain,
+    verify_fsp,
     verify_gpu,
     verify_switch,
 )
@@ -222,11 +226,71 @@ def test_no_byte_of_a_report_can_be_another(devices: SimulatedSet, role: str) ->
     flipped_bytes_are_refused(device.evidence, NONCE, [devices.root])
 
 
-def test_a_genuine_switch_is_no_gpu(devices: SimulatedSet) -> None:
+def test_a_genuine_switch_or_security_processor_is_no_gpu(devices: SimulatedSet) -> None:
     switch = devices.switches[0]
     for arch in ("LS10", "HOPPER"):
         evidence = replace(switch.saying({3: b"590.12\0"}), arch=arch)
         assert check_that_fails(evidence, NONCE, [devices.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
+    for evidence in (devices.fsp.evidence, devices.fsp.fsp_evidence):  # though it says all that a GPU must say
+        assert check_that_fails(evidence, NONCE, [devices.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
+
+
+def test_a_security_processor_is_told_from_a_gpu_and_a_switch(devices: SimulatedSet) -> None:
+    claims = verify_fsp(devices.fsp.fsp_evidence, NONCE, [devices.root], NOW)
+    assert (claims.hwmodel, claims.arch, claims.fwid) == ("GB100 SIMULATED FSP BROM", "BLACKWELL", FWID)
+    assert claims.simulated
+    for other in (devices.blackwell, devices.switches[0]):
+        with pytest.raises(EvidenceVerificationError) as caught:
+            verify_fsp(other.evidence, NONCE, [devices.root], NOW)
+        assert caught.value.check is EvidenceCheck.CERTIFICATE_CHIP_ID
+    with pytest.raises(EvidenceVerificationError) as caught:
+        verify_fsp(devices.fsp.fsp_evidence, GpuNonce(bytes(32)), [devices.root], NOW)
+    assert caught.value.check is EvidenceCheck.NONCE
+
+
+def test_no_byte_of_a_security_processors_report_can_be_another(devices: SimulatedSet) -> None:
+    evidence = devices.fsp.fsp_evidence
+    for position in range(len(evidence.report)):
+        changed = bytearray(evidence.report)
+        changed[position] ^= 0x41
+        with pytest.raises(AgentError):
+            verify_fsp(replace(evidence, report=bytes(changed)), NONCE, [devices.root], NOW)
+
+
+def test_reports_of_the_newest_drivers_verify(devices: SimulatedSet) -> None:
+    """With the header of their opaque data, a manifest among the measurements, and of the newest architecture."""
+    for device, arch in ((devices.gpus[0], "HOPPER"), (devices.blackwell, "BLACKWELL"), (devices.rubin, "RUBIN")):
+        claims = verify_gpu(device.with_opaque_header, NONCE, [devices.root], NOW)
+        assert claims == verify_gpu(device.evidence, NONCE, [devices.root], NOW)
+        assert claims.arch == arch
+
+
+def test_a_leaf_may_say_all_that_dice_knows(devices: SimulatedSet) -> None:
+    """Flags mask and integrity registers came with DICE 1.2: a leaf that has them is read like one without."""
+    algorithm = x509.ObjectIdentifier("2.16.840.1.101.3.4.2.2")
+    info = DiceTcbInfo(
+        vendor="SIMULATED",
+        model="GB100",
+        version="1",
+        svn=1,
+        layer=0,
+        index=0,
+        fwids=[Fwid(algorithm=algorithm, digest=FWID)],
+        flags=asn1.BitString(b"\x80\0\0\1", 0),
+        vendor_info=b"\xc0",
+        type=b"\0",
+        flags_mask=asn1.BitString(b"\xfe", 1),
+        integrity_registers=[
+            IntegrityRegister(name=asn1.IA5String("r0"), number=None, digests=[Fwid(algorithm=algorithm, digest=bytes(48))]),
+            IntegrityRegister(name=None, number=1, digests=None),
+        ],
+    )
+    root = issue("SIMULATED Device Identity CA", None)
+    extension = x509.UnrecognizedExtension(DICE_TCB_INFO, asn1.encode_der(info))
+    chip = replace(BLACKWELL, extension=lambda _: extension)
+    device = issue_device(chip, issue_authority(chip, root))
+    evidence = Device(chip.arch, *device, devices.blackwell.opaque).evidence
+    assert verify_gpu(evidence, NONCE, [root[1]], NOW).arch == "BLACKWELL"
 
 
 def test_a_genuine_gpu_is_no_switch(devices: SimulatedSet) -> None:

@@ -437,9 +437,9 @@ def _appraise_tdx(judge: _Judge, row: TdxRow, claims: TdxClaims) -> None:
     # refusal: test_one_wrong_claim_is_denied_by_its_name
     require(Claim.EVENT_LOG, claims.event_log or row.event_log is None)
 
-    # 2. Nobody else holds its memory, and no page is taken from it unnoticed. No row can allow either.
+    # 2. Nobody else holds its memory or can come to, and no page is taken from it unnoticed. No row can allow either.
     # refusal: test_one_wrong_claim_is_denied_by_its_name
-    require(Claim.TD_MIGRATABLE, not td.td_attributes.migratable)
+    require(Claim.TD_MIGRATABLE, not td.td_attributes.migratable and not td.td_attributes.service_td_extensions)
     require(Claim.TD_SEPT_VE, td.td_attributes.sept_ve_disable)
 
     # 3. The TDX module: the one under which the TD was launched and, where the quote says so, the one that runs.

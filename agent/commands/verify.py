@@ -45,7 +45,15 @@ from agent.evidence.snp_abi import (
     product_of,
 )
 from agent.evidence.snp_abi import parse_report as parse_snp_report
-from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, TDREPORT_BYTES, TEE_TYPE_TDX, TdAttributes, TdBody, parse_tdreport
+from agent.evidence.tdx_abi import (
+    MAX_QUOTE_BYTES,
+    TDREPORT_BYTES,
+    TEE_TYPE_TDX,
+    TdAttributes,
+    TdBody,
+    parse_tdreport,
+    quote_length,
+)
 from agent.verify.crl import MAX_CRL_BYTES, parse_crl
 from agent.verify.nvidia import GPU_ARCHS, FspClaims, GpuClaims, SwitchClaims, verify_fsp, verify_gpu, verify_switch
 from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
@@ -122,6 +130,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     tdx.add_argument("file", metavar="QUOTE", help="at most 128 KiB, zeros may follow the quote; - for standard input")
+    tdx.add_argument("--ignore-trailing", action="store_true", help="anything may follow the quote; it is not looked at")
     collateral = tdx.add_mutually_exclusive_group()
     collateral.add_argument(
         "--collateral",
@@ -139,8 +148,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         "nvidia",
         help="the attestation report of an NVIDIA GPU or NVSwitch",
         description="Verify the attestation report of an NVIDIA GPU, Hopper, Blackwell or Rubin, of such a GPU's security "
-        "processor, or of an NVSwitch, LS10: a genuine device signed it, with the firmware that its key was made for. Measurements are printed and not compared with "
-        "NVIDIA's. Revocation is not checked.",
+        "processor, or of an NVSwitch, LS10: a genuine device signed it, with the firmware that its key was made for. "
+        "Measurements are printed and not compared with NVIDIA's. Revocation is not checked.",
         epilog="Without --nonce the report may be an old one. Example: keyturn verify nvidia gpu.bin --chain chain.pem --nonce "
         "931d8dd0add203ac3d8b4fbde75e115278eefcdceac5b87671a748f32364dfcb",
         allow_abbrev=False,
@@ -297,7 +306,10 @@ def _tcb(tcb: TcbVersion) -> dict[str, int]:
 
 
 def _tdx(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
-    evidence = Evidence(Tee.TDX, _read(args.file, MAX_QUOTE_BYTES, "quote"))
+    quote = _read(args.file, MAX_QUOTE_BYTES, "quote")
+    if args.ignore_trailing:
+        quote = quote[: quote_length(quote)]
+    evidence = Evidence(Tee.TDX, quote)
     collateral = None if args.collateral is None else _read(args.collateral, MAX_COLLATERAL_BYTES, "collateral")
     claims = evaluate_tcb(verify_tdx(evidence, roots, now), evidence, collateral, now)
     record: dict[str, object] = {
@@ -334,10 +346,12 @@ _SHOWN_OF_TD = ("mr_td", "mr_config_id", "rtmr_0", "rtmr_1", "rtmr_2", "rtmr_3",
 
 
 def _body(td: TdBody) -> dict[str, object]:
-    record: dict[str, object] = {}
-    for field in fields(TdBody):
-        value = getattr(td, field.name)
-        record[field.name] = value.hex() if isinstance(value, bytes) else _hex_or_none(value)
+    said = {field.name: getattr(td, field.name) for field in fields(TdBody) if field.name != "extension"}
+    if td.extension is not None:
+        said |= asdict(td.extension)
+    record: dict[str, object] = {
+        name: value.hex() if isinstance(value, bytes) else _hex_or_none(value) for name, value in said.items()
+    }
     return record | {"td_attributes": _attributes(td.td_attributes)}
 
 
@@ -345,6 +359,7 @@ def _attributes(attributes: TdAttributes) -> dict[str, object]:
     return {
         "value": hex(attributes),
         "debug": attributes.debug,
+        "servtd_ext": attributes.service_td_extensions,
         "sept_ve_disable": attributes.sept_ve_disable,
         "migratable": attributes.migratable,
         "pks": attributes.pks,

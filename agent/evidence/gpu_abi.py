@@ -17,8 +17,8 @@ Verifies nothing: signature, chain and firmware identity are `agent/verify/nvidi
 
 Integers are little endian unless said otherwise. Positions come from lengths and never from the end of the bytes: there are
 devices that append zero bytes after the signature. How many blocks there are, and of what, is the device's: 64 digests of a
-GPU's system processor (GSP), 31 of an NVSwitch, digests and raw values of a GPU's security processor (FSP), a manifest in a block
-of its own from drivers of 2026. Those bring the header of the opaque data too. Which opaque fields there are depends on driver
+GPU's system processor (GSP), 31 of an NVSwitch, digests and raw values of a GPU's security processor (FSP), and a manifest in
+a block of its own from drivers of 2026. Those bring the header of the opaque data too. Which opaque fields there are depends on driver
 and firmware, and so does their order: a known one must have its documented shape, an unknown one is kept as it is. GPU and
 NVSwitch mean different things by types 22 and, with old firmware, 4: there the length tells.
 

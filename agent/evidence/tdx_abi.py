@@ -4,12 +4,13 @@ Does not check signatures and does not judge: `agent/verify/tdx.py` verifies, th
 every length is checked, so whatever a parser accepts its `pack_*` gives back byte for byte. Little endian, but for
 signatures and keys.
 
-Spec: Intel 348551 "TDX Module 1.5 ABI", TDREPORT_STRUCT; Intel "TDX DCAP Quote Generation Library", appendix A (quotes 4, 5).
+Spec: Intel 348551 "TDX Module 1.5 ABI", TDREPORT_STRUCT; Intel "TDX DCAP Quote Generation Library", appendix A (quotes 4, 5);
+Intel DCAP, quote verification library (body of TDX 1.5 with extensions).
 """
 
 import hashlib
 import struct
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from agent.closed import Ident
@@ -23,13 +24,14 @@ TEE_TYPE_TDX = 0x81
 ATTESTATION_KEY_ECDSA_P256 = 2
 BODY_TD_1_0 = 2
 BODY_TD_1_5 = 3
+BODY_TD_1_5_EXTENDED = 4
 CERTIFICATION_QE_REPORT = 6
 CERTIFICATION_PCK_CHAIN = 5
 
 _TUD_BITS = 0xFF
 _TUD_RESERVED_BITS = 0b1000_1110
-# ICSSD 16, LASS 27, SEPT_VE_DISABLE 28, MIGRATABLE 29, PKS 30, KL 31, TPA 62, PERFMON 63
-_ATTRIBUTE_BITS = (_TUD_BITS ^ _TUD_RESERVED_BITS) | sum(1 << bit for bit in (16, 27, 28, 29, 30, 31, 62, 63))
+# ICSSD 16, SERVTD_EXT 17, LASS 27, SEPT_VE_DISABLE 28, MIGRATABLE 29, PKS 30, KL 31, TPA 62, PERFMON 63
+_ATTRIBUTE_BITS = (_TUD_BITS ^ _TUD_RESERVED_BITS) | sum(1 << bit for bit in (16, 17, 27, 28, 29, 30, 31, 62, 63))
 
 
 class TdAttributes(int):
@@ -46,6 +48,11 @@ class TdAttributes(int):
     def under_debug(self) -> int:
         """The whole TUD group: debugging and profiling by the host. The TD is to be trusted only when it is zero."""
         return self & _TUD_BITS
+
+    @property
+    def service_td_extensions(self) -> bool:
+        """May service TDs be bound to it after its creation?"""
+        return bool(self >> 17 & 1)
 
     @property
     def sept_ve_disable(self) -> bool:
@@ -73,8 +80,33 @@ class TdAttributes(int):
 
 
 @dataclass(frozen=True, slots=True)
+class TdExtension:
+    """What newer modules of TDX 1.5 add to a quote's body. Hashes and attributes of service TDs are zero without such TDs.
+
+    Attributes:
+        vm_id: 0 for the TD itself, 1 to 3 for a virtual machine inside it.
+        td_id: of this launch; stays with the TD when the module is updated or the TD moves.
+        device_info: hash of what is known of attached devices.
+        init_service_td_hash, init_service_td_attributes: of the service TDs bound at creation.
+        init_cpu_svn, init_tee_tcb_svn, init_tee_fmspc: the platform at creation.
+        service_td_hash, service_td_attributes: of the service TDs bound now.
+    """
+
+    vm_id: int
+    td_id: bytes  # 32
+    device_info: bytes  # 48
+    init_service_td_hash: bytes  # 48
+    init_service_td_attributes: int
+    init_cpu_svn: bytes  # 16
+    init_tee_tcb_svn: bytes  # 16
+    init_tee_fmspc: bytes  # 12
+    service_td_hash: bytes  # 48
+    service_td_attributes: int
+
+
+@dataclass(frozen=True, slots=True)
 class TdBody:
-    """What TDREPORT and quote both say of a TD. The last two are None in a body of TDX 1.0.
+    """What TDREPORT and quote both say of a TD. The last three are None in a body of TDX 1.0, the last one in most others.
 
     Attributes:
         mr_signer_seam: who signed the TDX module; zero for Intel.
@@ -105,6 +137,7 @@ class TdBody:
     report_data: bytes  # 64
     tee_tcb_svn_2: bytes | None = None  # 16
     mr_service_td: bytes | None = None  # 48
+    extension: TdExtension | None = None
 
     @property
     def rtmrs(self) -> tuple[bytes, bytes, bytes, bytes]:
@@ -269,7 +302,7 @@ class TdxQuote:
         qe_svn: like `pce_svn` only in some revisions of the document, reserved in others; zero in practice.
         qe_vendor_id: 16 bytes.
         user_data: 20 bytes, the first 16 of which identify the Quoting Enclave's platform.
-        body: of TDX 1.0 in version 4, of either in version 5.
+        body: of TDX 1.0 in version 4, of any in version 5.
         signature: r and s, 32 bytes each, by the attestation key over `signed_part`.
         attestation_key: x and y, 32 bytes each.
         qe_report_signature: r and s, 32 bytes each, by the PCK over the packed `qe_report`.
@@ -295,12 +328,17 @@ _HEADER = struct.Struct("<HHIHH16s20s")
 _BODY_DESCRIPTOR = struct.Struct("<HI")  # version 5: type, size
 _BODY_1_0 = struct.Struct("<16s48s48sQQQ48s48s48s48s48s48s48s48s64s")
 _BODY_1_5 = struct.Struct("<16s48s")  # what TDX 1.5 appends
+_BODY_EXTENSION = struct.Struct("<B32s48s48sQ16s16s12s48sQ")  # what newer modules of TDX 1.5 append to that
 _LENGTH = struct.Struct("<I")
 _SIGNATURE = struct.Struct("<64s64s")
 _CERTIFICATION = struct.Struct("<HI")  # type, size
 _QE_REPORT = struct.Struct("<16sI28s16s32s32s32s96sHH60s64s")
 _AUTH_LENGTH = struct.Struct("<H")
-_BODY_BYTES = {BODY_TD_1_0: _BODY_1_0.size, BODY_TD_1_5: _BODY_1_0.size + _BODY_1_5.size}
+_BODY_BYTES = {
+    BODY_TD_1_0: _BODY_1_0.size,
+    BODY_TD_1_5: _BODY_1_0.size + _BODY_1_5.size,
+    BODY_TD_1_5_EXTENDED: _BODY_1_0.size + _BODY_1_5.size + _BODY_EXTENSION.size,
+}
 
 
 def quote_length(data: bytes) -> int:
@@ -392,15 +430,19 @@ def pack_quote(quote: TdxQuote) -> bytes:
 def signed_part(quote: TdxQuote) -> bytes:
     """Header and body of `quote`: what the attestation key signs. Exactly the bytes that were parsed."""
     body = quote.body
-    is_1_5 = body.tee_tcb_svn_2 is not None and body.mr_service_td is not None
+    body_type = BODY_TD_1_0
     packed = _BODY_1_0.pack(
         body.tee_tcb_svn, body.mr_seam, body.mr_signer_seam, body.seam_attributes, body.td_attributes, body.xfam,
         body.mr_td, body.mr_config_id, body.mr_owner, body.mr_owner_config, *body.rtmrs, body.report_data,
     )  # fmt: skip
-    if is_1_5:
+    if body.tee_tcb_svn_2 is not None and body.mr_service_td is not None:
+        body_type = BODY_TD_1_5
         packed += _BODY_1_5.pack(body.tee_tcb_svn_2, body.mr_service_td)
+    if body.extension is not None:
+        body_type = BODY_TD_1_5_EXTENDED
+        packed += _BODY_EXTENSION.pack(*astuple(body.extension))
     if quote.version >= 5:
-        packed = _BODY_DESCRIPTOR.pack(BODY_TD_1_5 if is_1_5 else BODY_TD_1_0, len(packed)) + packed
+        packed = _BODY_DESCRIPTOR.pack(body_type, len(packed)) + packed
     return (
         _HEADER.pack(
             quote.version, ATTESTATION_KEY_ECDSA_P256, TEE_TYPE_TDX, quote.qe_svn, quote.pce_svn, quote.qe_vendor_id,
@@ -466,7 +508,11 @@ def _parse_descriptor(data: bytes) -> tuple[int, int]:
 
 def _parse_body(data: bytes, start: int, body_type: int) -> TdBody:
     tcb_svn, mr_seam, mr_signer_seam, seam_attributes, attributes, xfam, *rest = _BODY_1_0.unpack_from(data, start)
-    more = _BODY_1_5.unpack_from(data, start + _BODY_1_0.size) if body_type == BODY_TD_1_5 else (None, None)
+    more: tuple[Any, ...] = ()
+    if body_type != BODY_TD_1_0:
+        more = _BODY_1_5.unpack_from(data, start + _BODY_1_0.size)
+    if body_type == BODY_TD_1_5_EXTENDED:
+        more += (TdExtension(*_BODY_EXTENSION.unpack_from(data, start + _BODY_BYTES[BODY_TD_1_5])),)
     td_attributes = _parse_attributes(attributes, EvidenceFormat.TDX_QUOTE)
     return TdBody(tcb_svn, mr_seam, mr_signer_seam, seam_attributes, td_attributes, xfam, *rest, *more)
 

@@ -153,7 +153,9 @@ class SimulatedNscq:
         listed = b"".join(gpus).ljust(LISTED_GPUS * PDI_BYTES, b"\0")
         return GpuReport(
             requester_nonce=GpuNonce(secrets.token_bytes(32) if gpu.wrong_switch_nonce else nonce),
-            measurements=firmware_digests(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
+            measurements=firmware_digests(
+                hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)
+            ),
             responder_nonce=secrets.token_bytes(32),
             opaque=(
                 (OPAQUE_VBIOS_VERSION, gpu.switch_vbios_version.encode()),

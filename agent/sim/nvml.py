@@ -250,7 +250,9 @@ class SimulatedNvml:
         protected = ((OPAQUE_PROTECTED_PCIE, b"\xaa"), (OPAQUE_PDI, self._links(index)))
         return GpuReport(
             requester_nonce=nonce,
-            measurements=firmware_digests(hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)),
+            measurements=firmware_digests(
+                hashlib.sha384(b"keyturn simulated block %d" % block).digest() for block in range(BLOCKS)
+            ),
             responder_nonce=secrets.token_bytes(32),
             opaque=(
                 (OPAQUE_VBIOS_VERSION, vbios[3::-1] + vbios[4:] + bytes(3)),

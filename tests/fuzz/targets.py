@@ -380,6 +380,12 @@ def gpu_report(data: bytes) -> None:
     assert gpu_abi.pack_report(gpu_abi.parse_report(data)) == data
 
 
+def gpu_report_seeds() -> list[bytes]:
+    """With blocks as a security processor has them."""
+    blocks = (gpu_abi.Measurement(1, 0x83, b"\0\0\0\1"), gpu_abi.Measurement(0xFD, 0x8A, b"manifest"))
+    return [gpu_abi.pack_report(replace(gpu_abi.parse_report(_silicon("gpu-report.bin")), measurements=blocks, opaque=()))]
+
+
 def gpu_opaque(data: bytes) -> None:
     """The opaque data of a report; whatever is accepted can be read."""
     head = _silicon("gpu-report.bin")[: 45 + 64 * 55 + 32]
@@ -392,11 +398,13 @@ def gpu_opaque(data: bytes) -> None:
 
 
 def gpu_opaque_seeds() -> list[bytes]:
-    """Of a GPU in protected-PCIe mode, of Blackwell, and of an NVSwitch with new and with old firmware."""
+    """Of a GPU in protected-PCIe mode, of Blackwell, of an NVSwitch with new and with old firmware, and with a header."""
     switch = (*SWITCH_SAYS, (22, SWITCH_NAMES[0]))
     old = tuple((4 if kind == 26 else kind, value) for kind, value in switch)
     sets = (PPCIE_SAYS, BLACKWELL_SAYS, switch, old)
-    return [b"".join(struct.pack("<HH", kind, len(value)) + value for kind, value in fields) for fields in sets]
+    typed = b"".join(struct.pack("<HHH", kind, 0x82, len(value)) + value for kind, value in BLACKWELL_SAYS)
+    plain = [b"".join(struct.pack("<HH", kind, len(value)) + value for kind, value in fields) for fields in sets]
+    return [*plain, b"NVDAOD\0\0\2\0\0\0" + typed]
 
 
 def gpu_topology(data: bytes) -> None:
@@ -1343,7 +1351,7 @@ TARGETS = {
         Target("qgs_answer", qgs_answer, qgs_answer_seeds),
         Target("tdx_attest_conf", tdx_attest_conf, tdx_attest_conf_seeds),
         Target("gpu_driver", gpu_driver, gpu_driver_seeds),
-        Target("gpu_report", gpu_report, _none),
+        Target("gpu_report", gpu_report, gpu_report_seeds),
         Target("gpu_opaque", gpu_opaque, gpu_opaque_seeds),
         Target("gpu_topology", gpu_topology, gpu_topology_seeds),
         Target("gpu_evidence", gpu_evidence, _none),
