@@ -258,6 +258,7 @@ WRONG_CLAIMS = [
             ({"tdx__rtmr_3": f'[{{ id = "rtmr", value = "{"00" * 48}" }}]'}, {}, Claim.RTMR_3, "rtmr"),
             ({"tdx__event_log": '"required"'}, {}, Claim.EVENT_LOG, None),
             ({}, {"td_attributes": TdAttributes(1 << 28 | 1 << 29)}, Claim.TD_MIGRATABLE, None),
+            ({}, {"td_attributes": TdAttributes(1 << 28 | 1 << 17)}, Claim.TD_MIGRATABLE, None),
             ({}, {"td_attributes": TdAttributes(0)}, Claim.TD_SEPT_VE, None),
             ({}, {"tee_tcb_svn": bytes((5, 1, 3)).ljust(16, b"\0")}, Claim.TEE_TCB_SVN, "module-1"),
             ({}, {"tee_tcb_svn": bytes((9, 0, 9)).ljust(16, b"\xff")}, Claim.TEE_TCB_SVN, "module-1"),

@@ -13,19 +13,21 @@ from typing import Any
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent.cli import main
 from agent.commands.verify import kds_urls
-from agent.evidence import GpuNonce, ReportData
+from agent.evidence import GpuEvidence, GpuNonce, ReportData
 from agent.evidence.ccel import pack_event_log
 from agent.evidence.snp_abi import CertificateKind, TcbVersion, parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport, parse_quote, quote_length
+from agent.sim.gpu_silicon import FWID
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import CRL_FILE, make_crl
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_td_report
 from agent.verify.snp import load_certificate
 from tests.certificates import pem, table
-from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, RECORDED, recorded
+from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, RECORDED, SimulatedSet, recorded
 from tests.shared import shared_data
 
 REPORT_DATA = ReportData(bytes(range(64)))
@@ -222,6 +224,14 @@ def test_a_recorded_quote_is_verified_without_its_tcb_only_when_that_is_said(nam
     assert [claims[f"rtmr_{number}"] for number in range(4)] == [fields[f"rtmr{number}"] for number in range(4)]
 
 
+def test_text_follows_a_recorded_quote_that_is_genuine(verify: Verify) -> None:
+    row = tdx_rows("quote")["v4-spr-e4"]
+    quote = shared_data(f"tdx/{row['quote']}")
+    day = valid_day(quote.read_bytes())
+    said = verify("tdx", quote, "--at", day, "--no-collateral", "--ignore-trailing", "--json")
+    assert (said.status, said.claims["mr_td"]) == (0, row["fields"]["mrtd"])
+
+
 @pytest.mark.parametrize("name", TDX_WITH_COLLATERAL)
 def test_a_recorded_quote_with_collateral(name: str, verify: Verify) -> None:
     row = tdx_rows("quote")[name]
@@ -386,6 +396,45 @@ def test_simulated_evidence_verifies_under_its_roots_says_so_and_is_nothing_with
         assert "SIMULATED" in for_people.out.splitlines()[0]
         refused(verify(*words), "EvidenceVerificationError", "certificate-chain")
         assert verify(*words, *files.trust, "--at", 0).refusal == ("EvidenceVerificationError", "certificate-validity")
+
+
+def test_what_follows_a_quote_is_ignored_when_that_is_said(files: Files, verify: Verify) -> None:
+    quote = files.quote()
+    claims = verify("tdx", quote, "--no-collateral", *files.trust, "--json").claims
+    followed = files.write("followed", quote.read_bytes() + b"whatever lay in the host's buffer")
+    words = ("tdx", followed, "--no-collateral", *files.trust, "--json")
+    refused(verify(*words), "MalformedEvidenceError", "trailing")
+    said = verify(*words, "--ignore-trailing")
+    assert (said.status, said.claims) == (0, claims)
+    refused(verify("tdx", files.write("short", b"x"), "--ignore-trailing"), "MalformedEvidenceError", "header")
+
+
+def test_a_security_processor_is_not_said_to_be_a_gpu(verify: Verify, tmp_path: Path) -> None:
+    devices = SimulatedSet()
+    (tmp_path / "nvidia-root.pem").write_bytes(devices.root.public_bytes(Encoding.PEM))
+    trust = ("--unsafe-simulation-roots", tmp_path)
+
+    def words(evidence: GpuEvidence) -> list[object]:
+        (tmp_path / "report").write_bytes(evidence.report)
+        (tmp_path / "chain").write_bytes(evidence.certificate_chain)
+        return ["nvidia", tmp_path / "report", "--chain", tmp_path / "chain", *trust]
+
+    said = verify(*words(devices.fsp.fsp_evidence), "--json")
+    assert (said.status, said.err) == (0, "")
+    assert {key: said.claims[key] for key in ("arch", "hwmodel", "fwid", "vbios_version", "project")} == {
+        "arch": "BLACKWELL",
+        "hwmodel": "GB100 SIMULATED FSP BROM",
+        "fwid": FWID.hex(),
+        "vbios_version": None,
+        "project": None,
+    }
+    assert "driver_version" not in said.claims
+    assert (said.claims["measurement_indices"], said.claims["measurement_types"]) == ([1, 2, 3, 52], [0x83, 0x82, 0x02, 0x81])
+    assert "security processor" in verify(*words(devices.fsp.fsp_evidence)).out.splitlines()[0]
+
+    newest = verify(*words(devices.rubin.with_opaque_header), "--json").claims
+    assert (newest["arch"], newest["driver_version"]) == ("RUBIN", "575.32")
+    assert newest["measurement_indices"] == [1, 0xFD]
 
 
 def test_a_report_is_held_against_a_revocation_list(files: Files, verify: Verify, tmp_path: Path) -> None:

@@ -206,7 +206,9 @@ def test_a_quote_larger_than_the_kernels_buffer_is_refused() -> None:
         (V4, 2, struct.pack("<H", 3), "attestation_key_type"),
         (V4, 4, struct.pack("<I", 0), "tee_type"),
         (V5, 48, struct.pack("<H", 1), "body_type"),
-        (V5, 48, struct.pack("<H", 4), "body_type"),
+        (V5, 48, struct.pack("<H", 5), "body_type"),
+        (V5, 48, struct.pack("<H", 4), "body_size"),
+        (V5_EXTENDED, 48, struct.pack("<H", 3), "body_size"),
         (V5, 48, struct.pack("<H", 2), "body_size"),
         (V5, 50, struct.pack("<I", 584), "body_size"),
         (V4, 632, struct.pack("<I", 0xFFFFFFFF), "signature_data"),
@@ -254,10 +256,17 @@ def test_fields_that_do_not_fit_cannot_be_packed(changes: dict[str, object]) -> 
 
 
 def test_attributes_are_readable_by_their_bits() -> None:
-    attributes = TdAttributes(1 << 63 | 0xF << 28 | 1)
-    assert attributes.debug and attributes.sept_ve_disable and attributes.migratable and attributes.pks
+    attributes = TdAttributes(1 << 63 | 0xF << 28 | 1 << 17 | 1)
+    assert (
+        attributes.service_td_extensions
+        and attributes.debug
+        and attributes.sept_ve_disable
+        and attributes.migratable
+        and attributes.pks
+    )
     assert attributes.key_locker and attributes.perfmon
     closed = TdAttributes(0)
+    assert not closed.service_td_extensions
     assert not (closed.debug or closed.sept_ve_disable or closed.migratable or closed.pks)
     assert not (closed.key_locker or closed.perfmon or closed.under_debug)
     assert TdAttributes(1 << 5).under_debug and not TdAttributes(1 << 5).debug

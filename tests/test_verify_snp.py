@@ -529,9 +529,13 @@ def test_no_chain_of_silicon_passes_a_list_in_its_roots_name_that_is_not_amds(ve
 # --- signing keys -----------------------------------------------------------------------------------------------------
 
 
-def vlek_evidence(machine: SimulatedMachine, signing_key: SigningKey, name: str, chip_id: bytes | None) -> Evidence:
+def vlek_evidence(
+    machine: SimulatedMachine, signing_key: SigningKey, name: str, chip_id: bytes | None, mask_chip_key: bool = False
+) -> Evidence:
     key = ec.generate_private_key(ec.SECP384R1())
-    report = dataclasses.replace(make_report(machine, REPORT_DATA), signing_key=signing_key, chip_id=bytes(64))
+    report = dataclasses.replace(
+        make_report(machine, REPORT_DATA), signing_key=signing_key, chip_id=bytes(64), mask_chip_key=mask_chip_key
+    )
     leaf = issue_leaf(machine.silicon, key.public_key(), name, machine.tcb, chip_id)
     return Evidence(Tee.SNP, sign_report(report, key), (leaf, *machine.attester().collect(REPORT_DATA).cert_chain[1:]))
 
@@ -541,6 +545,18 @@ def test_a_vlek_signs_for_a_fleet_and_names_no_chip(machine: SimulatedMachine) -
     claims = verify_snp(evidence, roots_of(machine), [], NOW)
     assert claims.report.signing_key is SigningKey.VLEK
     assert claims.chip_id_hash == hashlib.sha256(bytes(64)).hexdigest()
+
+
+def test_a_vlek_signs_though_the_key_of_the_chip_is_masked(machine: SimulatedMachine) -> None:
+    evidence = vlek_evidence(machine, SigningKey.VLEK, "SEV-VLEK", None, mask_chip_key=True)
+    assert verify_snp(evidence, roots_of(machine), [], NOW).report.mask_chip_key
+    unsigned = evidence.report[:SIGNED_BYTES].ljust(REPORT_BYTES, b"\0")
+    refuse(dataclasses.replace(evidence, report=unsigned), EvidenceCheck.REPORT_SIGNATURE, roots_of(machine))
+
+
+def test_what_newer_firmware_says_of_the_platform_is_a_claim(vendor: Vendor) -> None:
+    vendor.report = dataclasses.replace(vendor.report, platform_info=1 << 63 | 1 << 6 | 0x25)
+    assert vendor.verify().report.platform_info == 1 << 63 | 1 << 6 | 0x25
 
 
 def test_the_certificate_must_be_of_the_kind_the_report_names(machine: SimulatedMachine) -> None:

@@ -19,7 +19,16 @@ from hypothesis import strategies as st
 from agent.errors import AgentError, EvidenceCheck, EvidenceFormat, EvidenceVerificationError, MalformedEvidenceError
 from agent.evidence import Evidence, ReportData, Tee
 from agent.evidence.ccel import EV_EVENT_TAG, SHA384, Event, pack_event_log, parse_event_log
-from agent.evidence.tdx_abi import TdAttributes, TdxQuote, pack_qe_report, pack_quote, parse_quote, quote_length, signed_part
+from agent.evidence.tdx_abi import (
+    TdAttributes,
+    TdExtension,
+    TdxQuote,
+    pack_qe_report,
+    pack_quote,
+    parse_quote,
+    quote_length,
+    signed_part,
+)
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_quote, make_td_report, raw_signature, sign_quote
 from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
@@ -292,6 +301,28 @@ def test_a_td_whose_module_or_attributes_cannot_be_relied_on_is_refused(
     machine: SimulatedMachine, changes: dict[str, object], check: EvidenceCheck
 ) -> None:
     refuse(signed(machine, quote_of(machine, **changes)), check, roots_of(machine))
+
+
+def test_a_quote_of_a_newer_module_says_more_of_the_td(machine: SimulatedMachine) -> None:
+    extension = TdExtension(
+        vm_id=0,
+        td_id=b"\1" * 32,
+        device_info=bytes(48),
+        init_service_td_hash=b"\2" * 48,
+        init_service_td_attributes=3,
+        init_cpu_svn=b"\4" * 16,
+        init_tee_tcb_svn=b"\5" * 16,
+        init_tee_fmspc=b"\6" * 12,
+        service_td_hash=b"\7" * 48,
+        service_td_attributes=8,
+    )
+    evidence = signed(machine, quote_of(machine, extension=extension))
+    assert verify_tdx(evidence, roots_of(machine), NOW).td.extension == extension
+    for position in range(48, 54 + 885):  # all of it is signed
+        changed = bytearray(evidence.report)
+        changed[position] ^= 1
+        with pytest.raises(AgentError):
+            verify_tdx(dataclasses.replace(evidence, report=bytes(changed)), roots_of(machine), NOW)
 
 
 def test_attributes_that_are_policys_to_judge_are_claims(machine: SimulatedMachine) -> None:

@@ -18,9 +18,9 @@ Verifies nothing: signature, chain and firmware identity are `agent/verify/nvidi
 Integers are little endian unless said otherwise. Positions come from lengths and never from the end of the bytes: there are
 devices that append zero bytes after the signature. How many blocks there are, and of what, is the device's: 64 digests of a
 GPU's system processor (GSP), 31 of an NVSwitch, digests and raw values of a GPU's security processor (FSP), and a manifest in
-a block of its own from drivers of 2026. Those bring the header of the opaque data too. Which opaque fields there are depends on driver
-and firmware, and so does their order: a known one must have its documented shape, an unknown one is kept as it is. GPU and
-NVSwitch mean different things by types 22 and, with old firmware, 4: there the length tells.
+a block of its own from drivers of 2026. Those bring the header of the opaque data too. Which opaque fields there are depends
+on driver and firmware, and so does their order: a known one must have its documented shape, an unknown one is kept as it is.
+GPU and NVSwitch mean different things by types 22 and, with old firmware, 4: there the length tells.
 
 SPDM 1.2 has the same layout and is refused: its signature covers messages (VCA) that no report of NVIDIA's carries.
 Spec: DMTF DSP0274 1.1.0, tables GET_MEASUREMENTS request, MEASUREMENTS response and DMTF measurement; NVIDIA attestation-sdk,

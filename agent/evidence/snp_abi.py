@@ -1,7 +1,8 @@
 """Byte layouts of SEV-SNP: the attestation report, the host's certificate table, and what `/dev/sev-guest` takes and answers.
 
 Does not check signatures and does not judge: `agent/verify/snp.py` verifies, the broker appraises. Every reserved byte
-and bit must be zero, so whatever `parse_report` accepts `pack_report` gives back byte for byte.
+and bit must be zero, so whatever `parse_report` accepts `pack_report` gives back byte for byte. Only PLATFORM_INFO may say
+more than we know: firmware gives its bits a meaning without a new version, and they describe the machine, not the guest.
 
 Spec: AMD 56860 "SEV-SNP Firmware ABI", ATTESTATION_REPORT; certificate table: AMD 56421 "GHCB", SNP Extended Guest Request;
 device: Linux 6.12, include/uapi/linux/sev-guest.h.
@@ -114,8 +115,9 @@ class SnpReport:
     """One ATTESTATION_REPORT, version 2 to 5. Fields a version does not have are None.
 
     Attributes:
-        platform_info: bit 0 SMT on, 1 TSME, 2 ECC memory, 3 RAPL disabled, 4 ciphertext hiding, 5 alias check done, 7 TIO.
-        mask_chip_key: the host has switched the chip's key off: the signature is zero.
+        platform_info: bit 0 SMT on, 1 TSME, 2 ECC memory, 3 RAPL disabled, 4 ciphertext hiding, 5 alias check done, 7 TIO;
+            64 bits as they came.
+        mask_chip_key: the host has switched the chip's key off: without a VLEK the signature is zero.
         reported_tcb: the one the signing key was derived from; the host may report less than `current_tcb`.
         chip_id: zero where the host masks it or the key is a VLEK; Turin uses the first 8 bytes.
         signature_r, signature_s: below 2**384.
@@ -159,7 +161,6 @@ class SnpReport:
 _REPORT = struct.Struct("<IIQ16s16sII8sQII64s48s32s48s48s32s32s8sBBB21s64s8sBBBBBBBB8sQQ152s72s72s368s")
 _POLICY_BITS = (1 << 26) - 1
 _POLICY_MUST_BE_ONE = 1 << 17
-_PLATFORM_INFO_BITS = 0b1011_1111
 _KEY_INFO_BITS = 0b1_1111
 _MAX_SCALAR = 1 << 384
 
@@ -197,8 +198,6 @@ def parse_report(data: bytes) -> SnpReport:
         raise _malformed("vmpl", vmpl)
     if algorithm != SIGNATURE_ALGORITHM_ECDSA_P384_SHA384:
         raise _malformed("signature_algorithm", algorithm, SIGNATURE_ALGORITHM_ECDSA_P384_SHA384)
-    if platform_info & ~_PLATFORM_INFO_BITS:
-        raise _malformed("platform_info", platform_info)
     if key_info & ~_KEY_INFO_BITS or key_info >> 2 not in tuple(SigningKey):
         raise _malformed("key_info", key_info)
     _must_be_zero("reserved_04c", reserved_04c)
@@ -393,6 +392,8 @@ def parse_certificate_table(data: bytes) -> tuple[tuple[CertificateKind, bytes],
     table_bytes = (len(entries) + 1) * _ENTRY.size
     found: list[tuple[CertificateKind, bytes]] = []
     for guid, offset, length in entries:
+        if not length:  # the place of a certificate that the host does not have
+            continue
         # refusal: test_a_malformed_certificate_table_is_refused
         if offset < table_bytes or offset + length > len(data):
             raise _malformed_table("table_entry", offset + length, len(data))

@@ -98,9 +98,11 @@ def verify_snp(
         raise _failed(EvidenceCheck.REPORT_VERSION, EvidenceFormat.SNP_REPORT)
     named = None if report.cpuid_family is None else product_of(report)
 
-    # 3. It is signed at all: with the chip key masked, or no key chosen, the firmware leaves the signature zero.
+    # 3. It is signed at all: with the chip's own key masked, or no key chosen, the firmware leaves the signature zero. A VLEK
+    #    is no key of the chip, and signs all the same.
+    masked = report.mask_chip_key and report.signing_key is SigningKey.VCEK
     # refusal: test_an_unsigned_report_is_refused_before_its_signature_is_looked_at
-    if report.mask_chip_key or report.signing_key not in _LEAF_NAMES:
+    if masked or report.signing_key not in _LEAF_NAMES:
         raise _failed(EvidenceCheck.SIGNING_KEY, EvidenceFormat.SNP_REPORT)
 
     # 4. Leaf, intermediate and root are chosen by name. Nothing is believed yet, except that the root is one of ours.

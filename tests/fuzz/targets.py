@@ -237,10 +237,13 @@ def tdx_quote(data: bytes) -> None:
 
 
 def tdx_quote_seeds() -> list[bytes]:
-    """Version 5 with both bodies, and a padded version 4."""
+    """Version 5 with every body, and a padded version 4."""
     quote = tdx_abi.parse_quote(_silicon("tdx-quote.bin"))
     newer = replace(quote.body, tee_tcb_svn_2=bytes(16), mr_service_td=bytes(48))
-    packed = [tdx_abi.pack_quote(replace(quote, version=5, body=body)) for body in (newer, quote.body)]
+    hashed = bytes(48)
+    extension = tdx_abi.TdExtension(0, bytes(32), hashed, hashed, 0, bytes(16), bytes(16), bytes(12), hashed, 0)
+    bodies = (newer, replace(newer, extension=extension), quote.body)
+    packed = [tdx_abi.pack_quote(replace(quote, version=5, body=body)) for body in bodies]
     return [*packed, _silicon("tdx-quote.bin") + bytes(64)]
 
 
