@@ -233,6 +233,9 @@ def test_a_genuine_switch_or_security_processor_is_no_gpu(devices: SimulatedSet)
         assert check_that_fails(evidence, NONCE, [devices.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
     for evidence in (devices.fsp.evidence, devices.fsp.fsp_evidence):  # though it says all that a GPU must say
         assert check_that_fails(evidence, NONCE, [devices.root]) is EvidenceCheck.CERTIFICATE_CHIP_ID
+    root, chip = issue("SIMULATED Device Identity CA", None), replace(LS10, unit="GSP")
+    other = Device(chip.arch, *issue_device(chip, issue_authority(chip, root)), devices.gpus[0].opaque)
+    assert check_that_fails(other.evidence, NONCE, [root[1]]) is EvidenceCheck.CERTIFICATE_CHIP_ID
 
 
 def test_a_security_processor_is_told_from_a_gpu_and_a_switch(devices: SimulatedSet) -> None:
