@@ -245,6 +245,7 @@ ROWS = [
     (Exchange.RESOURCE, "InvalidRequestPath", "x", 404, TrusteeRefusal.PATH),
     (Exchange.RESOURCE, "AdminAuthAccess", "admin access denied for endpoint X: y", 401, TrusteeRefusal.ADMIN),
     (Exchange.RESOURCE, "AdminAuthInitialization", "x", 401, TrusteeRefusal.ADMIN),
+    (Exchange.RESOURCE, "AdminAuth", "x", 401, TrusteeRefusal.ADMIN),
     *(
         (Exchange.AUTH, word, "x", 401, TrusteeRefusal.INTERNAL)
         for word in (
@@ -367,6 +368,7 @@ STATUSES = [
     (401, ProtocolProblem.FOREIGN),
     (403, ProtocolProblem.FOREIGN),
     (404, ProtocolProblem.FOREIGN),
+    (408, Unreachable.SERVER_ERROR),
     (413, TrusteeRefusal.TOO_LARGE),
     (429, Unreachable.OVERLOADED),
     (431, ProtocolProblem.FOREIGN),
@@ -419,6 +421,8 @@ def test_what_is_no_kbs_is_not_taken_for_one(body: bytes) -> None:
     assert error.problem is ProtocolProblem.FOREIGN
 
 
-def test_a_denial_with_another_status_is_no_denial() -> None:
+def test_a_denial_is_one_with_the_status_of_a_later_release_and_with_no_other() -> None:
     error = refused(Exchange.RESOURCE, "PolicyDeny", status=403)
-    assert isinstance(error, RemoteProtocolError)
+    assert isinstance(error, KeyReleaseDeniedError)
+    assert not error.retryable
+    assert isinstance(refused(Exchange.RESOURCE, "PolicyDeny", status=400), RemoteProtocolError)
