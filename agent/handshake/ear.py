@@ -61,12 +61,12 @@ _BADNESS = {Tier.AFFIRMING: 0, Tier.NONE: 1, Tier.WARNING: 2, Tier.CONTRAINDICAT
 _KINDS = {kind.value: kind for kind in EvidenceKind}
 _SIMULATED = {EvidenceKind.SAMPLE, EvidenceKind.SAMPLE_DEVICE}
 _MEASUREMENT = {  # where the claims of a kind say what was launched
-    EvidenceKind.SNP: ("measurement",),
-    EvidenceKind.AZ_SNP_VTPM: ("measurement",),
-    EvidenceKind.TDX: ("quote", "body", "mr_td"),
-    EvidenceKind.AZ_TDX_VTPM: ("quote", "body", "mr_td"),
-    EvidenceKind.SGX: ("body", "mr_enclave"),
-    EvidenceKind.SAMPLE: ("launch_digest",),
+    EvidenceKind.SNP: (("measurement",), ("evidence", "measurement")),  # the second in releases after v0.21
+    EvidenceKind.AZ_SNP_VTPM: (("measurement",),),
+    EvidenceKind.TDX: (("quote", "body", "mr_td"),),
+    EvidenceKind.AZ_TDX_VTPM: (("quote", "body", "mr_td"),),
+    EvidenceKind.SGX: (("body", "mr_enclave"),),
+    EvidenceKind.SAMPLE: (("launch_digest",),),
 }
 
 
@@ -363,10 +363,13 @@ def _shown(value: object) -> Ident | None:
 
 
 def _measurement(kind: EvidenceKind | None, claims: dict[str, object]) -> Ident | None:
-    value: object = claims
-    for name in _MEASUREMENT.get(kind, ()) if kind else ():
-        value = value.get(name) if isinstance(value, dict) else None
-    return _shown(value)
+    for path in _MEASUREMENT.get(kind, ()) if kind else ():
+        value: object = claims
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            return Ident.of_peer(value)
+    return None
 
 
 def _init_data(kind: EvidenceKind | None, value: object) -> bytes | None:
