@@ -58,6 +58,7 @@ GOOD = token("snp", "22" * 32, 2)
 
 def test_the_policy_allows_what_it_was_made_for() -> None:
     assert allows(APPROVED, GOOD)
+    assert allows(APPROVED, token("snp", base64.b64encode(b"\x22" * 32).decode(), 2))  # of an earlier release
     assert allows(ON_TDX, token("tdx", "22" * 32 + "33" * 16, 2))
     assert allows(replace(APPROVED, gpu_count=0), token("snp", "22" * 32, 0))
     assert allows(SAMPLE, token("sample", "anything", 0))

@@ -1,5 +1,6 @@
 """Trustee's tokens: believed only under pinned keys, now, for this handshake; and what is not affirmed is said in words."""
 
+import base64
 import contextlib
 import json
 from collections.abc import Callable
@@ -130,7 +131,14 @@ def test_a_recorded_payload_without_an_issuer_is_read() -> None:
 def test_snp_and_tdx_say_measurement_and_init_data() -> None:
     snp = submod("snp", {"measurement": "ab" * 48}, init_data="cd" * 32)
     tdx = submod("tdx", {"quote": {"body": {"mr_td": "12" * 48}}, "tcb_status": "UpToDate"}, init_data="34" * 48)
-    for claims, measurement, init_data in ((snp, "ab" * 48, b"\xcd" * 32), (tdx, "12" * 48, b"\x34" * 48)):
+    earlier = submod("snp", {"measurement": "q" * 64}, init_data=base64.b64encode(b"\xcd" * 32).decode())
+    later = submod("snp", {"evidence": {"measurement": "ab" * 48}}, init_data="cd" * 32)
+    for claims, measurement, init_data in (
+        (snp, "ab" * 48, b"\xcd" * 32),
+        (earlier, "q" * 64, b"\xcd" * 32),
+        (later, "ab" * 48, b"\xcd" * 32),
+        (tdx, "12" * 48, b"\x34" * 48),
+    ):
         ear = verified(signed(payload(cpu0=claims)))
         assert ear.cpu is not None
         assert (ear.cpu.measurement, ear.cpu.init_data, ear.simulated) == (measurement, init_data, False)

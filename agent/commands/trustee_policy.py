@@ -42,7 +42,9 @@ def resource_policy(approved: Approved) -> str:
         evidence = "\tevidence.sample # UNSAFE: anybody can make sample evidence, and nothing in it is compared"
     else:
         field = fit(approved.init_data, _FIELD_BYTES[approved.tee])
-        evidence = f'\tevidence.{approved.tee.value}\n\tevidence.init_data == "{field.hex()}"'
+        # The second where an earlier release writes base64 (trustee issue 372).
+        said = [field.hex(), base64.b64encode(field).decode()]
+        evidence = f"\tevidence.{approved.tee.value}\n\tevidence.init_data in {json.dumps(said)}"
     return f"""\
 package policy
 
@@ -166,7 +168,9 @@ def script(approved: Approved) -> str:
     )
     values = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in reference_values(approved).items())
     plugin, path = _asked(approved)
-    at = f"POST its 32 bytes to\n# {PREFIX}/resource/{path}" if plugin == "resource" else f"that is the plugin {plugin}'s affair"
+    at = (
+        f"POST its 32 bytes to\n# {PREFIX}/resource/{path}" if plugin == "resource" else f"that is the plugin {plugin}'s affair"
+    )
     return f"""\
 #!/bin/sh
 # Trustee, for {approved.key_uri}. KBS_URL: the service; KBS_CA: its CA certificate; KBS_ADMIN: a file with the line

@@ -208,7 +208,11 @@ def _ask(
         members = json.loads(answer.data) if answer.status == 200 and answer.data else {}
     except ValueError:  # somebody else's web page
         members = {}
-    return answer.status, members if isinstance(members, dict) else {}, (answer.headers.get("Set-Cookie") or "").partition(";")[0]
+    return (
+        answer.status,
+        members if isinstance(members, dict) else {},
+        (answer.headers.get("Set-Cookie") or "").partition(";")[0],
+    )
 
 
 def _parse_b64url(text: str) -> bytes:

@@ -32,6 +32,7 @@ _MAX_SUBMODS = 64
 _MAX_NONCE_CHARS = 1024
 _MAX_TIME = 1 << 40
 _MAX_INIT_DATA_BYTES = 64
+_HOST_DATA_BASE64 = 44  # characters of 32 bytes; no field has this many in hexadecimal
 _VECTOR, _EVIDENCE = "ear.trustworthiness-vector", "ear.veraison.annotated-evidence"
 # What a header may hold beside the algorithm. Keys and names of keys are read by nobody: only pinned keys count. `crit`,
 # `b64`, `zip` or `cty` would change what the rest means.
@@ -373,9 +374,11 @@ def _measurement(kind: EvidenceKind | None, claims: dict[str, object]) -> Ident 
 
 
 def _init_data(kind: EvidenceKind | None, value: object) -> bytes | None:
-    """Hexadecimal, and base64 in sample evidence."""
+    """Hexadecimal; base64 in sample evidence, and of SEV-SNP in earlier releases (trustee issue 372)."""
+    if not isinstance(value, str):
+        return None
     try:
-        data = b"" if not isinstance(value, str) else parse_b64(value) if kind in _SIMULATED else bytes.fromhex(value)
+        data = parse_b64(value) if kind in _SIMULATED or len(value) == _HOST_DATA_BASE64 else bytes.fromhex(value)
     except ValueError:
         return None
     return data if 0 < len(data) <= _MAX_INIT_DATA_BYTES else None
