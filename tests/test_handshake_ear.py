@@ -179,13 +179,14 @@ def test_old_collateral_is_a_finding() -> None:
     assert str(finding) == "cpu0 collateral: out of date when the service appraised"
 
 
-def test_eight_gpus_verbose_fit_and_more_than_the_bound_does_not() -> None:
-    gpu = submod("nvidia", {"x": "e" * 15_000})
-    body = payload(cpu0=submod("snp", {}), **{f"gpu{number}": gpu for number in range(8)})
+def test_eight_gpus_with_their_switches_verbose_fit_and_more_than_the_bound_does_not() -> None:
+    device = submod("nvidia", {"x": "e" * 15_000})
+    names = [*(f"gpu{number}" for number in range(8)), *(f"switch{number}" for number in range(4)), "ppcie0"]
+    body = payload(cpu0=submod("tdx", {"uefi_event_logs": ["e" * 60_000]}), **dict.fromkeys(names, device))
     token = signed(body)
-    assert 160 << 10 < len(token) < MAX_EAR_BYTES
-    assert len(verified(token).submods) == 9
-    assert refused(signed(body | {"x": "e" * (100 << 10)})) is TokenCheck.FORMAT
+    assert 256 << 10 < len(token) < MAX_EAR_BYTES
+    assert len(verified(token).submods) == 14
+    assert refused(signed(body | {"x": "e" * (3 * MAX_EAR_BYTES // 4)})) is TokenCheck.FORMAT
 
 
 def test_other_peoples_fractions_are_nobodys_error() -> None:

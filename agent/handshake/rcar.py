@@ -10,6 +10,7 @@ import enum
 import json
 import re
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from agent.closed import Ident
@@ -160,7 +161,7 @@ def parse_challenge(body: bytes, state: Ident) -> Offer:
 
 
 def parse_token(body: bytes, state: Ident) -> str:
-    """The attestation token of `/attest`, unverified: a compact JWS of at most 256 KiB.
+    """The attestation token of `/attest`, unverified: a compact JWS of at most 1 MiB.
 
     Raises:
         RemoteProtocolError: MALFORMED.
@@ -199,7 +200,8 @@ def clock_ahead_s(answer: Answer, now: int) -> int | None:
     if answer.date is None or len(answer.date) > 64:
         return None
     try:
-        return now - int(parsedate_to_datetime(answer.date).timestamp())
+        date = parsedate_to_datetime(answer.date)  # without a zone of its own it is of this process, and HTTP has but one
+        return now - int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
     except (ValueError, OverflowError):
         return None
 
