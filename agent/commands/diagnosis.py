@@ -22,8 +22,8 @@ from agent.handshake.rcar import parse_not_affirmed
 from agent.handshake.token import decode_unverified_token
 from agent.report import STATUS_SCHEMA, Phase, console_line
 
-MAX_INPUT_BYTES = (1 << 20) + (16 << 10)
-"""A log of a whole boot, or the answer that holds a token of 1 MiB."""
+MAX_INPUT_BYTES = 1 << 20
+"""A log of a whole boot. A token is at most 768 KiB."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _UNVERIFIED = "not verified: whoever sent it may have written it"

@@ -30,7 +30,7 @@ MAX_HEAD_BYTES = 8 << 10
 MAX_INFO_BYTES = 4 << 10
 MAX_EVIDENCE_BYTES = 3 << 19
 """1.5 MiB: a quote, and an event log of firmware's largest reserve; or sixteen GPUs, 20 KiB each."""
-MAX_TOKEN_ANSWER_BYTES = (1 << 20) + (16 << 10)
+MAX_TOKEN_ANSWER_BYTES = 1 << 20
 """An EAR repeats the evidence of every GPU, 20 KiB each, and has a private key beside it."""
 MAX_MEASUREMENT_ANSWER_BYTES = 1 << 10
 

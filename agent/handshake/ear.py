@@ -22,7 +22,7 @@ from agent.handshake.ar4si import Meaning, Tier, TrustClaim, meaning_of, tier_of
 from agent.handshake.jws import parse_jws, signed_by
 from agent.jose import integer, pack_jwk, parse_b64, parse_object, parse_point, string
 
-MAX_EAR_BYTES = 1 << 20
+MAX_EAR_BYTES = 768 << 10
 """A verbose token repeats the evidence of devices (512 KiB before base64 at most), about 20 KiB for each: 170 KiB for eight
 GPUs, more than 256 with their NVSwitches and the events of a TD."""
 LEEWAY_S = 60
@@ -178,7 +178,7 @@ def verify_ear(token: str, keys: Sequence[EllipticCurvePublicKey], now: int) -> 
     """What a token says that one of the pinned keys signed and that is valid now.
 
     Args:
-        token: compact JWS, at most 1 MiB.
+        token: compact JWS, at most 768 KiB.
         keys: of the attestation services that count, P-256; one of them must have signed. A key in the token is nobody's.
         now: Unix seconds; 60 of them are leeway, on both sides.
 

@@ -161,7 +161,7 @@ def parse_challenge(body: bytes, state: Ident) -> Offer:
 
 
 def parse_token(body: bytes, state: Ident) -> str:
-    """The attestation token of `/attest`, unverified: a compact JWS of at most 1 MiB.
+    """The attestation token of `/attest`, unverified: a compact JWS of at most 768 KiB.
 
     Raises:
         RemoteProtocolError: MALFORMED.
