@@ -132,8 +132,9 @@ def test_a_kbs_with_closed_administration_is_told_by_its_call(foreign: Trustee, 
         running.approve(machine, Tee.SAMPLE, MODEL)
 
 
-def test_nobody_at_the_url_is_told() -> None:
-    with pytest.raises(kbs.KbsRefusedError), kbs.use_kbs("http://127.0.0.1:1", Calls()):
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://[::::]", "https://127.0.0.1:99999", "http://..."])
+def test_nobody_at_the_url_is_told(url: str) -> None:
+    with pytest.raises(kbs.KbsRefusedError), kbs.use_kbs(url, Calls()):
         pass
 
 

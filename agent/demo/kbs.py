@@ -122,12 +122,16 @@ def use_kbs(url: str, called: Called) -> Iterator[Kbs]:
         KbsRefusedError: it does not attest sample evidence.
     """
     url = url.rstrip("/")
-    parts = urlsplit(url)
-    host, identity = parts.hostname or "", ""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or 443
+    except ValueError as error:
+        raise KbsRefusedError(f"{url} is no address") from error
+    identity = ""
     http = urllib3.PoolManager()
     if parts.scheme == "https":
         try:
-            certificate = ssl.get_server_certificate((host, parts.port or 443), timeout=TIMEOUT_S)
+            certificate = ssl.get_server_certificate((host, port), timeout=TIMEOUT_S)
         except OSError as error:  # ssl's are of this kind too
             raise KbsRefusedError(f"{url}: {type(error).__name__}") from error
         identity = f'server_name = "{host}"\nca_pem = {json.dumps(certificate)}\n'
