@@ -7,6 +7,7 @@ MRCONFIGID (TDX) of the guest's own report (`evidence/collect.py` checks it).
 """
 
 import hashlib
+import ipaddress
 import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, TypeVar
@@ -303,9 +304,18 @@ def _check_together(config: MeasuredConfig) -> None:
     addresses = {f"broker.endpoints[{index}]": endpoint for index, endpoint in enumerate(config.broker.endpoints or ())}
     addresses |= {"broker.url": config.broker.url} if config.broker.url else {}
     for key, address in (addresses | {"tee.coco_url": config.tee.coco_url}).items():
-        port = re.search(r":([0-9]+)\Z", address)
-        if port and not 1 <= int(port[1]) <= 65535:
+        port, in_brackets = re.search(r":([0-9]+)\Z", address), re.search(r"\[(.*)\]", address)
+        # refusal: test_every_mistake_names_its_key
+        if (port and not 1 <= int(port[1]) <= 65535) or (in_brackets and not _is_ipv6(in_brackets[1])):
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        ipaddress.IPv6Address(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:

@@ -309,7 +309,16 @@ _LISTENING = ["--listen", "127.0.0.1:0", "--tls-cert", "x", "--tls-key", "x", "-
 
 @pytest.mark.parametrize(
     "url",
-    ["http://kbs", "https://kbs/kbs/v0", "https://kbs:65536", "kbs:8080", "https://", "https://user@kbs", "https://kbs?x"],
+    [
+        "http://kbs",
+        "https://kbs/kbs/v0",
+        "https://kbs:65536",
+        "kbs:8080",
+        "https://",
+        "https://user@kbs",
+        "https://kbs?x",
+        "https://[::::]",
+    ],
 )
 def test_an_upstream_without_tls_or_with_a_path_is_refused(relay: RelaySite, url: str) -> None:
     assert refused(relay_arguments(relay, upstream=url)) == ("upstream", "value is out of range or malformed")

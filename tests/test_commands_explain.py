@@ -8,6 +8,7 @@ import pytest
 
 from agent.cli import main
 from agent.closed import Ident
+from agent.commands.diagnosis import MAX_INPUT_BYTES
 from agent.errors import EXIT_STATUS, DenialReason, KeyReleaseDeniedError, all_errors
 from agent.events import ServerReady, message_to_record
 from agent.explanations import EXPLANATIONS
@@ -175,6 +176,6 @@ def test_a_file_that_is_missing_or_too_large_is_a_configuration_error(
 ) -> None:
     assert main(["explain", str(tmp_path / "missing")]) == 10
     large = tmp_path / "large"
-    large.write_bytes(b"x" * ((1 << 20) + 1))
+    large.write_bytes(b"x" * (MAX_INPUT_BYTES + 1))
     assert main(["explain", str(large)]) == 10
     assert [json.loads(line)["fields"]["key"] for line in capsys.readouterr().err.splitlines()] == ["FILE", "FILE"]

@@ -191,7 +191,17 @@ def test_for_trustee_the_calls_are_printed_for_a_shell_and_for_programs(site: Si
     assert all(len(line) <= 128 for line in text.splitlines() if line.startswith("#"))
     assert record["reference_values"]["snp_launch_measurement"] == [SNP["measurement"]]
     host_data = fit(from_initdata_file(str(site.file("initdata"))).digest, 32)
-    assert f'evidence.init_data == "{host_data.hex()}"' in record["resource_policy"]
+    assert f'evidence.init_data in ["{host_data.hex()}", ' in record["resource_policy"]
+
+
+def test_trustees_policy_is_for_the_place_that_the_configuration_names(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    endpoints = 'endpoints = ["kbs.example.com:8443"]'
+    elsewhere = 'url = "https://kbs.example.com:8080"\nresource_uri = "kbs:///site/keys/7"'
+    site.write(SNP, GPU, (endpoints, elsewhere))
+    text = printed(capsys, site.words("--for=trustee"))
+    assert '[["resource"], ["site", "keys", "7"]],' in text
+    assert f"Trustee, for {URI}." in text
+    assert "# /kbs/v0/resource/site/keys/7." in text
 
 
 def test_sample_evidence_is_for_a_test_with_trustee(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

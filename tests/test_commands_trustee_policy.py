@@ -58,9 +58,35 @@ GOOD = token("snp", "22" * 32, 2)
 
 def test_the_policy_allows_what_it_was_made_for() -> None:
     assert allows(APPROVED, GOOD)
+    assert allows(APPROVED, token("snp", base64.b64encode(b"\x22" * 32).decode(), 2))  # of an earlier release
     assert allows(ON_TDX, token("tdx", "22" * 32 + "33" * 16, 2))
     assert allows(replace(APPROVED, gpu_count=0), token("snp", "22" * 32, 0))
     assert allows(SAMPLE, token("sample", "anything", 0))
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"plugin": "resource", "resource-path": "/models/tiny/1", "query": {}},
+        {"resource-path": "resource/models/tiny/1"},  # v0.14 to v0.16: trustee issue 1097
+    ],
+)
+def test_the_policy_knows_the_request_of_every_release_of_the_protocol(request_: Members) -> None:
+    assert allows(APPROVED, GOOD, request_)
+    assert not allows(APPROVED, token("snp", "22" * 31 + "23", 2), request_)
+
+
+def test_the_policy_is_for_the_place_where_the_guest_asks_for_its_key() -> None:
+    elsewhere = replace(APPROVED, resource_uri="kbs:///site/keys/7?version=2")
+    asked = REQUEST | {"resource-path": ["site", "keys", "7"], "query": {"version": "2"}}
+    assert allows(elsewhere, GOOD, asked)
+    assert not allows(elsewhere, GOOD)
+    assert "# /kbs/v0/resource/site/keys/7." in script(elsewhere)
+    plugin = replace(APPROVED, resource_uri="kbs+vault:///site/keys/7/a")
+    asked = {"plugin": "vault", "resource-path": ["site", "keys", "7", "a"], "query": {}}
+    assert allows(plugin, GOOD, asked)
+    assert not allows(plugin, GOOD, asked | {"plugin": "resource"})
+    assert "POST its 32 bytes" not in script(plugin)
 
 
 def changed(change: Callable[[Members], object]) -> Members:
@@ -100,6 +126,12 @@ def test_the_policy_denies_everything_else(claims: Members) -> None:
         REQUEST | {"resource-path": ["models", "tiny", "2"]},
         REQUEST | {"resource-path": ["models", "tiny"]},
         REQUEST | {"resource-path": "models/tiny/1"},
+        REQUEST | {"resource-path": "resource/models/tiny/1"},
+        REQUEST | {"resource-path": "/models/tiny/2"},
+        {"plugin": "sample", "resource-path": "/models/tiny/1"},
+        {"resource-path": "/models/tiny/1"},
+        {"resource-path": ["models", "tiny", "1"]},
+        {"resource-path": "sample/models/tiny/1"},
     ],
 )
 def test_the_policy_is_for_one_resource(request_: Members) -> None:

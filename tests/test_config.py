@@ -58,6 +58,7 @@ def without_tls() -> str:
 NO_URLS = [
     *("", "kbs:8080", "https://", "https://kbs/", "https://kbs/kbs/v0", "https://u@kbs", "https://kbs?x", "ftp://kbs"),
     *("https://kbs..com", "https://kbs:", "https://kbs:123456", "https://kbs\\n", "https://exämple"),
+    *("https://[::::]:8080", "https://[1]", "https://[1:2:3:4:5:6:7:8:9]", "https://kbs:0"),
 ]
 NO_RESOURCES = [
     *("", "kbs:///a/b", "kbs:///a/b/c/d", "kbs:///a/../c", "kbs://host/a/b/c", "kbs+:///a", "kbs+P:///a", "kbs+x:///"),
@@ -102,6 +103,7 @@ NOT_LOOPBACK = [
         (change("kbs.example.com:8443", "kbs.example.com"), BAD, "broker.endpoints[0]"),
         (change("kbs.example.com:8443", "kbs.example.com:65536"), BAD, "broker.endpoints[0]"),
         (change("kbs.example.com:8443", "kbs..com:8443"), BAD, "broker.endpoints[0]"),
+        (change("kbs.example.com:8443", "[::::]:8443"), BAD, "broker.endpoints[0]"),
         (change("kbs.example.com:8443", "k" * 64 + ":8443"), BAD, "broker.endpoints[0]"),
         (change("-----BEGIN CERTIFICATE-----", "-----BEGIN PUBLIC KEY-----"), BAD, "broker.ca_pem"),
         (change("-----BEGIN CERTIFICATE-----", "-----BEGIN CERTIFICATE-----ä"), BAD, "broker.ca_pem"),

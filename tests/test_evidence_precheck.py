@@ -87,6 +87,10 @@ def test_initdata_that_the_tee_does_not_know_is_not_sent(machine: SimulatedMachi
     for tee in (Tee.SNP, Tee.TDX):
         with pytest.raises(ConfigNotMeasuredError):
             check_before_sending(machine.attester(tee).collect(DATA), DATA, bytes(32))
+    with pytest.raises(ConfigNotMeasuredError):  # the whole of the field counts
+        check_before_sending(machine.attester(Tee.TDX).collect(DATA), DATA, HOST_DATA + bytes(15) + b"\1")
+    with pytest.raises(ConfigNotMeasuredError):
+        check_before_sending(machine.attester().collect(DATA), DATA, b"")
 
 
 def test_an_event_log_goes_along_where_it_explains_the_quote(machine: SimulatedMachine) -> None:

@@ -1,5 +1,6 @@
 """Trustee's tokens: believed only under pinned keys, now, for this handshake; and what is not affirmed is said in words."""
 
+import base64
 import contextlib
 import json
 from collections.abc import Callable
@@ -130,7 +131,14 @@ def test_a_recorded_payload_without_an_issuer_is_read() -> None:
 def test_snp_and_tdx_say_measurement_and_init_data() -> None:
     snp = submod("snp", {"measurement": "ab" * 48}, init_data="cd" * 32)
     tdx = submod("tdx", {"quote": {"body": {"mr_td": "12" * 48}}, "tcb_status": "UpToDate"}, init_data="34" * 48)
-    for claims, measurement, init_data in ((snp, "ab" * 48, b"\xcd" * 32), (tdx, "12" * 48, b"\x34" * 48)):
+    earlier = submod("snp", {"measurement": "q" * 64}, init_data=base64.b64encode(b"\xcd" * 32).decode())
+    later = submod("snp", {"evidence": {"measurement": "ab" * 48}}, init_data="cd" * 32)
+    for claims, measurement, init_data in (
+        (snp, "ab" * 48, b"\xcd" * 32),
+        (earlier, "q" * 64, b"\xcd" * 32),
+        (later, "ab" * 48, b"\xcd" * 32),
+        (tdx, "12" * 48, b"\x34" * 48),
+    ):
         ear = verified(signed(payload(cpu0=claims)))
         assert ear.cpu is not None
         assert (ear.cpu.measurement, ear.cpu.init_data, ear.simulated) == (measurement, init_data, False)
@@ -171,13 +179,14 @@ def test_old_collateral_is_a_finding() -> None:
     assert str(finding) == "cpu0 collateral: out of date when the service appraised"
 
 
-def test_eight_gpus_verbose_fit_and_more_than_the_bound_does_not() -> None:
-    gpu = submod("nvidia", {"x": "e" * 15_000})
-    body = payload(cpu0=submod("snp", {}), **{f"gpu{number}": gpu for number in range(8)})
+def test_eight_gpus_with_their_switches_verbose_fit_and_more_than_the_bound_does_not() -> None:
+    device = submod("nvidia", {"x": "e" * 15_000})
+    names = [*(f"gpu{number}" for number in range(8)), *(f"switch{number}" for number in range(4)), "ppcie0"]
+    body = payload(cpu0=submod("tdx", {"uefi_event_logs": ["e" * 60_000]}), **dict.fromkeys(names, device))
     token = signed(body)
-    assert 160 << 10 < len(token) < MAX_EAR_BYTES
-    assert len(verified(token).submods) == 9
-    assert refused(signed(body | {"x": "e" * (100 << 10)})) is TokenCheck.FORMAT
+    assert 256 << 10 < len(token) < MAX_EAR_BYTES
+    assert len(verified(token).submods) == 14
+    assert refused(signed(body | {"x": "e" * (3 * MAX_EAR_BYTES // 4)})) is TokenCheck.FORMAT
 
 
 def test_other_peoples_fractions_are_nobodys_error() -> None:

@@ -223,7 +223,7 @@ def test_a_token_has_the_bound_of_its_kind_and_a_key_without_version_is_a_relays
     assert wire.parse_key_request(request, STATE, TokenKind.TRUSTEE).token == long
     assert wire.parse_key_response(key, STATE, TokenKind.TRUSTEE).key_version == 0
 
-    longer = verdict(accepted=pb.Accepted(token="a" * (262144 + 1), policy_version="p"))
+    longer = verdict(accepted=pb.Accepted(token="a" * (786432 + 1), policy_version="p"))
     with pytest.raises(RemoteProtocolError) as raised:
         wire.parse_attest_response(longer, STATE, TokenKind.TRUSTEE)
     assert raised.value.problem is ProtocolProblem.OVERSIZED

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from agent.errors import (
 )
 from agent.evidence import BindingHash, CompositeEvidence, Evidence, Nonce, OpaqueNonce, RuntimeData, Tee, binding
 from agent.handshake import TeePublicKey, rcar
+from agent.handshake.ear import MAX_EAR_BYTES
 from agent.handshake.rcar import Answer, Exchange
 from agent.jose import parse_point
 from agent.keys import EphemeralKey, open_jwe, parse_jwe
@@ -169,7 +171,7 @@ def test_a_token_out_of_form_is_refused(body: bytes) -> None:
     with pytest.raises(RemoteProtocolError):
         rcar.parse_token(body, STATE)
     with pytest.raises(RemoteProtocolError):
-        rcar.parse_token(b'{"token":"a.b.' + b"c" * (256 << 10) + b'"}', STATE)
+        rcar.parse_token(b'{"token":"a.b.' + b"c" * MAX_EAR_BYTES + b'"}', STATE)
     assert rcar.parse_token(b'{"token":"a.b.c"}', STATE) == "a.b.c"
 
 
@@ -206,6 +208,17 @@ def test_a_date_says_how_far_ahead_our_clock_is(date: str | None, expected: int 
 @given(st.text(max_size=80))
 def test_no_date_raises(date: str) -> None:
     rcar.clock_ahead_s(Answer(200, b"", date=date), 0)
+
+
+@pytest.mark.parametrize("zone", [" GMT", " -0000", " +0000", ""])
+def test_a_date_is_universal_time_wherever_this_process_runs(zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        assert rcar.clock_ahead_s(Answer(200, b"", date=f"Thu, 01 Jan 1970 00:01:40{zone}"), 130) == 30
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 # --- the table of refusals ----------------------------------------------------------------------------------------------
@@ -245,6 +258,7 @@ ROWS = [
     (Exchange.RESOURCE, "InvalidRequestPath", "x", 404, TrusteeRefusal.PATH),
     (Exchange.RESOURCE, "AdminAuthAccess", "admin access denied for endpoint X: y", 401, TrusteeRefusal.ADMIN),
     (Exchange.RESOURCE, "AdminAuthInitialization", "x", 401, TrusteeRefusal.ADMIN),
+    (Exchange.RESOURCE, "AdminAuth", "x", 401, TrusteeRefusal.ADMIN),
     *(
         (Exchange.AUTH, word, "x", 401, TrusteeRefusal.INTERNAL)
         for word in (
@@ -367,6 +381,7 @@ STATUSES = [
     (401, ProtocolProblem.FOREIGN),
     (403, ProtocolProblem.FOREIGN),
     (404, ProtocolProblem.FOREIGN),
+    (408, Unreachable.SERVER_ERROR),
     (413, TrusteeRefusal.TOO_LARGE),
     (429, Unreachable.OVERLOADED),
     (431, ProtocolProblem.FOREIGN),
@@ -419,6 +434,8 @@ def test_what_is_no_kbs_is_not_taken_for_one(body: bytes) -> None:
     assert error.problem is ProtocolProblem.FOREIGN
 
 
-def test_a_denial_with_another_status_is_no_denial() -> None:
+def test_a_denial_is_one_with_the_status_of_a_later_release_and_with_no_other() -> None:
     error = refused(Exchange.RESOURCE, "PolicyDeny", status=403)
-    assert isinstance(error, RemoteProtocolError)
+    assert isinstance(error, KeyReleaseDeniedError)
+    assert not error.retryable
+    assert isinstance(refused(Exchange.RESOURCE, "PolicyDeny", status=400), RemoteProtocolError)

@@ -37,7 +37,7 @@ from agent.evidence import CompositeEvidence, Evidence, RuntimeData, Tee, bindin
 from agent.handshake import SealedKey, Verdict
 from agent.handshake.broker import Collect
 from agent.handshake.machine import Trust
-from agent.handshake.rcar_client import RcarBroker, Site
+from agent.handshake.rcar_client import SESSION_MARGIN_S, RcarBroker, Site
 from agent.jose import pack_b64
 from agent.keys import EphemeralKey, open_jwe
 from agent.sim.machine import SimulatedMachine
@@ -405,6 +405,15 @@ def test_a_connection_lost_while_it_is_asked_is_asked_once_more_on_a_new_one() -
     assert (boot.kbs.times("auth"), boot.kbs.times("attest"), boot.kbs.connections) == (1, 2, 2)
 
 
+def test_a_new_connection_that_is_lost_waits_as_every_failure_does() -> None:
+    boot = Boot(Kbs().on("auth", hangs_up))
+    assert boot.run() == KEY
+    assert [name for name, _ in boot.retries] == ["BrokerUnreachableError"]
+    boot = Boot(Kbs().on("attest", hangs_up, hangs_up))
+    assert boot.run() == KEY
+    assert ([name for name, _ in boot.retries], boot.kbs.times("attest")) == (["BrokerUnreachableError"], 3)
+
+
 def test_an_attestation_that_is_refused_may_be_an_outage_and_is_tried_three_times() -> None:
     boot = Boot(Kbs().on("attest", *[refuses("AttestationError", "Attestation error: RCAR handshake Attest failed")] * 5))
     error = boot.failure()
@@ -439,6 +448,47 @@ def test_a_forgotten_session_is_made_anew_once(word: str) -> None:
     assert (boot.kbs.times("attest"), boot.kbs.times("resource")) == (2, 2)
 
 
+def test_the_next_attestation_may_be_forgotten_once_again() -> None:
+    kbs = Kbs().on("resource", refuses("TokenNotFound"))
+
+    async def run() -> None:
+        async with served(kbs) as url, RcarBroker(replace(SITE, url=url), TRUST, 20) as broker:
+            for _ in range(2):
+                verdict, _key = await broker.attest(URI, Tee.SAMPLE, sample)
+                await broker.release_key(verdict)
+                kbs.on("resource", refuses("TokenVerifierError"))
+
+    asyncio.run(run())
+    assert (kbs.times("attest"), kbs.times("resource")) == (4, 4)
+
+
+def test_a_denial_before_a_new_token_is_not_explained_by_the_old_one() -> None:
+    boot = Boot(Kbs(claims={"executables": 33}).on("resource", refuses("TokenNotFound")))
+    boot.kbs.on("auth", boot.kbs.good, refuses("PolicyDeny"))
+    error = boot.failure()
+    assert isinstance(error, KeyReleaseDeniedError)
+    assert (error.reason, boot.unaffirmed) == (DenialReason.POLICY, [])
+
+
+def test_a_second_challenge_of_a_handshake_needs_a_session_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agent.handshake.rcar.SESSION_LIFE_S", SESSION_MARGIN_S)  # every Challenge is over at once
+    boot = Boot(Kbs())
+    boot.kbs.on("auth", boot.kbs.good, says(200, {"nonce": "x", "extra-params": ""}))
+    error = boot.failure()
+    assert isinstance(error, RemoteProtocolError)
+    assert (error.problem, boot.kbs.times("auth"), boot.kbs.times("attest")) == (ProtocolProblem.MALFORMED, 2, 0)
+
+
+@pytest.mark.parametrize("word", ["TokenNotFound", "TokenVerifierError"])
+@pytest.mark.parametrize("what", ["auth", "attest"])
+def test_who_has_no_session_yet_is_not_told_to_begin_again(what: str, word: str) -> None:
+    boot = Boot(Kbs().on(what, refuses(word)))
+    error = boot.failure()
+    assert isinstance(error, TrusteeRefusedError)
+    assert error.refusal in (TrusteeRefusal.NO_SESSION, TrusteeRefusal.VERIFICATION)
+    assert (boot.kbs.times(what), boot.kbs.times("resource")) == (1, 0)
+
+
 def test_a_session_that_is_forgotten_again_is_not_made_a_third_time() -> None:
     boot = Boot(Kbs().on("resource", refuses("TokenNotFound"), says(502), refuses("TokenNotFound")))
     error = boot.failure()
@@ -471,7 +521,13 @@ def test_a_denial_is_final_and_the_token_says_why() -> None:
 
 def test_a_sealed_key_that_nobody_could_open_is_refused_before_the_gate() -> None:
     boot = Boot(Kbs().on("resource", says(200, b"\x00" * 32)))
-    assert isinstance(boot.failure(), KeyUnwrapError)
+
+    async def ask() -> None:
+        async with served(boot.kbs) as url:
+            await boot.at(url)  # and nobody opens anything
+
+    with pytest.raises(KeyUnwrapError):
+        asyncio.run(ask())
     assert boot.kbs.times("resource") == 1
 
 

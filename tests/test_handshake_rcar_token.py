@@ -103,3 +103,4 @@ def test_a_minutes_difference_is_none(age_s: int) -> None:
 
 def test_a_token_that_lives_no_second_is_expired() -> None:
     assert check_of(token(age_s=0, exp=NOW - 60)) is TokenCheck.EXPIRED
+    assert check_of(token(age_s=40, exp=NOW - 70)) is TokenCheck.EXPIRED  # made 40 seconds ago: no clock is wrong

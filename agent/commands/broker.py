@@ -234,9 +234,9 @@ def _load_upstream(url: str, ca: str, server_name: str | None) -> "Upstream":
     # refusal: test_an_upstream_without_tls_or_with_a_path_is_refused
     if not _UPSTREAM.fullmatch(url):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("upstream"))
-    address = urlsplit(url)
     try:
-        _ = address.port  # raises for one that is none
+        address = urlsplit(url)
+        _ = address.port  # each raises for one that is none
     except ValueError as error:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("upstream")) from error
     try:

@@ -39,7 +39,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="who gives the key: grpc, our own broker (default); rcar, a stand-in for a Trustee KBS; relay, our own as a "
         "relay before that; or the http(s) URL of a "
         "Trustee KBS that takes sample evidence and has an open admin API: key, reference values and resource policy of this "
-        "demo are set there, and stay",
+        "demo are set there, and stay; the policy lets everybody have everything, so use one that is for nothing else",
     )
     how = parser.add_mutually_exclusive_group()
     how.add_argument(

@@ -23,7 +23,7 @@ from agent.handshake.token import decode_unverified_token
 from agent.report import STATUS_SCHEMA, Phase, console_line
 
 MAX_INPUT_BYTES = 1 << 20
-"""A log of a whole boot. A token is at most 256 KiB."""
+"""A log of a whole boot. A token is at most 768 KiB."""
 
 _TOKEN = re.compile(r"[A-Za-z0-9_-]+\.[A-Za-z0-9_-]+\.[A-Za-z0-9_-]*")
 _UNVERIFIED = "not verified: whoever sent it may have written it"

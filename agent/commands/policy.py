@@ -229,6 +229,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         model_version=model.version,
         manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),
+        resource_uri=measured.broker.resource_uri,
     )
 
 

@@ -89,6 +89,7 @@ class Approved:
         init_data: digest of the configuration, of 32, 48 or 64 bytes, before it is fitted to the TEE's field.
         switches: versions, where they are known; switch_count: the configured number, with which protected PCIe goes.
         gpu_ready_preset: an image's init sets the ready state before the first handshake.
+        resource_uri: where a Trustee KBS has the key, when elsewhere than `key_uri` says.
     """
 
     image: Image | None
@@ -103,6 +104,7 @@ class Approved:
     model_version: int
     manifest_digest: str
     server_command_digest: str
+    resource_uri: str | None = None
 
     @property
     def tee(self) -> Tee | None:

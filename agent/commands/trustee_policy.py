@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from agent.commands.policy_values import Approved, SnpImage, TdxImage
 from agent.evidence import Tee
 from agent.guest.initdata import fit
+from agent.handshake.rcar import PREFIX, resource_path
 
 _WIDTH = 120
 _FIELD_BYTES = {Tee.SNP: 32, Tee.TDX: 48}  # HOST_DATA, MRCONFIGID
@@ -33,7 +34,7 @@ class Call:
 
 def resource_policy(approved: Approved) -> str:
     """The policy that releases this one key to this one image, configuration and number of GPUs and NVSwitches."""
-    path = json.dumps(_resource(approved).split("/")[-3:])
+    plugin, path = _asked(approved)
     gpus = (f"gpu{number}" for number in range(approved.gpu_count))
     switches = (f"switch{number}" for number in range(approved.switch_count))
     devices = json.dumps(["cpu0", *gpus, *switches, *(["ppcie0"] if approved.switch_count else [])])
@@ -41,7 +42,9 @@ def resource_policy(approved: Approved) -> str:
         evidence = "\tevidence.sample # UNSAFE: anybody can make sample evidence, and nothing in it is compared"
     else:
         field = fit(approved.init_data, _FIELD_BYTES[approved.tee])
-        evidence = f'\tevidence.{approved.tee.value}\n\tevidence.init_data == "{field.hex()}"'
+        # The second where an earlier release writes base64 (trustee issue 372).
+        said = [field.hex(), base64.b64encode(field).decode()]
+        evidence = f"\tevidence.{approved.tee.value}\n\tevidence.init_data in {json.dumps(said)}"
     return f"""\
 package policy
 
@@ -51,8 +54,13 @@ default allow := false
 
 # {approved.model_name} version {approved.model_version}
 allow if {{
-	data.plugin == "resource"
-	data["resource-path"] == {path}
+	# One request, as releases from v0.17 on, some in between and those before write it down.
+	asked := [[plugin | plugin := data.plugin], data["resource-path"]]
+	asked in [
+		[["{plugin}"], {json.dumps(path.split("/"))}],
+		[["{plugin}"], "/{path}"],
+		[[], "{plugin}/{path}"],
+	]
 	evidence := input.submods.cpu0["ear.veraison.annotated-evidence"]
 {evidence}
 	every device in {devices} {{
@@ -65,8 +73,11 @@ allow if {{
 """
 
 
-def _resource(approved: Approved) -> str:
-    return "/kbs/v0/resource/" + approved.key_uri.removeprefix("kbs:///")
+def _asked(approved: Approved) -> tuple[str, str]:
+    """The plugin that the guest asks for its key, and the path there; the policy is not about a query."""
+    path = resource_path(approved.resource_uri or approved.key_uri).removeprefix(f"{PREFIX}/").partition("?")[0]
+    plugin, _, rest = path.partition("/")
+    return plugin, rest
 
 
 def reference_values(approved: Approved) -> dict[str, object]:
@@ -156,18 +167,21 @@ def script(approved: Approved) -> str:
         for hint in hints(approved)
     )
     values = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in reference_values(approved).items())
+    plugin, path = _asked(approved)
+    at = (
+        f"POST its 32 bytes to\n# {PREFIX}/resource/{path}" if plugin == "resource" else f"that is the plugin {plugin}'s affair"
+    )
     return f"""\
 #!/bin/sh
 # Trustee, for {approved.key_uri}. KBS_URL: the service; KBS_CA: its CA certificate; KBS_ADMIN: a file with the line
-# `Authorization: Bearer …`, unless the admin interface is open. The key itself is not here: POST its 32 bytes to
-# {_resource(approved)}.
+# `Authorization: Bearer …`, unless the admin interface is open. The key itself is not here: {at}.
 {remarks}
 set -eu
 : "${{KBS_URL:?https://…}}"
 
 post() {{ # PATH < BODY
     curl --fail-with-body --silent --show-error ${{KBS_CA:+--cacert "$KBS_CA"}} ${{KBS_ADMIN:+--header "@$KBS_ADMIN"}} \\
-        --header 'Content-Type: application/json' --data-binary @- "${{KBS_URL%/}}/kbs/v0/$1"
+        --header 'Content-Type: application/json' --data-binary @- "${{KBS_URL%/}}{PREFIX}/$1"
 }}
 
 encode() {{ base64 | tr -d '\\n'; }}

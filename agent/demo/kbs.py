@@ -122,11 +122,18 @@ def use_kbs(url: str, called: Called) -> Iterator[Kbs]:
         KbsRefusedError: it does not attest sample evidence.
     """
     url = url.rstrip("/")
-    parts = urlsplit(url)
-    host, identity = parts.hostname or "", ""
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port or 443
+    except ValueError as error:
+        raise KbsRefusedError(f"{url} is no address") from error
+    identity = ""
     http = urllib3.PoolManager()
     if parts.scheme == "https":
-        certificate = ssl.get_server_certificate((host, parts.port or 443), timeout=TIMEOUT_S)
+        try:
+            certificate = ssl.get_server_certificate((host, port), timeout=TIMEOUT_S)
+        except OSError as error:  # ssl's are of this kind too
+            raise KbsRefusedError(f"{url}: {type(error).__name__}") from error
         identity = f'server_name = "{host}"\nca_pem = {json.dumps(certificate)}\n'
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN  # the certificate itself is what is trusted
@@ -160,7 +167,7 @@ def _token_key(http: urllib3.PoolManager, url: str, called: Called) -> str:
         http, "POST", f"{url}{PREFIX}/auth", {"version": "0.4.0", "tee": "sample", "extra-params": ""}
     )
     called("POST", f"{PREFIX}/auth", status)
-    if status != 200:
+    if status != 200 or not isinstance(challenge.get("nonce"), str):
         raise KbsRefusedError(f"POST {PREFIX}/auth answered {status}: this demo needs a KBS that takes sample evidence")
 
     # 2. Sample evidence over it.
@@ -182,11 +189,13 @@ def _token_key(http: urllib3.PoolManager, url: str, called: Called) -> str:
     if status != 200:
         raise KbsRefusedError(f"POST {PREFIX}/attest answered {status}: this demo needs a KBS that takes sample evidence")
 
-    # 3. The token's header carries the key.
-    header = answer["token"].partition(".")[0]
-    jwk = json.loads(base64.urlsafe_b64decode(header + "=" * (-len(header) % 4)))["jwk"]
-    x, y = (int.from_bytes(base64.urlsafe_b64decode(jwk[name] + "=")) for name in ("x", "y"))
-    key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+    # 3. The token's header carries the key. Trustee writes a coordinate without its leading zeros.
+    try:
+        header = json.loads(_parse_b64url(answer["token"].partition(".")[0]))
+        x, y = (int.from_bytes(_parse_b64url(header["jwk"][name])) for name in ("x", "y"))
+        key = ec.EllipticCurvePublicNumbers(x, y, ec.SECP256R1()).public_key()
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise KbsRefusedError(f"POST {PREFIX}/attest gave no token with an ES256 key in its header") from error
     return key.public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
 
 
@@ -199,8 +208,19 @@ def _ask(
         answer = http.request(method, url, body=data, headers=headers, redirect=False, retries=False, timeout=TIMEOUT_S)
     except urllib3.exceptions.HTTPError as error:
         raise KbsRefusedError(f"{method} {url}: {type(error).__name__}") from error
-    members = json.loads(answer.data) if answer.status == 200 and answer.data else {}
-    return answer.status, members, (answer.headers.get("Set-Cookie") or "").partition(";")[0]
+    try:
+        members = json.loads(answer.data) if answer.status == 200 and answer.data else {}
+    except ValueError:  # somebody else's web page
+        members = {}
+    return (
+        answer.status,
+        members if isinstance(members, dict) else {},
+        (answer.headers.get("Set-Cookie") or "").partition(";")[0],
+    )
+
+
+def _parse_b64url(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
 
 
 def _b64url(data: bytes) -> str:

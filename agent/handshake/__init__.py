@@ -16,8 +16,8 @@ MAX_ADDITIONAL_EVIDENCE_BYTES = 512 << 10
 MAX_CERTIFICATES = 8
 MAX_CERTIFICATE_BYTES = 8 << 10
 MAX_TOKEN_BYTES = 16 << 10
-MAX_TRUSTEE_TOKEN_BYTES = 256 << 10
-"""Such a token repeats the evidence: about 20 KiB for each GPU, 170 KiB for eight (`ear.py` has the same bound)."""
+MAX_TRUSTEE_TOKEN_BYTES = 768 << 10
+"""Such a token repeats the evidence, about 20 KiB for each device (`ear.py` has the same bound and says more)."""
 MAX_JWE_BYTES = 8 << 10
 MAX_SESSION_BYTES = 4 << 10
 MAX_INIT_DATA_BYTES = 256 << 10

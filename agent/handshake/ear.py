@@ -22,8 +22,9 @@ from agent.handshake.ar4si import Meaning, Tier, TrustClaim, meaning_of, tier_of
 from agent.handshake.jws import parse_jws, signed_by
 from agent.jose import integer, pack_jwk, parse_b64, parse_object, parse_point, string
 
-MAX_EAR_BYTES = 256 << 10
-"""A verbose token repeats the evidence: about 20 KiB for each GPU, 170 KiB for eight."""
+MAX_EAR_BYTES = 768 << 10
+"""A verbose token repeats the evidence of devices (512 KiB before base64 at most), about 20 KiB for each: 170 KiB for eight
+GPUs, more than 256 with their NVSwitches and the events of a TD."""
 LEEWAY_S = 60
 """How far the service's clock and ours may differ; the key broker service gives a token's `exp` as much."""
 CPU = Ident("cpu0")
@@ -32,6 +33,7 @@ _MAX_SUBMODS = 64
 _MAX_NONCE_CHARS = 1024
 _MAX_TIME = 1 << 40
 _MAX_INIT_DATA_BYTES = 64
+_HOST_DATA_BASE64 = 44  # characters of 32 bytes; no field has this many in hexadecimal
 _VECTOR, _EVIDENCE = "ear.trustworthiness-vector", "ear.veraison.annotated-evidence"
 # What a header may hold beside the algorithm. Keys and names of keys are read by nobody: only pinned keys count. `crit`,
 # `b64`, `zip` or `cty` would change what the rest means.
@@ -61,12 +63,12 @@ _BADNESS = {Tier.AFFIRMING: 0, Tier.NONE: 1, Tier.WARNING: 2, Tier.CONTRAINDICAT
 _KINDS = {kind.value: kind for kind in EvidenceKind}
 _SIMULATED = {EvidenceKind.SAMPLE, EvidenceKind.SAMPLE_DEVICE}
 _MEASUREMENT = {  # where the claims of a kind say what was launched
-    EvidenceKind.SNP: ("measurement",),
-    EvidenceKind.AZ_SNP_VTPM: ("measurement",),
-    EvidenceKind.TDX: ("quote", "body", "mr_td"),
-    EvidenceKind.AZ_TDX_VTPM: ("quote", "body", "mr_td"),
-    EvidenceKind.SGX: ("body", "mr_enclave"),
-    EvidenceKind.SAMPLE: ("launch_digest",),
+    EvidenceKind.SNP: (("measurement",), ("evidence", "measurement")),  # the second in releases after v0.21
+    EvidenceKind.AZ_SNP_VTPM: (("measurement",),),
+    EvidenceKind.TDX: (("quote", "body", "mr_td"),),
+    EvidenceKind.AZ_TDX_VTPM: (("quote", "body", "mr_td"),),
+    EvidenceKind.SGX: (("body", "mr_enclave"),),
+    EvidenceKind.SAMPLE: (("launch_digest",),),
 }
 
 
@@ -176,7 +178,7 @@ def verify_ear(token: str, keys: Sequence[EllipticCurvePublicKey], now: int) -> 
     """What a token says that one of the pinned keys signed and that is valid now.
 
     Args:
-        token: compact JWS, at most 256 KiB.
+        token: compact JWS, at most 768 KiB.
         keys: of the attestation services that count, P-256; one of them must have signed. A key in the token is nobody's.
         now: Unix seconds; 60 of them are leeway, on both sides.
 
@@ -363,16 +365,21 @@ def _shown(value: object) -> Ident | None:
 
 
 def _measurement(kind: EvidenceKind | None, claims: dict[str, object]) -> Ident | None:
-    value: object = claims
-    for name in _MEASUREMENT.get(kind, ()) if kind else ():
-        value = value.get(name) if isinstance(value, dict) else None
-    return _shown(value)
+    for path in _MEASUREMENT.get(kind, ()) if kind else ():
+        value: object = claims
+        for name in path:
+            value = value.get(name) if isinstance(value, dict) else None
+        if isinstance(value, str):
+            return Ident.of_peer(value)
+    return None
 
 
 def _init_data(kind: EvidenceKind | None, value: object) -> bytes | None:
-    """Hexadecimal, and base64 in sample evidence."""
+    """Hexadecimal; base64 in sample evidence, and of SEV-SNP in earlier releases (trustee issue 372)."""
+    if not isinstance(value, str):
+        return None
     try:
-        data = b"" if not isinstance(value, str) else parse_b64(value) if kind in _SIMULATED else bytes.fromhex(value)
+        data = parse_b64(value) if kind in _SIMULATED or len(value) == _HOST_DATA_BASE64 else bytes.fromhex(value)
     except ValueError:
         return None
     return data if 0 < len(data) <= _MAX_INIT_DATA_BYTES else None

@@ -112,7 +112,7 @@ class KbsHttp:
             except AgentError as exc:
                 error = exc
             lost = isinstance(error, BrokerUnreachableError) and error.reason is Unreachable.RESET
-            if not (lost and kept and self._pool and self._pool.num_connections == kept):
+            if not (lost and self._pool and self._pool.num_connections == kept):
                 break
         return error
 

@@ -10,6 +10,7 @@ import enum
 import json
 import re
 from dataclasses import dataclass, field
+from datetime import UTC
 from email.utils import parsedate_to_datetime
 
 from agent.closed import Ident
@@ -160,7 +161,7 @@ def parse_challenge(body: bytes, state: Ident) -> Offer:
 
 
 def parse_token(body: bytes, state: Ident) -> str:
-    """The attestation token of `/attest`, unverified: a compact JWS of at most 256 KiB.
+    """The attestation token of `/attest`, unverified: a compact JWS of at most 768 KiB.
 
     Raises:
         RemoteProtocolError: MALFORMED.
@@ -199,7 +200,8 @@ def clock_ahead_s(answer: Answer, now: int) -> int | None:
     if answer.date is None or len(answer.date) > 64:
         return None
     try:
-        return now - int(parsedate_to_datetime(answer.date).timestamp())
+        date = parsedate_to_datetime(answer.date)  # without a zone of its own it is of this process, and HTTP has but one
+        return now - int((date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp())
     except (ValueError, OverflowError):
         return None
 
@@ -222,6 +224,7 @@ _REFUSALS = {  # by the last part of ErrorInformation's `type`
     "JweError": TrusteeRefusal.KEY_TYPE,
     "PluginNotFound": TrusteeRefusal.NO_PLUGIN,
     "InvalidRequestPath": TrusteeRefusal.PATH,
+    "AdminAuth": TrusteeRefusal.ADMIN,  # of releases before 78962cd, which has the next two
     "AdminAuthAccess": TrusteeRefusal.ADMIN,
     "AdminAuthInitialization": TrusteeRefusal.ADMIN,
     "HTTPFailed": TrusteeRefusal.INTERNAL,
@@ -232,6 +235,8 @@ _REFUSALS = {  # by the last part of ErrorInformation's `type`
     "SerdeError": TrusteeRefusal.INTERNAL,
     "StorageBackendInitialization": TrusteeRefusal.INTERNAL,
 }
+_STATUSES = (401, 403, 404)
+"""The second for a policy's denial, by later releases than 78962cd."""
 _MAX_RETRY_AFTER_S = 3600
 
 
@@ -251,7 +256,7 @@ def failure_of(exchange: Exchange, answer: Answer, state: Ident, token: str | No
         return RemoteProtocolError(ProtocolProblem.REDIRECT, state), 0.0
     if status in (429, 503):
         return BrokerUnreachableError(Unreachable.OVERLOADED), _retry_after_s(answer)
-    if status >= 500:
+    if status >= 500 or status == 408:  # a proxy's clock: it ended a connection that was kept while the evidence was made
         return BrokerUnreachableError(Unreachable.SERVER_ERROR), _retry_after_s(answer)
     if status == 413:
         return TrusteeRefusedError(TrusteeRefusal.TOO_LARGE), 0.0
@@ -260,7 +265,7 @@ def failure_of(exchange: Exchange, answer: Answer, state: Ident, token: str | No
     try:
         members = parse_object(answer.body, MAX_ANSWER_BYTES, fractions_become_none=True)
         kind, detail = string(members, "type"), string(members, "detail")
-        if status not in (401, 404) or not kind.startswith(_ERRORS):
+        if status not in _STATUSES or not kind.startswith(_ERRORS):
             raise ValueError
     except ValueError:
         return RemoteProtocolError(ProtocolProblem.FOREIGN, state), 0.0

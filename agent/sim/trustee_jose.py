@@ -196,6 +196,8 @@ class TokenSigner:
             return "no-token"
         key = ec.generate_private_key(ec.SECP256R1()) if fault is TokenFault.OTHER_KEY else self._key
         jwk: dict[str, object] = {**jwk_of(key.public_key(), "ES256")}
+        for name in ("x", "y"):  # without leading zeros, as every release up to v0.21 writes them
+            jwk[name] = b64url(unb64url(str(jwk[name])).lstrip(b"\0"))
         if self._certificates:
             jwk["x5c"] = [base64.b64encode(der).decode() for der in self._certificates]
         header: dict[str, object] = {"typ": "JWT", "alg": "ES256", "jwk": jwk}

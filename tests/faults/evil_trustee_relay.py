@@ -268,7 +268,7 @@ TOKENS = [
     row(
         "a token above the bound",
         RemoteProtocolError,
-        on_token(lambda _, __: "a" * ((256 << 10) + 1)),
+        on_token(lambda _, __: "a" * ((768 << 10) + 1)),
         {"problem": ProtocolProblem.OVERSIZED.value},
         [RELAYED],
     ),

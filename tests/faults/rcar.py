@@ -232,7 +232,7 @@ async def half_closes(_: Asked, writer: StreamWriter) -> None:
 
 HTML = b"<html>" + PEER_TEXT.encode() + b"</html>"
 CHUNK = b"%x\r\n" % (1 << 20) + b"x" * (1 << 20) + b"\r\n"
-ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNK * 2
+ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNK * 3
 HEADERS = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: %s\r\n" % (n, PEER_TEXT.encode()) for n in range(1000)) + b"\r\n"
 FROM_A_PROXY = [
     *(
@@ -267,7 +267,7 @@ FROM_A_PROXY = [
         on("auth", says(429, b"", "Retry-After: 86400")),
         asked={"auth": 1},
     ),
-    protocol("answer of a gigabyte, it says", ProtocolProblem.OVERSIZED, "auth", raw(answer(200, b"x" * (1 << 20)))),
+    protocol("answer above the bound", ProtocolProblem.OVERSIZED, "auth", raw(answer(200, b"x" * (rcar.MAX_ANSWER_BYTES + 1)))),
     protocol("chunks without end", ProtocolProblem.OVERSIZED, "attest", raw(ENDLESS)),
     protocol("a thousand headers", ProtocolProblem.MALFORMED, "auth", raw(HEADERS)),
     protocol("header of 65 KiB", ProtocolProblem.MALFORMED, "auth", says(200, b"", "X: " + "y" * (65 << 10))),
@@ -332,7 +332,7 @@ MALFORMED = [
             ("a number", b'{"token":1}'),
             ("two parts", b'{"token":"a.b"}'),
             ("with a line end", b'{"token":"a.b.c\\r\\nX: y"}'),
-            ("of 300 KiB", b'{"token":"a.b.' + b"c" * (300 << 10) + b'"}'),
+            ("of 1.1 MiB", b'{"token":"a.b.' + b"c" * (1100 << 10) + b'"}'),
         )
     ),
 ]
