@@ -483,7 +483,7 @@ KEYS = [
     key("one member less", UnwrapCheck.FORMAT, lambda members: members.pop("tag")),
     key("one member more", UnwrapCheck.FORMAT, lambda members: members.update(aad="AAAA")),
     key("a number", UnwrapCheck.FORMAT, lambda members: members.update(tag=1)),
-    key("longer than a key", UnwrapCheck.LENGTH, lambda members: members.update(ciphertext=pack_b64url(bytes(33)))),
+    key("longer than a keyset", UnwrapCheck.LENGTH, lambda members: members.update(ciphertext=pack_b64url(bytes(2049)))),
     row(
         "sealed key: in clear",
         KeyUnwrapError,
