@@ -821,7 +821,7 @@ class UnwrapCheck(enum.Enum):
     KEY_WRAP = "key wrap"
     CONTENT = "content authentication"
     LENGTH = "key length"
-    KEYSET = "neither 32 bytes nor a Tink keyset of the one key type"
+    KEYSET = "keyset"
 
 
 @dataclasses.dataclass(eq=False)

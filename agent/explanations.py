@@ -716,8 +716,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_TYPE, KEY_FILE_LENGTH, KEY_FILE_OUTSIDE_STORE: a regular file "
-                "of 32 bytes, mode 0600, of root or the broker's user, and no link out of the folder. KEY_VERSION_FILE: "
-                "`.TAG.version` beside it must hold one decimal number from 1."
+                "of 32 bytes or with a Tink JSON keyset, mode 0600, of root or the broker's user, and no link out of the "
+                "folder. KEY_VERSION_FILE: `.TAG.version` beside it must hold one decimal number from 1."
             ),
             (
                 "AUDIT_LOG: the file of `--audit` cannot be written, most often a full disk; nothing is decided that "
@@ -809,7 +809,14 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "JWE format, algorithm or ephemeral key: the broker must answer with ECDH-ES+A256KW and A256GCM on "
                 "P-256, with no further members."
             ),
-            "key length: the stored key is not 32 bytes; a model key is 32 raw bytes, neither hexadecimal nor base64.",
+            (
+                "key length: the stored key is shorter than 32 bytes or longer than a keyset; a model key is 32 raw bytes, "
+                "neither hexadecimal nor base64, or a Tink JSON keyset."
+            ),
+            (
+                "keyset: what is not 32 bytes must be a Tink JSON keyset, in clear, of one key, enabled and primary, of the "
+                "template AES256_GCM_HKDF_1MB (`tinkey create-keyset --key-template AES256_GCM_HKDF_1MB`)."
+            ),
         ),
         "Only the check is named. A text about bytes would be an oracle for whoever sends altered keys.",
     ),

@@ -153,7 +153,7 @@ def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevic
     secret = SecretBuffer(KEY_BYTES)
     try:
         if isinstance(sealed, KeptKey):
-            sealed.fetch(secret.view())
+            _fetch(sealed, secret.view())
         else:
             open_jwe(sealed.jwe, key, secret.view())
     except BaseException:
@@ -163,6 +163,22 @@ def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevic
         # refusal: test_the_ephemeral_key_is_destroyed_when_unwrap_fails
         key.destroy()
     return ReleasedKey(secret, sealed.key_id, sealed.key_version)
+
+
+def is_key_length(length: int) -> bool:
+    """Can a KBS resource of so many bytes be a model key, as it is or as a Tink keyset?"""
+    return KEY_BYTES <= length <= MAX_KEYSET_BYTES
+
+
+def _fetch(kept: KeptKey, out: memoryview) -> None:
+    """The key from where it is kept, by way of locked memory."""
+    content = SecretBuffer(MAX_KEYSET_BYTES)
+    try:
+        with content.view() as resource:
+            copy_model_key(resource[: kept.fetch(resource)], out)
+    finally:
+        # refusal: test_nothing_of_what_was_fetched_stays_beside_the_key
+        content.wipe()
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +275,7 @@ def parse_jwe(jwe: bytes) -> Jwe:
 
     # 4. The only contents that can be a model key: its bytes, or a Tink keyset; GCM keeps lengths.
     # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
-    if len(ciphertext) < KEY_BYTES or len(ciphertext) > MAX_KEYSET_BYTES:
+    if not is_key_length(len(ciphertext)):
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 
     return Jwe(protected.encode("ascii"), sender, wrapped, iv, ciphertext + tag)

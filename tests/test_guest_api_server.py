@@ -44,7 +44,7 @@ def status(line: bytes) -> bytes:
 def resource(api: ApiServer) -> bytes:
     secret = SecretBuffer(32)
     with secret.view() as view:
-        api.resource(URI, view)
+        api.resource(URI, view, (32).__eq__)
         return bytes(view)
 
 
@@ -80,7 +80,7 @@ import sys
 from agent.guest.api_server import ApiServer
 from agent.keys import SecretBuffer
 secret = SecretBuffer(32)
-ApiServer(sys.argv[1]).resource(sys.argv[2], secret.view())
+ApiServer(sys.argv[1]).resource(sys.argv[2], secret.view(), (32).__eq__)
 print("fetched", flush=True)
 sys.stdin.readline()
 secret.wipe()

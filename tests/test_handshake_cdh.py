@@ -29,6 +29,8 @@ from agent.handshake.cdh import CdhBroker
 from agent.handshake.machine import Trust
 from agent.keys import EphemeralKey, unwrap
 from agent.sim.api_server_rest import Components, serve
+from agent.tink_keyset import parse_keyset
+from tests.fuzz.targets import keyset_seeds
 from tests.test_handshake_ear import BAD, SERVICE, STRANGER, TEE, payload, signed, submod
 
 KEY = bytes(range(60, 92))
@@ -84,6 +86,14 @@ def test_the_key_is_asked_for_after_the_gate_and_not_before() -> None:
             assert key.key_id == URI
     assert this.components.asked == ["/aa/token", "/cdh/resource/models/tiny/1"]
     assert this.attempts == [(verdict.request_id, 1)]
+
+
+def test_a_keyset_may_be_kept_too() -> None:
+    with guest(token()) as this:
+        verdict, ephemeral = this.attest()
+        this.components.resources = {"models/tiny/1": keyset_seeds()[0]}
+        with unwrap(this.release(verdict), ephemeral, secure(verdict, None, None, ExpectedReady.UNSET)) as key:
+            assert bytes(key.secret.view()) == parse_keyset(keyset_seeds()[0])
 
 
 def test_nothing_is_fetched_without_the_gate() -> None:

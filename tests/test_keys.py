@@ -26,7 +26,7 @@ from agent.errors import KeyUnwrapError, UnwrapCheck
 from agent.evidence import Nonce
 from agent.evidence.gate import ExpectedReady, SecuredDevices, secure
 from agent.guest import hardening
-from agent.handshake import SealedKey, TeePublicKey, TokenClaims, Verdict
+from agent.handshake import KeptKey, SealedKey, TeePublicKey, TokenClaims, Verdict
 from agent.jose import pack_b64url, pack_jwk, parse_b64url
 from agent.keys import EphemeralKey, ReleasedKey, SecretBuffer, open_jwe, unwrap
 from tests.children import in_child
@@ -55,7 +55,7 @@ def sealed_by_jwcrypto(plaintext: bytes = MODEL_KEY) -> bytes:
 
 def sealed_by_joserfc(plaintext: bytes = MODEL_KEY) -> bytes:
     recipient = ECKey.import_key({**pack_jwk(key().public)})
-    return flattened(joserfc_jwe.encrypt_compact(HEADER, plaintext, recipient, algorithms=list(HEADER.values())))
+    return flattened(joserfc_jwe.encrypt_compact(dict(HEADER), plaintext, recipient, algorithms=list(HEADER.values())))
 
 
 def opened(jwe: bytes, with_key: EphemeralKey | None = None) -> bytes:
@@ -205,6 +205,19 @@ def test_unwrap_releases_the_key_and_destroys_the_ephemeral_key() -> None:
         released.secret.view()
     with pytest.raises(RuntimeError):
         ephemeral.exchange(PRIVATE.public_key())
+
+
+def test_nothing_of_what_was_fetched_stays_beside_the_key() -> None:
+    views: list[memoryview] = []
+
+    def fetch(into: memoryview) -> int:
+        into[:32] = MODEL_KEY
+        views.append(into[:])
+        return 32
+
+    with unwrap(KeptKey(fetch, Ident("id-1"), 0), key(), secured()) as released:
+        assert bytes(released.secret.view()) == MODEL_KEY
+        assert not any(views[0])
 
 
 def test_the_ephemeral_key_is_destroyed_when_unwrap_fails() -> None:

@@ -16,7 +16,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -128,12 +128,16 @@ class ApiServer:
         except ValueError:
             raise call.error(GuestApiProblem.MALFORMED) from None
 
-    def resource(self, uri: str, into: memoryview) -> None:
-        """Fill `into` with the resource of that name, which must have exactly this length.
+    def resource(self, uri: str, into: memoryview, is_length: Callable[[int], bool]) -> int:
+        """Fill the front of `into` with the resource of that name.
 
         Args:
             uri: `kbs:///repository/type/tag`.
             into: holds nothing to be used when this raises.
+            is_length: which lengths the resource may have.
+
+        Returns:
+            Its length.
 
         Raises:
             KeyNotDeliveredError: the confidential-data-hub gave none, or one of another length.
@@ -142,9 +146,11 @@ class ApiServer:
         call = _Call(Ident("resource"), len(into), KeyNotDeliveredError)
         with self._answered("GET", f"/cdh/resource{uri.removeprefix(_KBS)}", b"", call) as (connection, length):
             # refusal: test_a_resource_of_another_length_is_no_key
-            if length != len(into):
+            if not is_length(length):
                 raise call.error(GuestApiProblem.MALFORMED)
-            self._fill(connection, into)
+            with into[:length] as front:
+                self._fill(connection, front)
+            return length
 
     def measure(self, domain: str, operation: str, content: str) -> Measured:
         """Extend the runtime register by one entry, and write it to the event log of the evidence.

@@ -157,9 +157,10 @@ class KeptKey:
     for before the gate (`keys.unwrap`).
 
     Attributes:
-        fetch: fills exactly the 32 bytes it is given, or raises an AgentError. Blocking.
+        fetch: writes the key, as it is or as a Tink keyset, to the front of what it is given, and returns its length; or
+            raises an AgentError. Blocking.
     """
 
-    fetch: Callable[[memoryview], None] = field(repr=False)
+    fetch: Callable[[memoryview], int] = field(repr=False)
     key_id: Ident
     key_version: int

@@ -29,7 +29,7 @@ from agent.handshake.broker import Collect, OnAttempt
 from agent.handshake.ear import Ear, decode_unverified_ear, verify_ear
 from agent.handshake.machine import Trust
 from agent.handshake.rcar import UNVERSIONED, not_affirmed
-from agent.keys import EphemeralKey
+from agent.keys import EphemeralKey, is_key_length
 from agent.threads import in_thread
 
 _GPU = "gpu"
@@ -100,9 +100,9 @@ class CdhBroker:
         """Where the key is. Nothing is asked for: in clear it may come only after the gate."""
         return KeptKey(partial(self._fetch, verdict), verdict.claims.key_uri, 0)
 
-    def _fetch(self, verdict: Verdict, into: memoryview) -> None:
+    def _fetch(self, verdict: Verdict, into: memoryview) -> int:
         try:
-            self._api.resource(verdict.claims.key_uri, into)
+            return self._api.resource(verdict.claims.key_uri, into, is_key_length)
         except KeyNotDeliveredError:
             for finding in not_affirmed(verdict.token):
                 self._on_unaffirmed(finding)

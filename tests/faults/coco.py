@@ -20,14 +20,17 @@ from agent.errors import (
     KeyMismatchError,
     KeyNotDeliveredError,
     KeyReleaseDeniedError,
+    KeyUnwrapError,
     LeaseUnsupervisedError,
     NoAttesterError,
     SimulationRefusedError,
     TokenCheck,
     TokenError,
+    UnwrapCheck,
 )
 from agent.sim.api_server_rest import Components
 from tests.faults.table import Attempts, Audit, Fault, FaultWorld
+from tests.fuzz.targets import keyset_seeds
 from tests.test_handshake_ear import SERVICE, STRANGER, payload, signed, submod
 from tests.world import DEADLINE_S, KEY_URI, free_port
 
@@ -221,10 +224,17 @@ ROWS = [
     ),
     _key(
         "resource longer than a key",
-        KeyNotDeliveredError,
+        KeyUnwrapError,
         _set(resources={_NAME: bytes(33)}),
+        {"check": UnwrapCheck.KEYSET.value},
+    ),
+    _key(
+        "resource longer than a keyset",
+        KeyNotDeliveredError,
+        _set(resources={_NAME: bytes((2 << 10) + 1)}),
         {"problem": GuestApiProblem.TOO_LARGE},
     ),
+    _key("keyset that holds another key", KeyMismatchError, _set(resources={_NAME: keyset_seeds()[0]})),
     _key("resource that is another key", KeyMismatchError, _set(resources={_NAME: bytes(32)})),
     # An init container.
     Fault(

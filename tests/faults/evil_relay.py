@@ -128,6 +128,7 @@ KEYS = [
     ),
     key_row("a key sealed to somebody else", UnwrapCheck.KEY_WRAP, lambda _, __: seal(RELAY_KEY, RELAY_PAIR.public)),
     key_row("a key of 16 bytes", UnwrapCheck.LENGTH, lambda relay, _: seal(RELAY_KEY[:16], relay.guest_key())),
+    key_row("a keyset that is none", UnwrapCheck.KEYSET, lambda relay, _: seal(bytes(300), relay.guest_key())),
     key_row("another wrapped key", UnwrapCheck.KEY_WRAP, member("encrypted_key", flip)),
     key_row("another ciphertext", UnwrapCheck.CONTENT, member("ciphertext", flip)),
     key_row("another tag", UnwrapCheck.CONTENT, member("tag", flip)),

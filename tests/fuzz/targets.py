@@ -1053,13 +1053,13 @@ def guest_api_answer(data: bytes) -> None:
     server = _answering()
     server.answer = data
     api = ApiServer(f"http://127.0.0.1:{server.port}", timeout_s=5.0)
-    key = memoryview(bytearray(32))
+    key = memoryview(bytearray(tink_keyset.MAX_KEYSET_BYTES))
     asks: tuple[Callable[[], object], ...] = (
         api.info,
         api.token,
         lambda: api.evidence(bytes(48)),
         lambda: api.additional_evidence(bytes(32)),
-        lambda: api.resource(KEY_URI, key),
+        lambda: api.resource(KEY_URI, key, keys.is_key_length),
         lambda: api.measure("keyturn", "op", "content"),
     )
     for ask in asks:
