@@ -171,14 +171,16 @@ async def _lease(lease_s: int | None) -> AsyncIterator[None]:
         raise LeaseEndedError(lease_s) from None
 
 
-async def _prepare(cfg: MeasuredConfig, store: BlobSource, undo: ExitStack, notify: Notify, gid: int | None) -> load.Prepared:
+async def _prepare(
+    cfg: MeasuredConfig, store: BlobSource, undo: ExitStack, notify: Notify, gid: int | None
+) -> load.AnyPrepared:
     with stage(Stage.PREPARE, notify):
         artifact = cfg.artifact
         prepared = await load.prepare(store, artifact, cfg.broker.key_uri, undo, gid=gid, allow_swap=artifact.unsafe_allow_swap)
         destination = prepared.destination
         notify(
             DestinationChosen(
-                Ident(destination.kind.value), prepared.model.total_plaintext_bytes, destination.noswap, prepared.swap_active
+                Ident(destination.kind.value), prepared.total_plaintext_bytes, destination.noswap, prepared.swap_active
             )
         )
         return prepared

@@ -49,6 +49,10 @@ _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY----
 _Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
 # An address, not a name: whoever writes /etc/hosts does not choose who answers.
 _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
+# Clean and relative, and the same in a URL.
+_FILE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}){0,7}"
+_FileName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\Z", max_length=512)]
+_JweName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\.jwe\Z", max_length=512)]
 _Mirror = Annotated[str, msgspec.Meta(pattern=r"^(/|https?://|oci(\+http)?://)[^\s\x00]+\Z", max_length=2048)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
@@ -118,6 +122,9 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     tag: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")] | None = None
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
     min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    format: Literal["keyturn", "kserve-jwe"] = "keyturn"
+    jwe_files: Annotated[tuple[_JweName, ...], msgspec.Meta(max_length=1024)] = ()
+    plain_files: Annotated[dict[_FileName, _Digest], msgspec.Meta(max_length=1024)] = {}
     ca_pem: _Certificate | None = None
     destination: Literal["auto", "tmpfs", "memfd", "directory"] = "auto"
     directory: _Path | None = None
@@ -284,8 +291,13 @@ def _check_together(config: MeasuredConfig) -> None:
     if config.artifact.after_ready == "release" and (config.artifact.destination == "memfd" or config.server is None):
         raise wrong("artifact.after_ready")
     by_signature = bool(config.artifact.provider_keys)
+    if config.artifact.format == "kserve-jwe":
+        _check_kserve(config.artifact)
+    # refusal: test_a_kserve_model_is_its_list_and_nothing_else
+    elif config.artifact.jwe_files or config.artifact.plain_files:
+        raise wrong("artifact.format")
     # refusal: test_a_model_is_named_by_digest_or_by_signature
-    if by_signature == (config.artifact.manifest_digest is not None):
+    elif by_signature == (config.artifact.manifest_digest is not None):
         raise wrong("artifact.manifest_digest")
     # refusal: test_a_model_is_named_by_digest_or_by_signature
     if by_signature != (config.artifact.tag is not None):
@@ -316,6 +328,24 @@ def _is_ipv6(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _check_kserve(artifact: ArtifactConfig) -> None:
+    """A list of files takes the place of a manifest, so nothing that names one may stand beside it."""
+    paths = [*(name.removesuffix(".jwe") for name in artifact.jwe_files), *artifact.plain_files]
+    rules = {
+        "manifest_digest": artifact.manifest_digest is None,
+        "provider_keys": not artifact.provider_keys,
+        "tag": artifact.tag is None,
+        "min_version": artifact.min_version == 0,
+        "name": artifact.name is not None,
+        "jwe_files": bool(artifact.jwe_files),
+        "plain_files": len(set(paths)) == len(paths),
+    }
+    for key, holds in rules.items():
+        # refusal: test_a_kserve_model_is_its_list_and_nothing_else
+        if not holds:
+            raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(f"artifact.{key}"))
 
 
 def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
@@ -449,6 +479,11 @@ EXPLAIN = {
     "artifact.tag": "with artifact.provider_keys: the name of the manifest in the store, such as my-model-v3 or stable",
     "artifact.name": "the model name that must stand in the manifest; with artifact.provider_keys it has to be given",
     "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
+    "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
+    "artifact.source. It has no manifest and no version, so all its files are listed here. Default: keyturn, FORMAT.md",
+    "artifact.jwe_files": "with format = kserve-jwe: the sealed files, such as weights/model.gguf.jwe; they are loaded without "
+    "the .jwe",
+    "artifact.plain_files": "with format = kserve-jwe: the files in clear and their SHA-256, path = sha256:…",
     "artifact.ca_pem": "the only CA for everything over https that the source is or leads to (a registry's token "
     "service, the storage it redirects to); several certificates may stand in it; default: the system's",
     "artifact.destination": "tmpfs: own detached tmpfs, needs CAP_SYS_ADMIN. memfd: sealed memory file, single-file models. "

@@ -274,6 +274,8 @@ def _store(guest: Guest) -> None:
     config = guest.config
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
+    if config.artifact.format == "kserve-jwe":
+        raise SkippedError(Skip.NO_MANIFEST)
     store = open_configured(config.artifact, LOOK_S)
     try:
         artifact = find_manifest(store, config.artifact, threading.Event())

@@ -833,6 +833,7 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "A model that was sealed again with a new key: store the new key, or set `artifact.manifest_digest` to "
                 "the manifest of the old one."
             ),
+            'With `artifact.format = "kserve-jwe"`: a file\'s content key was not wrapped with the key that came.',
         ),
         "Nothing about the key that came is told, not even its version: logs belong to the host. The commitment stands "
         "in the manifest.",
@@ -915,6 +916,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "answers with a login page gives other bytes."
             ),
             "Compare `artifact.manifest_digest` with what `keyturn seal` printed; an index in the layout proves nothing.",
+            (
+                'With `artifact.format = "kserve-jwe"`: a file in clear is not the one that `artifact.plain_files` lists; '
+                "compare with `sha256sum`."
+            ),
         ),
         "The digest that was found is not printed, since it is that of bytes anybody could have sent.",
     ),

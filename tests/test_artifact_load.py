@@ -225,6 +225,7 @@ def boot(
             store = source or open_source(artifact.source, None, 30)
             undo.callback(store.close)
             prepared = await prepare(store, artifact, key_uri, undo, gid=gid, allow_swap=False, memory=memory)
+            assert isinstance(prepared, Prepared)
             before_load(prepared)
             with released(key) as release:
                 if key_locked is not None:

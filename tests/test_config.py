@@ -200,6 +200,38 @@ name = "my-model"
 #"""
 
 
+KSERVE = """format = "kserve-jwe"
+name = "my-model"
+jwe_files = ["a/b.bin.jwe"]
+plain_files = { "config.json" = "sha256:%s" }
+#""" % ("0" * 64)
+
+
+def kserve(text: str) -> str:
+    return change("manifest_digest =", text).replace("min_version = 1 ", "#")
+
+
+def test_a_kserve_model_is_its_list_and_nothing_else() -> None:
+    artifact = parse(kserve(KSERVE).encode()).config.artifact
+    assert (artifact.jwe_files, list(artifact.plain_files)) == (("a/b.bin.jwe",), ["config.json"])
+    for text, key in (
+        (kserve(KSERVE.removesuffix("#") + "manifest_digest ="), "artifact.manifest_digest"),
+        (kserve(KSERVE.replace('format = "kserve-jwe"', "")), "artifact.format"),
+        (kserve(KSERVE.replace('name = "my-model"', "")), "artifact.name"),
+        (kserve(KSERVE.replace('["a/b.bin.jwe"]', "[]")), "artifact.jwe_files"),
+        (kserve(KSERVE.replace('["a/b.bin.jwe"]', '["a.jwe", "a.jwe"]')), "artifact.plain_files"),
+        (kserve(KSERVE.replace("a/b.bin.jwe", "config.json.jwe")), "artifact.plain_files"),
+        (kserve(KSERVE.replace("format", "min_version = 2\nformat")), "artifact.min_version"),
+        (kserve(KSERVE.replace("format", 'tag = "x"\nformat')), "artifact.tag"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(text.encode())
+        assert (caught.value.problem, caught.value.key) == (ConfigProblem.NEEDS_OTHER_KEY, key)
+    for name in ("../a.jwe", "/a.jwe", "a//b.jwe", "a.bin", ".a.jwe", "a b.jwe", "%2e.jwe"):
+        with pytest.raises(ConfigError):
+            parse(kserve(KSERVE.replace("a/b.bin.jwe", name)).encode())
+
+
 def test_a_model_is_named_by_digest_or_by_signature() -> None:
     signed = change("manifest_digest =", SIGNED)
     artifact = parse(signed.encode()).config.artifact

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from agent.artifact import signature
+from agent.artifact import kserve, signature
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, digest_of
 from agent.artifact.sources import BlobSource
 from agent.artifact.sources.patient import PatientSource
@@ -41,6 +41,8 @@ def find_manifest(source: BlobSource, config: ArtifactConfig, stop: threading.Ev
     """
     if config.manifest_digest is not None:
         return config
+    if config.format == "kserve-jwe":
+        return msgspec.structs.replace(config, manifest_digest=kserve.list_digest(config))
     assert config.tag is not None, "the schema asks for it"
     keys = provider_keys(config)
     patient = PatientSource(source, config.timeout_s, stop)

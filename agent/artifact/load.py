@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile
+from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile, kserve
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
 from agent.artifact.sources import BlobSource
@@ -170,6 +170,10 @@ class Prepared:
         self.threads = _threads(source, self.files)
         self._ahead = _Work(self.files, self._fetch_run, self._stop, self.threads)
 
+    @property
+    def total_plaintext_bytes(self) -> int:
+        return self.model.total_plaintext_bytes
+
     def start(self) -> None:
         """Begin to fetch ahead."""
         self._ahead.start()
@@ -200,6 +204,9 @@ class Prepared:
                 run.file.put_ahead(segment, run.file.fetch(segment, self._patient, buffer), window)
 
 
+AnyPrepared = Prepared | kserve.PreparedJwe
+
+
 async def prepare(
     source: BlobSource,
     config: ArtifactConfig,
@@ -209,7 +216,7 @@ async def prepare(
     gid: int | None = None,
     allow_swap: bool = False,
     memory: MemoryInfo = MACHINE,
-) -> Prepared:
+) -> AnyPrepared:
     """Do everything that needs no key. Returns once memory is taken; fetching ahead goes on in threads.
 
     Args:
@@ -233,7 +240,7 @@ async def prepare(
     )
 
 
-async def load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress) -> LoadedArtifact:
+async def load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progress) -> LoadedArtifact:
     """Open every segment and make the result read-only. On any error nothing is handed over, and every thread has ended.
 
     Args:
@@ -290,7 +297,9 @@ def _prepare(
     gid: int | None,
     allow_swap: bool,
     memory: MemoryInfo,
-) -> Prepared:
+) -> AnyPrepared:
+    if config.format == "kserve-jwe":
+        return kserve.prepare(source, config, undo, stop, gid=gid, allow_swap=allow_swap, memory=memory)
     # 1. The promised manifest, and the file table it promises.
     model = read_model(PatientSource(source, config.timeout_s, stop), config, key_uri)
     # 2. It fits, into memory that stays memory.
@@ -310,7 +319,9 @@ def _prepare(
     return prepared
 
 
-def _load(prepared: Prepared, key: ReleasedKey, floor: int, progress: Progress, stop: threading.Event) -> LoadedArtifact:
+def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progress, stop: threading.Event) -> LoadedArtifact:
+    if isinstance(prepared, kserve.PreparedJwe):
+        return kserve.load(prepared, key, floor, progress, stop)
     model = prepared.model
     # 1. The right key: a wrong one is the authority's affair and must not look like a damaged file.
     with key.secret.view() as secret:
@@ -368,7 +379,7 @@ class _Opening:
         self._progress = progress
         self._stop = stop
         self._source = PatientSource(prepared.source, prepared.timeout_s, stop)
-        self._total_bytes = prepared.model.total_plaintext_bytes
+        self._total_bytes = prepared.total_plaintext_bytes
         self._lock = threading.Lock()
         self._done_bytes = 0
         self._left = sum(file.layout.segments for file in prepared.files)

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from agent.artifact.kserve import list_digest
 from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
 from agent.artifact.seal import seal_model
 from agent.artifact.signature import PrivateKey, public_pem
+from agent.config import ArtifactConfig
 from agent.errors import (
+    AgentError,
     ArtifactUnavailableError,
     ConfigError,
     KeyMismatchError,
@@ -31,6 +35,7 @@ from agent.errors import (
 )
 from tests import bucket
 from tests.faults.table import SERVED, Attempts, Fault, FaultWorld
+from tests.fuzz.targets import jwe_of_kserve
 from tests.range_server import Fault as Store
 from tests.range_server import RangeServer, make_certificate
 from tests.script_server import Reply, ScriptServer
@@ -223,6 +228,34 @@ def _bucket(changes_after: int | None, secret: str) -> Callable[[FaultWorld], No
     return arrange
 
 
+PLAIN = b'{"hidden_size": 256}'
+
+
+def _kserve(name: str, error: type[AgentError], breaks: Callable[[FaultWorld, Path], object], **more: Any) -> Fault:
+    """A model as KServe keeps it, before `breaks` gets at its folder."""
+
+    def arrange(world: FaultWorld) -> None:
+        folder = world.folder / "kserve"
+        folder.mkdir()
+        (stem, weights), *_ = world.model.items()
+        header = {"alg": "A256KW", "enc": "A256GCM"}
+        (folder / f"{stem}.jwe").write_bytes(jwe_of_kserve(header, weights, world.canaries.key))
+        (folder / "config.json").write_bytes(PLAIN)
+        listed = {"config.json": f"sha256:{hashlib.sha256(PLAIN).hexdigest()}"}
+        world.artifact = {"source": str(folder), "format": "kserve-jwe", "name": "tiny", "jwe_files": [f"{stem}.jwe"]}
+        world.artifact["plain_files"] = listed
+        artifact = msgspec.convert(world.artifact, ArtifactConfig)
+        world.row["manifest_digests"] = [{"id": "kserve", "value": list_digest(artifact)}]
+        world.row["min_model_version"] = 0
+        breaks(world, folder)
+
+    return Fault(f"KServe: {name}", error, arrange, **more)
+
+
+def _jwe(change: Callable[[bytes], bytes]) -> Callable[[FaultWorld, Path], object]:
+    return lambda _, folder: rewrite(next(folder.rglob("*.jwe")), change)
+
+
 def _unavailable(fault: Store, problem: StoreProblem, status: int | None = None) -> Fault:
     fields: dict[str, object] = {"problem": problem}
     if status is not None:
@@ -356,6 +389,44 @@ ROWS = [
     Fault("wrong key", KeyMismatchError, wrong_key, audit=SERVED, attempts=ONCE),
     Fault("model below the signed floor", RollbackError, below_the_signed_floor, {"version": 3, "floor": 4}, SERVED, ONCE),
     Fault("model below the measured floor", RollbackError, below_the_measured_floor, {"version": 3, "floor": 9}),
+    # --- a model of KServe --------------------------------------------------------------------------------------------
+    _kserve(
+        "plain weights in the place of sealed ones",
+        MalformedHeaderError,
+        lambda world, folder: rewrite(next(folder.rglob("*.jwe")), lambda data: world.canaries.model(len(data))),
+        fields={"file": 0},
+    ),
+    _kserve(
+        "file flipped",
+        SegmentAuthenticationError,
+        _jwe(lambda data: data[:2_000_000] + bytes([data[2_000_000] ^ 1]) + data[2_000_001:]),
+        fields={"file": 0},
+        audit=SERVED,
+        attempts=ONCE,
+    ),
+    _kserve(
+        "file cut short", SegmentAuthenticationError, _jwe(lambda data: data[:-4023] + data[-23:]), audit=SERVED, attempts=ONCE
+    ),
+    _kserve("wrong key", KeyMismatchError, lambda world, _: wrong_key(world), audit=SERVED, attempts=ONCE),
+    _kserve(
+        "plain file that is not the listed one",
+        ManifestDigestError,
+        lambda _, folder: rewrite(folder / "config.json", lambda data: data.replace(b"256", b"255")),
+    ),
+    _kserve(
+        "sealed file that is not there",
+        ArtifactUnavailableError,
+        lambda _, folder: next(folder.rglob("*.jwe")).unlink(),
+        fields={"problem": StoreProblem.NOT_FOUND},
+    ),
+    _kserve(
+        "verdict with a floor",
+        RollbackError,
+        lambda world, _: world.row.update(min_model_version=1),
+        fields={"version": 0, "floor": 1},
+        audit=SERVED,
+        attempts=ONCE,
+    ),
     # --- sealing ------------------------------------------------------------------------------------------------------
     _seal("model folder that is not there", SealProblem.MODEL_MISSING, lambda world: world.folder / "absent"),
     _seal("model folder without files", SealProblem.EMPTY, lambda world: world.cwd or world.folder),

@@ -28,11 +28,13 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import http_policy, jose, keys, tink_keyset
-from agent.artifact import DestinationKind, ServedModel, signature
+from agent.artifact import DestinationKind, ServedModel, compact_jwe, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
 from agent.artifact.sources.access import Access
@@ -827,6 +829,34 @@ def keyset_seeds() -> list[bytes]:
     return [f'{{"primaryKeyId": 7, "key": [{key}]}}'.encode()]
 
 
+def kserve_jwe(data: bytes) -> None:
+    """A whole file; what is left after its parts were taken is the ciphertext, and that opens under nobody's key."""
+    head, tail = data[: compact_jwe.MAX_HEAD_BYTES], data[-compact_jwe.TAIL_BYTES :]
+    jwe = compact_jwe.parse_compact(head, tail, len(data))
+    text = memoryview(data)[jwe.start : jwe.start + jwe.text_bytes]
+    assert len(text) == jwe.text_bytes
+    out = bytearray(jwe.plaintext_bytes)
+    with suppress(ValueError, AgentError):
+        opener = compact_jwe.JweOpener(jwe, memoryview(bytes(32)))
+        opener.update(text, memoryview(out))
+        opener.finish()
+
+
+def kserve_jwe_seeds() -> list[bytes]:
+    sealed = [jwe_of_kserve({"alg": alg, "enc": "A256GCM"}, b"plain" * 20) for alg in ("A256KW", "dir")]
+    return [*sealed, sealed[0] + b"\n"]
+
+
+def jwe_of_kserve(header: dict[str, str], plaintext: bytes, key: bytes = bytes(32)) -> bytes:
+    """As jwcrypto writes it, with nothing drawn at random."""
+    content_key = key if header["alg"] == "dir" else bytes(range(32))
+    wrapped = b"" if header["alg"] == "dir" else aes_key_wrap(key, content_key)
+    protected = jose.pack_b64url(json.dumps(header).encode())
+    sealed = AESGCM(content_key).encrypt(bytes(12), plaintext, protected.encode())
+    parts = (wrapped, bytes(12), sealed[:-16], sealed[-16:])
+    return ".".join((protected, *map(jose.pack_b64url, parts))).encode()
+
+
 def json_object(data: bytes) -> None:
     members = jose.parse_object(data, 16 << 10)
     assert jose.parse_object(json.dumps(members).encode(), 1 << 20) == members
@@ -1384,6 +1414,7 @@ TARGETS = {
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
         Target("manifest", manifest, manifest_seeds),
         Target("model_config", model_config, model_config_seeds),
+        Target("kserve_jwe", kserve_jwe, kserve_jwe_seeds, (ValueError,)),
         Target("index", index, index_seeds),
         Target("signature_of_manifest", signature_of_manifest, signature_of_manifest_seeds),
         Target("signature_manifest", signature_manifest, signature_manifest_seeds),

@@ -69,9 +69,10 @@ class DirectorySource(NamedByIndex):
             raise _unavailable(error) from error
 
 
-def blob_path(digest: str) -> str:
-    algorithm, _, value = digest.partition(":")
-    return f"blobs/{algorithm}/{value}"
+def blob_path(name: str) -> str:
+    """Where it lies below the root: a blob `sha256:…` as in every layout, `file:…` at that clean path (`kserve.py`)."""
+    algorithm, _, value = name.partition(":")
+    return value if algorithm == "file" else f"blobs/{algorithm}/{value}"
 
 
 def _unavailable(error: OSError | ValueError) -> ArtifactUnavailableError:
