@@ -122,6 +122,8 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     tag: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\Z")] | None = None
     name: Annotated[str, msgspec.Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}\Z")] | None = None
     min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    model_signature: _FileName | None = None
+    model_signature_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
     format: Literal["keyturn", "kserve-jwe"] = "keyturn"
     jwe_files: Annotated[tuple[_JweName, ...], msgspec.Meta(max_length=1024)] = ()
     plain_files: Annotated[dict[_FileName, _Digest], msgspec.Meta(max_length=1024)] = {}
@@ -290,6 +292,9 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_every_mistake_names_its_key
     if config.artifact.after_ready == "release" and (config.artifact.destination == "memfd" or config.server is None):
         raise wrong("artifact.after_ready")
+    # refusal: test_a_signed_model_has_keys_and_keys_have_a_signed_model
+    if (config.artifact.model_signature is not None) != bool(config.artifact.model_signature_keys):
+        raise wrong("artifact.model_signature")
     by_signature = bool(config.artifact.provider_keys)
     if config.artifact.format == "kserve-jwe":
         _check_kserve(config.artifact)
@@ -338,6 +343,7 @@ def _check_kserve(artifact: ArtifactConfig) -> None:
         "provider_keys": not artifact.provider_keys,
         "tag": artifact.tag is None,
         "min_version": artifact.min_version == 0,
+        "model_signature": artifact.model_signature is None,
         "name": artifact.name is not None,
         "jwe_files": bool(artifact.jwe_files),
         "plain_files": len(set(paths)) == len(paths),
@@ -479,6 +485,9 @@ EXPLAIN = {
     "artifact.tag": "with artifact.provider_keys: the name of the manifest in the store, such as my-model-v3 or stable",
     "artifact.name": "the model name that must stand in the manifest; with artifact.provider_keys it has to be given",
     "artifact.min_version": "the lowest model version to accept, default 0; the signed verdict can raise it",
+    "artifact.model_signature": "path in the sealed model of an OpenSSF bundle (`model_signing sign key`): all files must "
+    "be the signed ones. Costs a SHA-256 over the plaintext; default: none is looked for",
+    "artifact.model_signature_keys": "public keys (PEM; P-256, P-384) of which one must have signed artifact.model_signature",
     "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
     "artifact.source. It has no manifest and no version, so all its files are listed here. Default: keyturn, FORMAT.md",
     "artifact.jwe_files": "with format = kserve-jwe: the sealed files, such as weights/model.gguf.jwe; they are loaded without "

@@ -21,7 +21,7 @@ AgentError
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
-│       TruncatedArtifactError · SegmentAuthenticationError · SealError
+│       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
 ├── ServerError                                                           developer × server
@@ -937,6 +937,27 @@ class ManifestSignatureError(ArtifactError):
 
     def what(self) -> str:
         return f"manifest signature: {self.check.value}"
+
+
+class BundleCheck(enum.Enum):
+    """From the least to the most that an OpenSSF signature of a model had right."""
+
+    MISSING = "the model has no file of that name"
+    FORMAT = "not a bundle of model-signing with SHA-256 of whole files"
+    SIGNATURE = "does not verify under a pinned key"
+    FILES = "does not list exactly the files of the model"
+    DIGEST = "a file is not the one that was signed"
+
+
+@dataclasses.dataclass(eq=False)
+class ModelSignatureError(ArtifactError):
+    """The plaintext is not what the key of `artifact.model_signature_keys` signed."""
+
+    next_step = "sign the model folder (model_signing sign key), seal it together with the bundle, and pin that key"
+    check: BundleCheck
+
+    def what(self) -> str:
+        return f"model signature: {self.check.value}"
 
 
 @dataclasses.dataclass(eq=False)

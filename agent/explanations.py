@@ -940,6 +940,27 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Key ids of foreign signatures are not printed here, since anybody can make one.",
     ),
+    errors.ModelSignatureError: Explanation(
+        "`artifact.model_signature` names an OpenSSF bundle in the sealed model, and the files of the model, opened, are not "
+        "what a key of `artifact.model_signature_keys` signed. The sealing itself is in order: whoever sealed the model sealed "
+        "other files, or another bundle. Nothing was served.",
+        (
+            (
+                "On the model folder, before it is sealed: `model_signing verify key DIR --public_key PEM --signature "
+                "DIR/model.sig` says which file differs."
+            ),
+            (
+                "does not list exactly the files of the model: model_signing leaves out .git, .gitattributes, .gitignore and "
+                ".github, and whatever was added after signing; seal a folder without them."
+            ),
+            (
+                "not a bundle of model-signing: it must be made with a key pair (`sign key`), with SHA-256 and whole files, "
+                "which is its default. Sigstore identities and certificates are not read."
+            ),
+            "does not verify: pin the public half of the key that signed (P-256 or P-384).",
+        ),
+        "Which file differs is not told: it would be told to the host as well.",
+    ),
     errors.MalformedManifestError: Explanation(
         "The manifest is authentic, and it or its model description breaks a rule of FORMAT.md; the text names the "
         "field. Either another program or version wrote it, or the description in the store is not the one that the "

@@ -207,6 +207,19 @@ plain_files = { "config.json" = "sha256:%s" }
 #""" % ("0" * 64)
 
 
+def test_a_signed_model_has_keys_and_keys_have_a_signed_model() -> None:
+    name, keys = 'model_signature = "model.sig"\n', 'model_signature_keys = ["-----BEGIN PUBLIC KEY-----"]\n'
+    artifact = parse(change("manifest_digest =", f"{name}{keys}manifest_digest =").encode()).config.artifact
+    assert (artifact.model_signature, len(artifact.model_signature_keys)) == ("model.sig", 1)
+    for text in (name, keys):
+        with pytest.raises(ConfigError) as caught:
+            parse(change("manifest_digest =", f"{text}manifest_digest =").encode())
+        assert (caught.value.problem, caught.value.key) == (ConfigProblem.NEEDS_OTHER_KEY, "artifact.model_signature")
+    with pytest.raises(ConfigError) as caught:
+        parse(kserve(name + keys + KSERVE).encode())
+    assert caught.value.key == "artifact.model_signature"
+
+
 def kserve(text: str) -> str:
     return change("manifest_digest =", text).replace("min_version = 1 ", "#")
 

@@ -18,7 +18,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile, kserve
+from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile, kserve, openssf
+from agent.artifact.digests import FileDigests
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
 from agent.artifact.sources import BlobSource
@@ -167,6 +168,7 @@ class Prepared:
         self.files = [_File(i, sealed) for i, sealed in enumerate(model.files)]
         self._stop = threading.Event()
         self._patient = PatientSource(source, timeout_s, self._stop)
+        self.signed: openssf.Signed | None = None
         self.threads = _threads(source, self.files)
         self._ahead = _Work(self.files, self._fetch_run, self._stop, self.threads)
 
@@ -255,6 +257,7 @@ async def load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Pr
         SwapActiveError: there is swap, and the key's memory could not be locked.
         ArtifactUnavailableError: the store does not deliver, within `artifact.timeout_s` from here.
         TruncatedArtifactError, SegmentAuthenticationError: not what the provider sealed.
+        ModelSignatureError: not what was signed before it was sealed.
         DestinationError: the kernel refused.
     """
     return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
@@ -302,6 +305,7 @@ def _prepare(
         return kserve.prepare(source, config, undo, stop, gid=gid, allow_swap=allow_swap, memory=memory)
     # 1. The promised manifest, and the file table it promises.
     model = read_model(PatientSource(source, config.timeout_s, stop), config, key_uri)
+    signed = openssf.what_is_signed(config, model)
     # 2. It fits, into memory that stays memory.
     sizes = [file.size for file in model.files]
     # refusal: test_a_model_that_does_not_fit_is_refused_before_a_byte_of_it_is_fetched
@@ -309,6 +313,7 @@ def _prepare(
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
     prepared = Prepared(source, config.digest, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
+    prepared.signed = signed
     # refusal: test_a_model_that_shall_be_released_does_not_go_into_a_memfd
     if config.after_ready == "release" and destination.kind is DestinationKind.MEMFD:
         raise DestinationError(DestinationProblem.HELD)
@@ -338,8 +343,12 @@ def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progres
         raise SwapActiveError()
     # 4. Every segment of every file.
     prepared.stop_fetching()
-    _Opening(prepared, openers, progress, stop).run()
-    # 5. Nobody writes any more.
+    opening = _Opening(prepared, openers, progress, stop)
+    opening.run()
+    # 5. They are the files that were signed, where that is asked for.
+    if prepared.signed and opening.digests:
+        _check_signed(prepared, prepared.signed, opening.digests.finish())
+    # 6. Nobody writes any more.
     prepared.destination.seal_read_only()
     return LoadedArtifact(
         model_name=model.model_name,
@@ -351,6 +360,15 @@ def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progres
         directory=prepared.destination.directory,
         noswap=prepared.destination.noswap,
     )
+
+
+def _check_signed(prepared: Prepared, signed: openssf.Signed, digests: dict[str, bytes]) -> None:
+    file = prepared.model.files[signed.bundle]
+    bundle = bytearray(file.size)
+    with prepared.destination.window(file.path, 0, file.size) as window:
+        window.copy_out(0, memoryview(bundle))
+    del digests[file.path]
+    openssf.check_files(bytes(bundle), signed.keys, digests)
 
 
 def _check_floor(model: ModelConfig, floor: int) -> None:
@@ -382,6 +400,7 @@ class _Opening:
         self._total_bytes = prepared.total_plaintext_bytes
         self._lock = threading.Lock()
         self._done_bytes = 0
+        self.digests = FileDigests(prepared.model.files, prepared.destination) if prepared.signed else None
         self._left = sum(file.layout.segments for file in prepared.files)
         self._processors = threading.Semaphore(OPEN_THREADS)
         self._work = _Work(prepared.files, self._open_run, stop, prepared.threads)
@@ -415,6 +434,9 @@ class _Opening:
             if ahead:
                 ciphertext = file.take_ahead(segment, window, buffer)
             self._openers[file.index].open(segment, ciphertext, out)
+        if self.digests:
+            with self._processors:
+                self.digests.opened(file.index, segment)
         with self._lock:
             self._left -= 1
             self._done_bytes += length

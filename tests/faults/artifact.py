@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 import rfc8785
-from cryptography.hazmat.primitives.asymmetric import ed25519
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from agent.artifact.kserve import list_digest
 from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
@@ -19,12 +19,14 @@ from agent.config import ArtifactConfig
 from agent.errors import (
     AgentError,
     ArtifactUnavailableError,
+    BundleCheck,
     ConfigError,
     KeyMismatchError,
     MalformedHeaderError,
     MalformedManifestError,
     ManifestDigestError,
     ManifestSignatureError,
+    ModelSignatureError,
     RollbackError,
     SealError,
     SealProblem,
@@ -39,6 +41,7 @@ from tests.fuzz.targets import jwe_of_kserve
 from tests.range_server import Fault as Store
 from tests.range_server import RangeServer, make_certificate
 from tests.script_server import Reply, ScriptServer
+from tests.test_artifact_openssf import SIGNER, bundle, statement
 from tests.world import KEY_URI, World, free_port
 
 ONCE = Attempts.ONCE
@@ -228,6 +231,28 @@ def _bucket(changes_after: int | None, secret: str) -> Callable[[FaultWorld], No
     return arrange
 
 
+def _bundle(folder: Path, key: ec.EllipticCurvePrivateKey) -> bytes:
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "model.sig")
+    return bundle(statement({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}), key)
+
+
+def _openssf(name: str, check: BundleCheck, breaks: Callable[[Path], object], *, at_once: bool = False) -> Fault:
+    """A model that was signed, then broken, then sealed: to the sealing all is well."""
+
+    def arrange(world: FaultWorld) -> None:
+        folder = world.folder / "source"
+        (folder / "model.sig").write_bytes(_bundle(folder, SIGNER))
+        breaks(folder)
+        digest = seal_model(folder, world.layout, world.canaries.key, KEY_URI, "tiny", 4, lambda *_: None)
+        world.artifact |= {"manifest_digest": digest, "model_signature": "model.sig"}
+        world.artifact["model_signature_keys"] = [public_pem(SIGNER)]
+        world.row["manifest_digests"] = [{"id": "signed", "value": digest}]
+
+    audit = None if at_once else SERVED
+    attempts = Attempts.EITHER if at_once else ONCE
+    return Fault(f"signed model: {name}", ModelSignatureError, arrange, {"check": check}, audit, attempts, needs_root=True)
+
+
 PLAIN = b'{"hidden_size": 256}'
 
 
@@ -389,6 +414,20 @@ ROWS = [
     Fault("wrong key", KeyMismatchError, wrong_key, audit=SERVED, attempts=ONCE),
     Fault("model below the signed floor", RollbackError, below_the_signed_floor, {"version": 3, "floor": 4}, SERVED, ONCE),
     Fault("model below the measured floor", RollbackError, below_the_measured_floor, {"version": 3, "floor": 9}),
+    # --- a model that was signed before it was sealed -----------------------------------------------------------------
+    _openssf("without its bundle", BundleCheck.MISSING, lambda folder: (folder / "model.sig").unlink(), at_once=True),
+    _openssf("bundle that is none", BundleCheck.FORMAT, lambda folder: (folder / "model.sig").write_bytes(b"{}")),
+    _openssf("a file more", BundleCheck.FILES, lambda folder: (folder / "backdoor.py").write_bytes(b"import os")),
+    _openssf(
+        "another file of the same name",
+        BundleCheck.DIGEST,
+        lambda folder: rewrite(next(folder.rglob("*.gguf")), lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+    ),
+    _openssf(
+        "signed by somebody else",
+        BundleCheck.SIGNATURE,
+        lambda folder: (folder / "model.sig").write_bytes(_bundle(folder, ec.derive_private_key(8, ec.SECP256R1()))),
+    ),
     # --- a model of KServe --------------------------------------------------------------------------------------------
     _kserve(
         "plain weights in the place of sealed ones",

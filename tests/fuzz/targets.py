@@ -34,7 +34,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import http_policy, jose, keys, tink_keyset
-from agent.artifact import DestinationKind, ServedModel, compact_jwe, signature
+from agent.artifact import DestinationKind, ServedModel, compact_jwe, openssf, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
 from agent.artifact.sources.access import Access
@@ -58,6 +58,7 @@ from agent.errors import (
     GuestApiError,
     MalformedEvidenceError,
     ManifestSignatureError,
+    ModelSignatureError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import (
@@ -829,6 +830,27 @@ def keyset_seeds() -> list[bytes]:
     return [f'{{"primaryKeyId": 7, "key": [{key}]}}'.encode()]
 
 
+def openssf_bundle(data: bytes) -> None:
+    """The statement in it, signed anew, so that what lies behind the signature is met; then the bundle itself."""
+    key = AUTHORITY.public_key()
+    payload = f"DSSEv1 28 application/vnd.in-toto+json {len(data)} ".encode() + data
+    signature = jose.pack_b64(AUTHORITY.sign(payload, ec.ECDSA(hashes.SHA256())))
+    envelope = {
+        "payload": jose.pack_b64(data),
+        "payloadType": "application/vnd.in-toto+json",
+        "signatures": [{"sig": signature}],
+    }
+    signed = {"mediaType": "application/vnd.dev.sigstore.bundle.v0.3+json", "dsseEnvelope": envelope}
+    for bundle in (data, json.dumps(signed).encode()):
+        with suppress(ModelSignatureError):
+            openssf.check_files(bundle, [key], {})
+
+
+def openssf_bundle_seeds() -> list[bytes]:
+    bundle = (Path(__file__).parents[1] / "vectors" / "openssf" / "bundle.json").read_bytes()
+    return [bundle, base64.b64decode(json.loads(bundle)["dsseEnvelope"]["payload"])]
+
+
 def kserve_jwe(data: bytes) -> None:
     """A whole file; what is left after its parts were taken is the ciphertext, and that opens under nobody's key."""
     head, tail = data[: compact_jwe.MAX_HEAD_BYTES], data[-compact_jwe.TAIL_BYTES :]
@@ -1414,6 +1436,7 @@ TARGETS = {
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
         Target("manifest", manifest, manifest_seeds),
         Target("model_config", model_config, model_config_seeds),
+        Target("openssf_bundle", openssf_bundle, openssf_bundle_seeds),
         Target("kserve_jwe", kserve_jwe, kserve_jwe_seeds, (ValueError,)),
         Target("index", index, index_seeds),
         Target("signature_of_manifest", signature_of_manifest, signature_of_manifest_seeds),
