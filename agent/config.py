@@ -339,6 +339,9 @@ def _check_kserve(artifact: ArtifactConfig) -> None:
     """A list of files takes the place of a manifest, so nothing that names one may stand beside it."""
     paths = [*(name.removesuffix(".jwe") for name in artifact.jwe_files), *artifact.plain_files]
     rules = {
+        "source": not any(
+            store.startswith("oci") for store in (artifact.source, *artifact.mirrors)
+        ),  # blobs have no paths there
         "manifest_digest": artifact.manifest_digest is None,
         "provider_keys": not artifact.provider_keys,
         "tag": artifact.tag is None,

@@ -207,6 +207,13 @@ plain_files = { "config.json" = "sha256:%s" }
 #""" % ("0" * 64)
 
 
+def test_a_kserve_model_does_not_lie_in_a_registry() -> None:
+    for text in (kserve(KSERVE.replace("format", 'mirrors = ["oci://host/x"]\nformat')),):
+        with pytest.raises(ConfigError) as caught:
+            parse(text.encode())
+        assert caught.value.key == "artifact.source"
+
+
 def test_a_signed_model_has_keys_and_keys_have_a_signed_model() -> None:
     name, keys = 'model_signature = "model.sig"\n', 'model_signature_keys = ["-----BEGIN PUBLIC KEY-----"]\n'
     artifact = parse(change("manifest_digest =", f"{name}{keys}manifest_digest =").encode()).config.artifact
