@@ -15,7 +15,7 @@ from agent.artifact import LoadedArtifact
 from agent.artifact.identify import identify
 from agent.artifact.kserve import PreparedJwe
 from agent.artifact.load import load, prepare
-from agent.artifact.sources import open_source
+from agent.artifact.sources import open_configured, open_source
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import (
@@ -31,6 +31,7 @@ from agent.errors import (
 )
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey, SecretBuffer
+from tests import bucket
 from tests.range_server import RangeServer
 from tests.test_artifact_compact_jwe import KEY, sealed
 from tests.test_artifact_load import given as given  # noqa: PLC0414  a fixture
@@ -89,7 +90,7 @@ def boot(
         with ReleasedKey(secret, Ident("k"), 1) as released:
             look(await load(prepared, released, floor, lambda *_: None))
 
-    source = open_source(cfg.source, None, 10)
+    source = open_configured(cfg, 10)
     try:
         with ExitStack() as undo:
             asyncio.run(run())
@@ -123,6 +124,12 @@ def test_the_listed_files_are_loaded_and_no_others(store: Path, given: Path) -> 
 def test_from_a_url_too(store: Path, given: Path) -> None:
     with RangeServer(store) as server:
         boot(config(server.url, given), check)
+
+
+def test_from_a_bucket_too(store: Path, given: Path) -> None:
+    with bucket.Bucket(store) as server:
+        login = {"user": bucket.KEY_ID, "secret": bucket.SECRET, "session_token": bucket.TOKEN}
+        boot(config(f"s3://models/{bucket.PREFIX}", given, endpoint=server.url, region=bucket.REGION, **login), check)
 
 
 def test_the_digest_in_evidence_is_of_the_whole_list(store: Path, given: Path) -> None:

@@ -26,7 +26,7 @@ from agent.server.presets import command_digest
 from agent.sim.api_server_rest import serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
-from tests.faults.artifact import weights
+from tests.faults.artifact import kserve_model, weights
 from tests.range_server import Fault, RangeServer
 from tests.world import KEY_URI, Agent, World, ask, ask_until, free_port
 
@@ -237,6 +237,22 @@ def test_a_signed_model_boots_and_the_evidence_is_about_it(tmp_path: Path, silic
         # The row pins this manifest: the broker would have denied evidence about another.
         attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
         assert "tiny-v3" in attested["reference_value_ids"]
+
+
+def test_a_model_of_kserve_boots_and_the_evidence_is_about_its_list(tmp_path: Path, silicon: Path) -> None:
+    with ExitStack() as undo:
+        key = os.urandom(32)
+        world = World(tmp_path, silicon, undo, files=2, key=key)
+        if os.geteuid() != 0:
+            pytest.skip("a memfd holds one file: several need mounts of our own, and so root")
+        kserve_model(world, key)
+        agent = world.start()
+        agent.wait_for("server_ready")
+        assert served_bytes(world) == hashlib.sha256(world.model["model-1.gguf"]).hexdigest()
+        assert agent.stop().status == 0
+        # The row pins the digest of the list: the broker would have denied evidence about another.
+        attested, _ = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert "kserve" in attested["reference_value_ids"]
 
 
 def test_what_nobody_signed_ends_the_boot_before_the_broker_hears_of_it(tmp_path: Path, silicon: Path) -> None:

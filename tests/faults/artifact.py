@@ -256,25 +256,32 @@ def _openssf(name: str, check: BundleCheck, breaks: Callable[[Path], object], *,
 PLAIN = b'{"hidden_size": 256}'
 
 
+def kserve_model(world: World, key: bytes) -> Path:
+    """This world's model as KServe keeps it, in a folder, in the place of the sealed one."""
+    folder = world.folder / "kserve"
+    folder.mkdir()
+    for name, content in world.model.items():
+        header = {"alg": "A256KW", "enc": "A256GCM"}
+        (folder / f"{name}.jwe").write_bytes(jwe_of_kserve(header, content, key))
+    (folder / "config.json").write_bytes(PLAIN)
+    listed = {"config.json": f"sha256:{hashlib.sha256(PLAIN).hexdigest()}"}
+    jwe_files = [f"{name}.jwe" for name in world.model]
+    world.artifact = {"source": str(folder), "format": "kserve-jwe", "name": "tiny", "jwe_files": jwe_files}
+    world.artifact["plain_files"] = listed
+    digest = list_digest(msgspec.convert(world.artifact, ArtifactConfig))
+    world.row |= {"manifest_digests": [{"id": "kserve", "value": digest}], "min_model_version": 0}
+    return folder
+
+
 def _kserve(name: str, error: type[AgentError], breaks: Callable[[FaultWorld, Path], object], **more: Any) -> Fault:
     """A model as KServe keeps it, before `breaks` gets at its folder."""
-
-    def arrange(world: FaultWorld) -> None:
-        folder = world.folder / "kserve"
-        folder.mkdir()
-        (stem, weights), *_ = world.model.items()
-        header = {"alg": "A256KW", "enc": "A256GCM"}
-        (folder / f"{stem}.jwe").write_bytes(jwe_of_kserve(header, weights, world.canaries.key))
-        (folder / "config.json").write_bytes(PLAIN)
-        listed = {"config.json": f"sha256:{hashlib.sha256(PLAIN).hexdigest()}"}
-        world.artifact = {"source": str(folder), "format": "kserve-jwe", "name": "tiny", "jwe_files": [f"{stem}.jwe"]}
-        world.artifact["plain_files"] = listed
-        artifact = msgspec.convert(world.artifact, ArtifactConfig)
-        world.row["manifest_digests"] = [{"id": "kserve", "value": list_digest(artifact)}]
-        world.row["min_model_version"] = 0
-        breaks(world, folder)
-
-    return Fault(f"KServe: {name}", error, arrange, **more)
+    return Fault(
+        f"KServe: {name}",
+        error,
+        lambda world: breaks(world, kserve_model(world, world.canaries.key)),
+        needs_root=True,  # more than one file
+        **more,
+    )
 
 
 def _jwe(change: Callable[[bytes], bytes]) -> Callable[[FaultWorld, Path], object]:
