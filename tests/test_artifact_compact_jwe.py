@@ -85,6 +85,8 @@ def with_header(**members: object) -> bytes:
         joined(iv=IV + b"="),
         joined(text=TEXT[:-1]),
         joined(tag=TAG[:-4]),
+        joined()[: -len(TAG) - 1] + TAG + b"\n\n\n",
+        b".".join((HEADER, WRAPPED, IV, TAG)),
         joined(header=HEADER[:-1]),
         joined(header=b"\xff" + HEADER),
         with_header(alg="RSA-OAEP"),

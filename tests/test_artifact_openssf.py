@@ -193,8 +193,8 @@ def test_a_model_without_its_bundle_is_refused_before_any_memory_is_taken(tmp_pa
     assert caught.value.check is BundleCheck.MISSING
 
 
-def test_a_bundle_that_is_too_large_is_refused_before_any_memory_is_taken(tmp_path: Path, given: Path) -> None:
+def test_a_bundle_that_is_too_large_is_refused_before_any_memory_is_taken(tmp_path: Path) -> None:
     sealed = seal(tmp_path, {"model.sig": bytes(MAX_BUNDLE_BYTES + 1)})
     with pytest.raises(ModelSignatureError) as caught:
-        boot(asked(sealed, given))
+        what_is_signed(asked(sealed, Path("/")), sealed.model)
     assert caught.value.check is BundleCheck.FORMAT

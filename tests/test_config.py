@@ -236,7 +236,8 @@ def test_a_kserve_model_is_its_list_and_nothing_else() -> None:
     assert (artifact.jwe_files, list(artifact.plain_files)) == (("a/b.bin.jwe",), ["config.json"])
     for text, key in (
         (kserve(KSERVE.removesuffix("#") + "manifest_digest ="), "artifact.manifest_digest"),
-        (kserve(KSERVE.replace('format = "kserve-jwe"', "")), "artifact.format"),
+        (kserve('jwe_files = ["a.jwe"]\nmanifest_digest ='), "artifact.format"),
+        (kserve("plain_files = {x = 'sha256:%s'}\nmanifest_digest =" % ("0" * 64)), "artifact.format"),
         (kserve(KSERVE.replace('name = "my-model"', "")), "artifact.name"),
         (kserve(KSERVE.replace('["a/b.bin.jwe"]', "[]")), "artifact.jwe_files"),
         (kserve(KSERVE.replace('["a/b.bin.jwe"]', '["a.jwe", "a.jwe"]')), "artifact.plain_files"),

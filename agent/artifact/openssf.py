@@ -52,6 +52,7 @@ class Signed:
 def parse_key(pem: str) -> ec.EllipticCurvePublicKey:
     """One pinned key: PEM SubjectPublicKeyInfo of P-256 or P-384. Raises ValueError for anything else."""
     key = parse_provider_key(pem)
+    # refusal: test_a_pinned_key_that_is_none_is_the_configurations_mistake
     if not isinstance(key, ec.EllipticCurvePublicKey):
         raise ValueError("not an EC key")
     return key
