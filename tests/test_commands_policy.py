@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from agent.artifact.kserve import list_digest
 from agent.artifact.seal import seal_model
 from agent.broker.policy import Claim, parse_policy
 from agent.cli import main
@@ -109,6 +110,15 @@ def test_the_row_for_a_td_releases_the_key_too(site: Site, capsys: pytest.Captur
     mr_config_id = fit(from_initdata_file(str(site.file("initdata"))).digest, 48)
     td = broker.td(mr_config_id=mr_config_id)
     broker.judge(text, td=td, gpus=(broker.GPU,), keyturn=keyturn, key_uri=Ident(URI))
+
+
+def test_a_model_of_kserve_is_pinned_by_its_list(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    listed = 'format = "kserve-jwe"\nname = "my-model"\njwe_files = ["a.gguf.jwe"]\n#'
+    site.text = site.text.replace("manifest_digest = ", listed).replace("min_version = 1 ", "#")
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    artifact = parse(site.file("keyturn.toml").read_bytes()).config.artifact
+    assert ([each.value for each in row.manifest_digests], row.min_model_version) == ([list_digest(artifact)], 0)
 
 
 def test_a_configuration_without_initdata_is_pinned_by_its_own_digest(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

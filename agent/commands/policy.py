@@ -17,6 +17,7 @@ from typing import Any
 from agent import config
 from agent.artifact import manifest as m
 from agent.artifact.identify import find_manifest
+from agent.artifact.kserve import list_digest
 from agent.artifact.sources import open_source
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
@@ -214,7 +215,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("gpu.switches"))
-    manifest_digest, model = _read_model(args, measured)
+    manifest_digest, model_name, model_version = _read_model(args, measured)
     plan = plan_of(measured)
     return Approved(
         image=image,
@@ -225,8 +226,8 @@ def _approved(args: argparse.Namespace) -> Approved:
         switches=tuple(device for device in devices if isinstance(device, SwitchVersions)),
         switch_count=measured.gpu.switches,
         key_uri=measured.broker.key_uri,
-        model_name=model.model_name,
-        model_version=model.version,
+        model_name=model_name,
+        model_version=model_version,
         manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),
         resource_uri=measured.broker.resource_uri,
@@ -241,8 +242,10 @@ def _check_tee(image: Image | None, measured: config.MeasuredConfig) -> None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("tee.attester"))
 
 
-def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tuple[str, m.ModelConfig]:
-    """The model that the configuration names, by digest or by who signed it, and the digest of its manifest."""
+def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tuple[str, Ident, int]:
+    """Digest of the manifest, name and version of the model that the configuration names, by digest or by who signed it."""
+    if measured.artifact.format == "kserve-jwe":  # its list stands in the configuration; there is no manifest to read
+        return list_digest(measured.artifact), Ident(measured.artifact.name or ""), 0
     with contextlib.closing(open_source(args.model, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
         digest = find_manifest(source, measured.artifact, Event()).digest
         manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest)
@@ -253,7 +256,7 @@ def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tu
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.version < measured.artifact.min_version:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.min_version"))
-    return digest, model
+    return digest, model.model_name, model.version
 
 
 def _read(file: str, name: str) -> bytes:
