@@ -20,6 +20,8 @@ from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import (
     ArtifactUnavailableError,
+    DestinationError,
+    DestinationProblem,
     InsufficientMemoryError,
     KeyMismatchError,
     MalformedHeaderError,
@@ -211,6 +213,14 @@ def test_a_verdict_with_a_floor_is_not_met_by_a_model_without_a_version(store: P
 def test_a_model_that_does_not_fit_is_refused_before_it_is_fetched(store: Path, given: Path, tmp_path: Path) -> None:
     with pytest.raises(InsufficientMemoryError):
         boot(config(str(store), given), memory=machine_with(tmp_path, 1 << 20))
+
+
+def test_a_model_that_shall_be_released_does_not_go_into_a_memfd(store: Path, given: Path) -> None:
+    one = {"jwe_files": ["b.bin.jwe"], "plain_files": {}, "destination": "memfd", "directory": None}
+    boot(config(str(store), given, **one))
+    with pytest.raises(DestinationError) as caught:
+        boot(config(str(store), given, after_ready="release", **one))
+    assert caught.value.problem is DestinationProblem.HELD
 
 
 @needs_root

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import rfc8785
 
-from agent.artifact import LoadedArtifact, LoadedFile
+from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile
 from agent.artifact.compact_jwe import (
     CHUNK_BYTES,
     MAX_HEAD_BYTES,
@@ -37,6 +37,8 @@ from agent.artifact.sources.patient import PatientSource
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import (
+    DestinationError,
+    DestinationProblem,
     MalformedHeaderError,
     ManifestDigestError,
     RollbackError,
@@ -126,6 +128,9 @@ def prepare(
     destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
     prepared = PreparedJwe(source, config, files, plain, destination)
     undo.callback(prepared.close)
+    # refusal: test_a_model_that_shall_be_released_does_not_go_into_a_memfd
+    if config.after_ready == "release" and destination.kind is DestinationKind.MEMFD:
+        raise DestinationError(DestinationProblem.HELD)
     prepared.swap_active, prepared.allow_swap = swap_is_active(memory), allow_swap
     for path, size in zip([*(file.path for file in files), *plain], sizes, strict=True):
         destination.create(path, size)
