@@ -216,7 +216,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_fetched(store: Path, 
 
 
 def test_a_model_that_shall_be_released_does_not_go_into_a_memfd(store: Path, given: Path) -> None:
-    one = {"jwe_files": ["b.bin.jwe"], "plain_files": {}, "destination": "memfd", "directory": None}
+    one: dict[str, Any] = {"jwe_files": ["b.bin.jwe"], "plain_files": {}, "destination": "memfd", "directory": None}
     boot(config(str(store), given, **one))
     with pytest.raises(DestinationError) as caught:
         boot(config(str(store), given, after_ready="release", **one))
