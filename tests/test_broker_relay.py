@@ -2,7 +2,9 @@
 
 import asyncio
 import hashlib
+import threading
 from collections.abc import Callable, Coroutine, Iterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,15 @@ from typing import Any
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from agent.broker.relay import CHALLENGE_LIFE_S, Upstream, failure_of, pack_session, parse_session
+from agent.broker.relay import (
+    AUTH_TIMEOUT_S,
+    CHALLENGE_LIFE_S,
+    UPSTREAM_REQUESTS,
+    Upstream,
+    failure_of,
+    pack_session,
+    parse_session,
+)
 from agent.broker.service import SERVICE
 from agent.closed import Ident
 from agent.errors import (
@@ -518,6 +528,33 @@ def test_a_kbs_that_is_down_or_somebody_else_is_not_reachable_and_one_that_is_to
     assert not played(site, scene)
     site.upstream = Upstream(site.kbs.url, pem(CA).decode(), "another.test")
     assert not played(site, scene)
+
+
+def test_a_slow_kbs_holds_up_its_requests_and_nothing_else(site: RelaySite) -> None:
+    """As many guests as are let through wait for it. One more is told in time, it is recorded, and the KBS still answers."""
+    site.kbs.knobs = Knobs(delays_s={"resource": 20})
+
+    async def scene() -> tuple[Failure, float, bool]:
+        async with AsyncExitStack() as stack:
+            channels = [await stack.enter_async_context(site.channel()) for _ in range(2)]
+            request = wire.pack_key_request(KeyRequest(Ident("raw-1"), "a.b.c", URI))
+            release = [channel.unary_unary(wire.RELEASE_KEY_METHOD) for channel in channels]
+            waiting = [asyncio.ensure_future(release[number % 2](request)) for number in range(UPSTREAM_REQUESTS)]
+            stack.callback(lambda: [each.cancel() for each in waiting])
+            while sum(each.name.startswith("relay_") for each in threading.enumerate()) < UPSTREAM_REQUESTS:
+                await asyncio.sleep(0.05)
+            began = asyncio.get_running_loop().time()
+            reachable = await site.relay.reachable()
+            stream = channels[0].stream_stream(wire.ATTEST_METHOD)()
+            await stream.write(wire.pack_attest_request(Hello(Ident("raw-2"), URI, Tee.SNP)))
+            told = await wire_failure(stream.read())
+            return told, asyncio.get_running_loop().time() - began, reachable
+
+    told, seconds, reachable = played(site, scene)
+    assert reachable
+    assert (told.code, told.reason) == (14, "UPSTREAM_TIMEOUT")
+    assert seconds < AUTH_TIMEOUT_S + 5
+    assert decisions(site)[0] == ("attest", "failed", "UPSTREAM_TIMEOUT")
 
 
 # --- what a guest can send ----------------------------------------------------------------------------------------------

@@ -62,8 +62,10 @@ AUTH_TIMEOUT_S = 12
 ATTEST_TIMEOUT_S = 50
 RESOURCE_TIMEOUT_S = 25
 LOOK_TIMEOUT_S = 5
-UPSTREAM_THREADS = 64
-"""Requests to the KBS at one time; more wait, within their time."""
+UPSTREAM_REQUESTS = 64
+"""To the KBS at one time; more wait, within their time."""
+OWN_THREADS = 8
+"""Beside those of the requests, for what must not wait behind a slow KBS: audit log, Evidence, and the look whether it answers."""
 RETRY_AFTER_S = 5.0
 REQUEST_ID = "X-Request-Id"
 
@@ -108,7 +110,8 @@ class Relay:
         self._audit = audit
         self._now = now
         self._report = report
-        self._threads = ThreadPoolExecutor(UPSTREAM_THREADS, "upstream")
+        self._free = asyncio.Semaphore(UPSTREAM_REQUESTS)
+        self._threads = ThreadPoolExecutor(UPSTREAM_REQUESTS + OWN_THREADS, "relay")
         asyncio.get_running_loop().set_default_executor(self._threads)
 
     async def open(self, hello: Hello) -> "_Session":
@@ -235,7 +238,10 @@ class Relay:
             sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
         connection = self._upstream.connection()
         try:
-            answer = await connection.ask(Question(path, sent, body), limit_s, state)
+            async with asyncio.timeout(limit_s), self._free:  # the wait for others counts
+                answer = await connection.ask(Question(path, sent, body), limit_s, state)
+        except TimeoutError:
+            raise BrokerUnreachableError(Unreachable.TIMEOUT) from None
         finally:
             connection.close()
         cookies.update(rcar.merge_cookies(cookies, answer.set_cookies))
