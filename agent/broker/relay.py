@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 import grpc
 
@@ -121,9 +122,9 @@ class Relay:
             UpstreamFailedError: there is none, or it is none that our protocol can carry.
         """
         cookies: dict[str, str] = {}
-        body = rcar.pack_request(rcar.PROTOCOL_VERSION, hello.tee)
+        pack = partial(rcar.pack_request, rcar.PROTOCOL_VERSION, hello.tee)
         try:
-            answer = await self._ask(Exchange.AUTH, f"{rcar.PREFIX}/auth", body, hello.request_id, cookies)
+            answer = await self._ask(Exchange.AUTH, f"{rcar.PREFIX}/auth", pack, hello.request_id, cookies)
             offer = rcar.parse_challenge(answer, _AUTH)
             # refusal: test_a_challenge_without_a_session_is_the_upstreams_failure
             if not rcar.has_session(cookies):
@@ -147,8 +148,8 @@ class Relay:
         """The KBS's token over the Evidence, and its session."""
         try:
             packed = challenge.nonce, sent.tee_pubkey, sent.evidence, sent.init_data or None
-            body = await asyncio.to_thread(rcar.pack_attestation, *packed)
-            answer = await self._ask(Exchange.ATTEST, f"{rcar.PREFIX}/attest", body, hello.request_id, cookies)
+            pack = partial(rcar.pack_attestation, *packed)
+            answer = await self._ask(Exchange.ATTEST, f"{rcar.PREFIX}/attest", pack, hello.request_id, cookies)
             token = rcar.parse_token(answer, _ATTEST)
         except AgentError as error:
             raise self._failed(error) from None
@@ -223,14 +224,15 @@ class Relay:
         self,
         exchange: Exchange,
         path: str,
-        body: bytes | None,
+        pack: Callable[[], bytes] | None,
         request_id: Ident,
         cookies: dict[str, str],
         headers: dict[str, str] | None = None,
     ) -> bytes:
         """The body of a good answer; the cookies are sent, and those that came are added.
 
-        Every request has a connection of its own: most of a stream's time the guest collects, and a KBS closes what is idle.
+        `pack` makes the body when it is this request's turn: up to 2 MiB each are not made for those that wait. Every request
+        has a connection of its own: most of a stream's time the guest collects, and a KBS closes what is idle.
         """
         state, limit_s = _EXCHANGES[exchange]
         sent = {REQUEST_ID: str(request_id), **(headers or {})}
@@ -239,6 +241,7 @@ class Relay:
         connection = self._upstream.connection()
         try:
             async with asyncio.timeout(limit_s), self._free:  # the wait for others counts
+                body = await asyncio.to_thread(pack) if pack else None
                 answer = await connection.ask(Question(path, sent, body), limit_s, state)
         except TimeoutError:
             raise BrokerUnreachableError(Unreachable.TIMEOUT) from None
