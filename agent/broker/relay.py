@@ -66,7 +66,7 @@ LOOK_TIMEOUT_S = 5
 UPSTREAM_REQUESTS = 64
 """To the KBS at one time; more wait, within their time."""
 OWN_THREADS = 8
-"""Beside those of the requests, for what must not wait behind a slow KBS: audit log, Evidence, and the look whether it answers."""
+"""Beside those of the requests, for what must not wait behind a slow KBS: the audit log, and the look whether it answers."""
 RETRY_AFTER_S = 5.0
 REQUEST_ID = "X-Request-Id"
 
