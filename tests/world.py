@@ -44,8 +44,9 @@ DEADLINE_S = 60
 _TINY_SERVER = Path(__file__).with_name("tiny_server.py")
 
 
-_claims: deque[socket.socket] = deque(maxlen=64)
-"""More than one test asks for. The oldest is closed."""
+_MAX_CLAIMS = 64
+"""More than one test asks for."""
+_claims: deque[socket.socket] = deque()
 
 
 def free_port() -> int:
@@ -66,6 +67,8 @@ def free_port() -> int:
             claim.close()
             continue
         _claims.append(claim)
+        if len(_claims) > _MAX_CLAIMS:
+            _claims.popleft().close()
         return port
 
 

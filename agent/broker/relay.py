@@ -250,8 +250,8 @@ class Relay:
         cookies.update(rcar.merge_cookies(cookies, answer.set_cookies))
         if answer.status != 200:
             error, wait_s = rcar.failure_of(exchange, answer, state)
-            if exchange is Exchange.RESOURCE and isinstance(error, KeyReleaseDeniedError):
-                raise error
+            if isinstance(error, KeyReleaseDeniedError):
+                raise error  # final where a policy is asked, and foreign to where none is: `failure_of`
             raise self._failed(error, wait_s)
         return answer.body
 
