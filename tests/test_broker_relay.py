@@ -46,6 +46,7 @@ from agent.evidence.binding import report_data
 from agent.handshake import (
     MAX_INIT_DATA_BYTES,
     MAX_TRUSTEE_TOKEN_BYTES,
+    MIN_CHALLENGE_LIFE_S,
     Accepted,
     Attestation,
     Challenge,
@@ -391,6 +392,15 @@ def test_a_refusal_that_may_pass_is_tried_three_times_and_then_told(site: RelayS
     assert all(wait_s >= 5 for _, wait_s in site.retries)
 
 
+@pytest.mark.parametrize("stage", ["auth", "attest"])
+def test_a_denial_where_no_policy_is_asked_is_foreign_and_no_denial(site: RelaySite, stage: str) -> None:
+    site.kbs.knobs = Knobs(refusals={stage: REFUSALS["policy-deny"]})
+    error = failure(site)
+    assert isinstance(error, BrokerFailureError)
+    assert (error.status, error.reason) == (9, "UPSTREAM_FOREIGN")
+    assert decisions(site) == [("attest", "failed", "UPSTREAM_FOREIGN")]
+
+
 def test_a_key_that_is_not_there_is_told_as_such(site: RelaySite) -> None:
     site.timeout_s = 4
     site.kbs.knobs = Knobs(refusals={"resource": REFUSALS["plugin-internal"]})
@@ -653,7 +663,13 @@ def test_every_refusal_has_a_reason_that_the_guest_reads_back() -> None:
         told = failure_of(TrusteeRefusedError(refusal))
         assert refusal_of(told.reason) is refusal
         assert (told.retry_after_s is not None) == (told.code == 14) == TrusteeRefusedError(refusal).retryable
+        unauthenticated = refusal in (TrusteeRefusal.NO_SESSION, TrusteeRefusal.VERIFICATION)
+        assert told.code in ((16,) if unauthenticated else (9, 14))
     assert refusal_of(Ident("KEY_STORE_IO")) is refusal_of(Ident("TRUSTEE_")) is refusal_of(Ident("TRUSTEE_x")) is None
+
+
+def test_no_challenge_outlives_the_session_that_it_is_of() -> None:
+    assert MIN_CHALLENGE_LIFE_S <= CHALLENGE_LIFE_S < rcar.SESSION_LIFE_S
 
 
 def test_every_way_not_to_reach_the_upstream_asks_to_come_back() -> None:
