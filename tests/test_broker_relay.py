@@ -245,6 +245,19 @@ def test_cookies_that_come_with_the_token_take_the_place_of_those_before(site: R
     assert [asked.headers.get("cookie") for asked in kbs.asked] == [None, "kbs-session-id=1; first=f; lb=a"]
 
 
+def test_what_the_kbs_took_sample_evidence_for_is_recorded_as_simulated(site: RelaySite) -> None:
+    """Our wire carries none of a CPU; a KBS may have been given some of a device, or appraise what it should not."""
+
+    async def scene() -> None:
+        async with hostile_kbs.served(hostile_kbs.Kbs()) as url:
+            site.upstream = Upstream(url, pem(hostile_kbs.CA).decode(), hostile_kbs.NAME)
+            async with site.running():
+                await raw_attest(site)
+
+    asyncio.run(scene())
+    assert [line["simulated"] for line in site.audit()] == [True]
+
+
 def test_a_second_hello_opens_another_session(site: RelaySite) -> None:
     async def scene() -> list[Challenge]:
         async with site.channel() as channel:
