@@ -462,10 +462,13 @@ def test_a_challenge_without_a_session_is_the_upstreams_failure(site: RelaySite)
     assert isinstance(error, BrokerFailureError) and error.reason == "UPSTREAM_MALFORMED"
 
 
-def test_a_sealed_key_above_the_bound_is_the_upstreams_failure(site: RelaySite) -> None:
+def test_a_sealed_key_above_the_bound_or_of_no_bytes_is_the_upstreams_failure(site: RelaySite) -> None:
     site.kbs.register_resource(URI.removeprefix("kbs:///"), bytes(8 << 10))
     error = failure(site)
     assert isinstance(error, BrokerFailureError) and error.reason == "UPSTREAM_OVERSIZED"
+    site.kbs.knobs = Knobs(faults={"resource": Fault.EMPTY})
+    error = failure(site)
+    assert isinstance(error, BrokerFailureError) and error.reason == "UPSTREAM_MALFORMED"
 
 
 # --- outages ------------------------------------------------------------------------------------------------------------
@@ -565,6 +568,8 @@ def test_a_kbs_that_is_down_or_somebody_else_is_not_reachable_and_one_that_is_to
 
     site.kbs.knobs = Knobs(faults={"": Fault.NOT_JSON})
     assert played(site, scene)
+    site.kbs.knobs = Knobs(faults={"": Fault.SERVER_ERROR})
+    assert not played(site, scene)
     site.upstream = Upstream("https://127.0.0.1:1", pem(CA).decode(), UPSTREAM_NAME)
     assert not played(site, scene)
     site.upstream = Upstream(site.kbs.url, pem(CA).decode(), "another.test")

@@ -211,9 +211,9 @@ class Relay:
         path = rcar.resource_path(request.key_uri)
         try:
             jwe = await self._ask(Exchange.RESOURCE, path, None, request.request_id, cookies, headers)
-            # refusal: test_a_sealed_key_above_the_bound_is_the_upstreams_failure
+            # refusal: test_a_sealed_key_above_the_bound_or_of_no_bytes_is_the_upstreams_failure
             if not 0 < len(jwe) <= MAX_JWE_BYTES:
-                raise RemoteProtocolError(ProtocolProblem.OVERSIZED, _RESOURCE)
+                raise RemoteProtocolError(ProtocolProblem.OVERSIZED if jwe else ProtocolProblem.MALFORMED, _RESOURCE)
         except KeyReleaseDeniedError:
             raise
         except AgentError as error:
