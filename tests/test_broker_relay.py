@@ -33,6 +33,7 @@ from agent.errors import (
     EvidencePrecheckError,
     IdentityProblem,
     KeyReleaseDeniedError,
+    KeyUnwrapError,
     Owner,
     RemoteProtocolError,
     TokenCheck,
@@ -63,7 +64,7 @@ from agent.jose import pack_b64
 from agent.keys import open_jwe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee
-from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, Knobs, TokenFault
+from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, JweFault, Knobs, TokenFault
 from tests import hostile_kbs
 from tests.hostile_broker import claims_of
 from tests.hostile_kbs import says
@@ -352,6 +353,11 @@ def test_a_token_that_is_wrong_is_passed_on_and_the_guest_refuses_it(
     assert isinstance(error, TokenError) and error.check is check
 
 
+def test_a_sealed_key_that_nobody_could_open_is_found_before_the_gate(site: RelaySite) -> None:
+    site.kbs.knobs = Knobs(jwe_fault=JweFault.UNKNOWN_ALG)
+    assert isinstance(failure(site), KeyUnwrapError)
+
+
 def test_evidence_that_trustee_would_refuse_is_found_by_the_guest_before_it_is_sent(site: RelaySite) -> None:
     site.machine.policy |= 1 << 19  # debug
     assert isinstance(failure(site), EvidencePrecheckError)
@@ -629,7 +635,6 @@ def test_a_token_of_another_guest_opens_nothing_for_this_one(site: RelaySite) ->
             answer = await channel.unary_unary(wire.RELEASE_KEY_METHOD)(wire.pack_key_request(request))
         return wire.parse_key_response(answer, STATE, site.relay.tokens).jwe
 
-    from agent.errors import KeyUnwrapError
     from agent.keys import EphemeralKey
 
     jwe = played(site, scene)
