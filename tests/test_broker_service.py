@@ -566,8 +566,6 @@ def asks_to_come_back(failure: Failure) -> bool:
 
 
 def test_guests_that_said_hello_and_no_more_stop_nobody(site: Site) -> None:
-    site.limits = Limits(slots=1)
-
     async def scene() -> Any:
         async with site.channel() as channel:
             held = [RawStream(channel) for _ in range(4)]
@@ -576,22 +574,6 @@ def test_guests_that_said_hello_and_no_more_stop_nobody(site: Site) -> None:
             return await site.boot()
 
     assert played(site, scene)
-
-
-def test_a_broker_without_a_free_slot_asks_guests_to_come_back_and_records_it(site: Site) -> None:
-    verdict, _ = played(site, site.attest)
-    site.limits = Limits(slots=0)
-
-    def answer(challenge: Challenge | None) -> Attestation:
-        assert challenge is not None
-        return attestation(site, challenge.nonce)
-
-    assert asks_to_come_back(broken_off(site, lambda _: HELLO, answer))
-    assert asks_to_come_back(played(site, lambda: ask(site, verdict.token)))
-    _, attest, release = site.audit()
-    both = {"decision": "failed", "reason": "OVERLOADED", "key_id": URI}
-    assert attest.items() >= (both | {"step": "attest", "request_id": "boot-1", "tee": "snp"}).items()
-    assert release.items() >= (both | {"step": "release", "request_id": "boot-2", "tee": None}).items()
 
 
 @pytest.mark.parametrize("limits", [Limits(open_calls=1), Limits(open_calls_of_host=1)])
@@ -613,7 +595,7 @@ def test_one_open_call_too_many_is_turned_away_on_any_connection_until_another_e
 
 
 def test_a_call_that_fails_is_not_open_any_more(site: Site) -> None:
-    site.limits = Limits(slots=1, open_calls=1)
+    site.limits = Limits(open_calls=1)
 
     async def scene() -> list[str]:
         async with site.channel() as channel:

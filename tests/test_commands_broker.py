@@ -326,7 +326,9 @@ def test_an_upstream_without_tls_or_with_a_path_is_refused(relay: RelaySite, url
 
 def test_an_upstream_ca_that_is_none_is_refused(relay: RelaySite, tmp_path: Path) -> None:
     (tmp_path / "no.pem").write_text("-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-    assert refused(relay_arguments(relay, upstream_ca=str(tmp_path / "no.pem")))[0] == "upstream-ca"
+    (tmp_path / "empty.pem").write_text("")
+    for name in ("no.pem", "empty.pem"):
+        assert refused(relay_arguments(relay, upstream_ca=str(tmp_path / name)))[0] == "upstream-ca"
     assert refused(relay_arguments(relay, upstream_ca=str(tmp_path / "absent.pem")))[0] == "upstream-ca"
 
 

@@ -2,7 +2,6 @@
 
 import http.client
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -11,15 +10,9 @@ from pathlib import Path
 import pytest
 
 from agent.demo import minilm
+from tests.world import free_port
 
 LAUNCHER = [sys.executable, "-I", "-m", "agent.demo.llama_server"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until_healthy(port: int, server: subprocess.Popen[bytes]) -> None:

@@ -8,12 +8,14 @@ import hashlib
 import http.client
 import json
 import os
+import random
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import time
+from collections import deque
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,10 +44,31 @@ DEADLINE_S = 60
 _TINY_SERVER = Path(__file__).with_name("tiny_server.py")
 
 
+_MAX_CLAIMS = 64
+"""More than one test asks for."""
+_claims: deque[socket.socket] = deque()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
+    """A port of 127.0.0.1 that stays free until somebody listens there who was told its number.
+
+    Not one that the kernel picks: it would give that to the next connection, or the next server on port 0, of any test beside
+    this one. And the number is claimed on 127.0.0.2, so that no other test process chooses it.
+    """
+    first_picked = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(10_000, max(first_picked, 20_000))
+        claim = socket.socket()
+        try:
+            claim.bind(("127.0.0.2", port))
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        if len(_claims) > _MAX_CLAIMS:
+            _claims.popleft().close()
         return port
 
 

@@ -18,6 +18,8 @@ from agent.handshake.grpc_status import Failure
 
 CHALLENGE_LIFE_S = 300
 VERIFIER_THREADS = 4
+RELEASE_THREADS = 2
+"""Beside those: who has a verdict waits 30 s for its key, and not behind a thousand guests that want a verdict."""
 
 _Result = TypeVar("_Result")
 
@@ -75,25 +77,28 @@ class AuthorityDesk:
 
     def __init__(self, authority: Authority) -> None:
         self._authority = authority
-        self._threads = ThreadPoolExecutor(VERIFIER_THREADS, "verifier")
+        self._verifiers = ThreadPoolExecutor(VERIFIER_THREADS, "verifier")
+        self._releases = ThreadPoolExecutor(RELEASE_THREADS, "release")
 
     async def open(self, hello: Hello) -> "_OwnNonce":
         return _OwnNonce(self, hello)
 
     async def attest(self, hello: Hello, attestation: Attestation, nonce: Nonce) -> Accepted | Denied:
-        return await self._in_thread(self._authority.attest, hello, attestation, nonce)
+        return await _in_thread(self._verifiers, self._authority.attest, hello, attestation, nonce)
 
     async def release(self, request: KeyRequest) -> KeyResponse:
-        return await self._in_thread(self._authority.release, request)
+        return await _in_thread(self._releases, self._authority.release, request)
 
     async def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
-        await self._in_thread(self._authority.record_failure, asked, reason)
+        await _in_thread(self._releases, self._authority.record_failure, asked, reason)
 
     def close(self) -> None:
-        self._threads.shutdown()
+        self._verifiers.shutdown()
+        self._releases.shutdown()
 
-    async def _in_thread(self, work: Callable[..., _Result], *args: object) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+
+async def _in_thread(threads: ThreadPoolExecutor, work: Callable[..., _Result], *args: object) -> _Result:
+    return await asyncio.get_running_loop().run_in_executor(threads, work, *args)
 
 
 class _OwnNonce:

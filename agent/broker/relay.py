@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from functools import partial
 
 import grpc
 
@@ -62,8 +63,10 @@ AUTH_TIMEOUT_S = 12
 ATTEST_TIMEOUT_S = 50
 RESOURCE_TIMEOUT_S = 25
 LOOK_TIMEOUT_S = 5
-UPSTREAM_THREADS = 64
-"""Requests to the KBS at one time; more wait, within their time."""
+UPSTREAM_REQUESTS = 64
+"""To the KBS at one time; more wait, within their time."""
+OWN_THREADS = 8
+"""Beside those of the requests, for what must not wait behind a slow KBS: the audit log, and the look whether it answers."""
 RETRY_AFTER_S = 5.0
 REQUEST_ID = "X-Request-Id"
 
@@ -108,7 +111,8 @@ class Relay:
         self._audit = audit
         self._now = now
         self._report = report
-        self._threads = ThreadPoolExecutor(UPSTREAM_THREADS, "upstream")
+        self._free = asyncio.Semaphore(UPSTREAM_REQUESTS)
+        self._threads = ThreadPoolExecutor(UPSTREAM_REQUESTS + OWN_THREADS, "relay")
         asyncio.get_running_loop().set_default_executor(self._threads)
 
     async def open(self, hello: Hello) -> "_Session":
@@ -118,9 +122,9 @@ class Relay:
             UpstreamFailedError: there is none, or it is none that our protocol can carry.
         """
         cookies: dict[str, str] = {}
-        body = rcar.pack_request(rcar.PROTOCOL_VERSION, hello.tee)
+        pack = partial(rcar.pack_request, rcar.PROTOCOL_VERSION, hello.tee)
         try:
-            answer = await self._ask(Exchange.AUTH, f"{rcar.PREFIX}/auth", body, hello.request_id, cookies)
+            answer = await self._ask(Exchange.AUTH, f"{rcar.PREFIX}/auth", pack, hello.request_id, cookies)
             offer = rcar.parse_challenge(answer, _AUTH)
             # refusal: test_a_challenge_without_a_session_is_the_upstreams_failure
             if not rcar.has_session(cookies):
@@ -144,8 +148,8 @@ class Relay:
         """The KBS's token over the Evidence, and its session."""
         try:
             packed = challenge.nonce, sent.tee_pubkey, sent.evidence, sent.init_data or None
-            body = await asyncio.to_thread(rcar.pack_attestation, *packed)
-            answer = await self._ask(Exchange.ATTEST, f"{rcar.PREFIX}/attest", body, hello.request_id, cookies)
+            pack = partial(rcar.pack_attestation, *packed)
+            answer = await self._ask(Exchange.ATTEST, f"{rcar.PREFIX}/attest", pack, hello.request_id, cookies)
             token = rcar.parse_token(answer, _ATTEST)
         except AgentError as error:
             raise self._failed(error) from None
@@ -207,9 +211,9 @@ class Relay:
         path = rcar.resource_path(request.key_uri)
         try:
             jwe = await self._ask(Exchange.RESOURCE, path, None, request.request_id, cookies, headers)
-            # refusal: test_a_sealed_key_above_the_bound_is_the_upstreams_failure
+            # refusal: test_a_sealed_key_above_the_bound_or_of_no_bytes_is_the_upstreams_failure
             if not 0 < len(jwe) <= MAX_JWE_BYTES:
-                raise RemoteProtocolError(ProtocolProblem.OVERSIZED, _RESOURCE)
+                raise RemoteProtocolError(ProtocolProblem.OVERSIZED if jwe else ProtocolProblem.MALFORMED, _RESOURCE)
         except KeyReleaseDeniedError:
             raise
         except AgentError as error:
@@ -220,14 +224,15 @@ class Relay:
         self,
         exchange: Exchange,
         path: str,
-        body: bytes | None,
+        pack: Callable[[], bytes] | None,
         request_id: Ident,
         cookies: dict[str, str],
         headers: dict[str, str] | None = None,
     ) -> bytes:
         """The body of a good answer; the cookies are sent, and those that came are added.
 
-        Every request has a connection of its own: most of a stream's time the guest collects, and a KBS closes what is idle.
+        `pack` makes the body when it is this request's turn: up to 2 MiB each are not made for those that wait. Every request
+        has a connection of its own: most of a stream's time the guest collects, and a KBS closes what is idle.
         """
         state, limit_s = _EXCHANGES[exchange]
         sent = {REQUEST_ID: str(request_id), **(headers or {})}
@@ -235,14 +240,18 @@ class Relay:
             sent["Cookie"] = "; ".join(f"{name}={value}" for name, value in cookies.items())
         connection = self._upstream.connection()
         try:
-            answer = await connection.ask(Question(path, sent, body), limit_s, state)
+            async with asyncio.timeout(limit_s), self._free:  # the wait for others counts
+                body = await asyncio.to_thread(pack) if pack else None
+                answer = await connection.ask(Question(path, sent, body), limit_s, state)
+        except TimeoutError:
+            raise BrokerUnreachableError(Unreachable.TIMEOUT) from None
         finally:
             connection.close()
         cookies.update(rcar.merge_cookies(cookies, answer.set_cookies))
         if answer.status != 200:
             error, wait_s = rcar.failure_of(exchange, answer, state)
-            if exchange is Exchange.RESOURCE and isinstance(error, KeyReleaseDeniedError):
-                raise error
+            if isinstance(error, KeyReleaseDeniedError):
+                raise error  # final where a policy is asked, and foreign to where none is: `failure_of`
             raise self._failed(error, wait_s)
         return answer.body
 

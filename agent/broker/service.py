@@ -3,8 +3,8 @@
 A nonce is drawn for a Challenge, lives in the coroutine of its stream and nowhere else, and is gone with the first
 Attestation, the next Hello or the end of the stream: so it is used once, only here, and any number of brokers can share an
 address. Anybody may open a stream and say Hello, so a guest that is waited for holds nothing scarce: open calls are counted,
-together and for each host, and a slot is taken only while Evidence is judged or a key is fetched. Bytes become messages in
-`agent/handshake/grpc_wire.py`; gRPC's own (de)serialisers are not used.
+together and for each host. Whoever has come with Evidence is judged and not sent away, as collecting it again costs the guest
+more than the wait. Bytes become messages in `agent/handshake/grpc_wire.py`; gRPC's own (de)serialisers are not used.
 """
 
 import asyncio
@@ -14,7 +14,7 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
@@ -67,15 +67,15 @@ class Limits:
     """What guests may cost together. Over a number, they are asked to come back later.
 
     Attributes:
-        slots: attestations and key requests that are judged at one time.
-        open_calls: calls that are open at one time, most of them waiting for their guest.
+        open_calls: calls that are open at one time, most of them waiting for their guest, or for the guests before it: two
+            cores judge so many guests of eight GPUs within half of `verdict_timeout_s` (32 ms each, `scripts/load`). The
+            memory they can take is gRPC's, 1 MiB each, whether or not they are judged at one time.
         open_calls_of_host: of those, from one IPv4 address or IPv6 /64; guests behind one address share it.
         hello_timeout_s: a stream that says nothing is not kept.
         attestation_timeout_s: from a Hello on; longer than the Challenge lives, so that a slow guest can ask for another.
         verdict_timeout_s: from the Attestation on.
     """
 
-    slots: int = 256
     open_calls: int = 1024
     open_calls_of_host: int = 128
     hello_timeout_s: float = 10
@@ -110,7 +110,6 @@ class BrokerServer:
         self._report = report
         self._monotonic = monotonic
         self._limits = limits
-        self._slots_taken = 0
         self._open_calls: Counter[str] = Counter()  # by host
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs do not know it
         self._server = grpc.aio.server(options=_OPTIONS)
@@ -184,9 +183,7 @@ class BrokerServer:
                 if self._monotonic() >= expires_at:
                     raise _broker_failure(grpc.StatusCode.FAILED_PRECONDITION, "NONCE_EXPIRED")
                 patience.reschedule(asyncio.get_running_loop().time() + self._limits.verdict_timeout_s)
-                with self._slot():
-                    verdict = await opened.attest(message)
-                return await stream.write(verdict)
+                return await stream.write(await opened.attest(message))
         raise _broker_failure(grpc.StatusCode.RESOURCE_EXHAUSTED, "TOO_MANY_HELLOS")
 
     async def _fail(self, stream: "_AttestStream", error: _Failed) -> None:
@@ -203,9 +200,8 @@ class BrokerServer:
             recorded = False
             try:
                 request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"), self._desk.tokens)
-                with self._slot():
-                    recorded = True  # what the desk refuses, it records
-                    return grpc_wire.pack_key_response(await self._desk.release(request))
+                recorded = True  # what the desk refuses, it records
+                return grpc_wire.pack_key_response(await self._desk.release(request))
             except (AgentError, UpstreamFailedError) as error:
                 failure: _Failed = error
             except Exception as error:  # noqa: BLE001  # as above
@@ -230,17 +226,6 @@ class BrokerServer:
         finally:
             self._open_calls[host] -= 1
             self._open_calls += Counter()  # forgets hosts at zero
-
-    @contextlib.contextmanager
-    def _slot(self) -> Iterator[None]:
-        # refusal: test_a_broker_without_a_free_slot_asks_guests_to_come_back_and_records_it
-        if self._slots_taken >= self._limits.slots:
-            raise _overloaded()
-        self._slots_taken += 1
-        try:
-            yield
-        finally:
-            self._slots_taken -= 1
 
     async def _recorded(self, error: _Failed, asked: Hello | KeyRequest | None) -> _Failed:
         """The failure that the guest is told: this one, or that it could not be recorded."""

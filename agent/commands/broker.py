@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from agent import http_policy
 from agent.closed import Ident
-from agent.errors import AgentError, ConfigError, ConfigProblem
+from agent.errors import AgentError, ArtifactUnavailableError, ConfigError, ConfigProblem
 from agent.events import message_to_record
 
 if TYPE_CHECKING:
@@ -241,8 +242,8 @@ def _load_upstream(url: str, ca: str, server_name: str | None) -> "Upstream":
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("upstream")) from error
     try:
         ca_pem = _read(ca, "upstream-ca").decode("ascii")
-        ssl.create_default_context(cadata=ca_pem)  # names the mistake before there is a connection
-    except (ValueError, ssl.SSLError) as error:
+        http_policy.tls_context(ca_pem)  # names the mistake before there is a connection
+    except (ValueError, ArtifactUnavailableError) as error:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("upstream-ca")) from error
     assert address.hostname is not None, "the pattern has one"
     return Upstream(url.rstrip("/"), ca_pem, server_name or address.hostname)
