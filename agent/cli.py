@@ -26,6 +26,7 @@ VERBS = {
     "explain": "what failed, who must act and what to check: of an error, an exit status, a token, an event, a status",
     "config": "check, explain or print an example of the configuration",
     "initdata": "what a guest with an initdata document is launched with, and the document itself",
+    "lint": "check the manifests of a pod: what a boot in a Kata guest needs of them, one finding each",
     "seal": "encrypt a model folder into a sealed model (OCI image layout, or a registry)",
     "push": "copy sealed models and their signatures from an OCI image layout to a registry",
     "policy": "what a broker or Trustee must be told to release a key to an image, a configuration and a model",

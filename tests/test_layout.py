@@ -12,6 +12,7 @@ ELSEWHERE = {
     "artifact.sources.http": "test_artifact_sources",
     "artifact.sources.access": "test_artifact_sources_s3",
     "artifact.sources.web": "test_artifact_sources",  # its three users
+    "commands.lint_findings": "test_commands_lint_rules",
     "sim.fuse": "test_sim_configfs",  # its one file system
     "artifact.sources.layout": "test_artifact_signature",
     **dict.fromkeys(("sim.trustee_as", "sim.trustee_knobs", "sim.trustee_sessions"), "test_sim_trustee"),
@@ -22,6 +23,7 @@ WHOLE = {
     "test_coco_with_trustee",
     "test_boot_firmware",
     "test_boot_trustee",
+    "test_deploy",
     "test_devices",
     "test_fuzz",
     "test_heavy_servers",

@@ -174,7 +174,7 @@ def read_device(path: Path) -> bytes | None:
         return None
     if len(compressed) < length:
         raise InitdataError(DEVICE, InitdataProblem.LENGTH)
-    return _gunzip(compressed)
+    return unpack_gzip(compressed)
 
 
 def pack_device(document: bytes) -> bytes:
@@ -204,8 +204,16 @@ def pack_gzip(document: bytes) -> bytes:
     return compressed
 
 
-def _gunzip(compressed: bytes) -> bytes:
+def unpack_gzip(compressed: bytes) -> bytes:
+    """The document of one whole gzip member: at most 4 MiB.
+
+    Raises:
+        InitdataError: there is none.
+    """
     import zlib
+
+    if len(compressed) > MAX_GZIP_BYTES:
+        raise InitdataError(DEVICE, InitdataProblem.LENGTH)
 
     stream = zlib.decompressobj(wbits=_GZIP)
     try:

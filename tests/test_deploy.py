@@ -1,0 +1,85 @@
+"""The manifests of deploy/ as a whole; `scripts/validate` renders them and holds them against the schemas of Kubernetes."""
+
+import base64
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent import config
+from agent.cli import main
+from agent.commands.initdata import ANNOTATION
+from agent.commands.manifests import Setting, parse_documents, pods
+from agent.config_source import from_initdata_file
+from agent.guest.initdata import unpack_gzip
+
+DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
+BASES = ("entrypoint", "entrypoint-gpu", "load", "load-gpu")
+RENDERED = sorted((DEPLOY / "rendered").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_document_and_annotation_are_made_from_the_configuration(
+    base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = DEPLOY / "base" / base
+    out = tmp_path / "initdata.toml"
+    assert main(["initdata", "--config", str(folder / "keyturn.toml"), "--out", str(out), "--json"]) == 0
+    annotation = json.loads(capsys.readouterr().out)["annotation"]
+    assert out.read_bytes() == (folder / "initdata.toml").read_bytes()
+    (patch,) = parse_documents((folder / "annotation.yaml").read_bytes())
+    assert patch.at("spec", "template", "metadata", "annotations").value == {annotation["name"]: annotation["value"]}
+    cfg = config.parse(from_initdata_file(str(out)).data).config
+    assert (cfg.tee.attester, cfg.gpu.count > 0, cfg.server is None) == ("coco", base.endswith("-gpu"), base.startswith("load"))
+
+
+def test_there_is_a_rendering_of_every_overlay() -> None:
+    overlays = {path.name for path in (DEPLOY / "overlays").iterdir()} | {"broker", "broker-relay"}
+    assert {path.stem for path in RENDERED} == overlays
+    classes = {"snp", "tdx", "coco-dev", "nvidia-gpu-snp", "nvidia-gpu-tdx"}
+    assert overlays == {f"{mode}-{name}" for mode in ("entrypoint", "load") for name in classes} | {"broker", "broker-relay"}
+
+
+@pytest.mark.parametrize("file", RENDERED, ids=lambda path: path.stem)
+def test_the_rendering_brings_the_guest_the_document_of_its_annotation(file: Path) -> None:
+    documents = parse_documents(file.read_bytes())
+    (pod,) = pods(documents)
+    name = pod.spec.at("runtimeClassName").text
+    if name is None:
+        assert file.stem.startswith("broker")
+        return
+    assert file.stem.endswith(name.removeprefix("kata-qemu-"))
+    (config_map,) = [document for document in documents if document.at("kind").text == "ConfigMap"]
+    annotation = pod.metadata.at("annotations", ANNOTATION).text or ""
+    assert unpack_gzip(base64.b64decode(annotation)).decode() == config_map.at("data", "initdata.toml").text
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here; scripts/validate brings one")
+@pytest.mark.parametrize("file", RENDERED, ids=lambda path: path.stem)
+def test_kubectl_renders_what_is_committed(file: Path) -> None:
+    folder = DEPLOY / "overlays" / file.stem if (DEPLOY / "overlays" / file.stem).exists() else DEPLOY / file.stem
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True)
+    assert [setting.value for setting in parse_documents(done.stdout.encode())] == [
+        setting.value for setting in parse_documents(file.read_bytes())
+    ]
+
+
+def rows() -> list[tuple[str, str, str]]:
+    """The table of promises: manifest, setting, value."""
+    text = (DEPLOY / "README.md").read_text()
+    return re.findall(r"^\| [^|]+ \| `([a-z-]+)` `([^`]+)` = `([^`]+)` \|", text, re.MULTILINE)
+
+
+def test_the_table_of_promises_names_settings_that_are_there() -> None:
+    found = rows()
+    assert len(found) >= 15
+    for manifest, path, value in found:
+        (pod,) = pods(parse_documents((DEPLOY / "rendered" / f"{manifest}.yaml").read_bytes()))
+        here = Setting({"metadata": pod.metadata.value, "spec": pod.spec.value})
+        for word in re.findall(r'\["([^"]+)"\]|\[([0-9]+)\]|([A-Za-z]+)', path):
+            here = here.items()[int(word[1])] if word[1] else here.at(word[0] or word[2])
+        said = here.value if isinstance(here.value, str) else json.dumps(here.value)
+        assert re.fullmatch(re.escape(value).replace("…", ".*"), str(said)), path
