@@ -3,6 +3,7 @@
 import base64
 import copy
 import gzip
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from agent.closed import Ident
 from agent.commands.initdata import ANNOTATION
 from agent.commands.lint_findings import OWNER, Finding, Rule
-from agent.commands.lint_rules import lint_pod
+from agent.commands.lint_rules import KERNEL_PARAMETERS, lint_pod
 from agent.commands.manifests import Setting, parse_documents, pods
 from agent.errors import ConfigProblem, InitdataProblem, Owner
 from agent.guest.initdata import pack_document, pack_gzip, parse_initdata, unpack_gzip
@@ -20,17 +21,24 @@ RENDERED = Path(__file__).resolve().parents[1] / "deploy" / "rendered"
 POD = "spec.template.spec"
 RUN = LOADED = f"{POD}.containers[0]"
 LOAD = f"{POD}.initContainers[0]"
-ANNOTATED = f"spec.template.metadata.annotations[{ANNOTATION!r}]".replace("'", '"')
+ANNOTATED = f'spec.template.metadata.annotations["{ANNOTATION}"]'
+PARAMETERS = f'spec.template.metadata.annotations["{KERNEL_PARAMETERS}"]'
+TILDE = KERNEL_PARAMETERS.replace(".", "~")
+"""A key with dots, for `change`."""
 GIB = 1 << 30
 GONE = object()
 
 type_of_objects = dict[str, Any]
 
 
+@cache
+def parsed(name: str) -> list[Setting]:
+    return parse_documents((RENDERED / f"{name}.yaml").read_bytes())
+
+
 def load(name: str) -> type_of_objects:
     """The objects of a rendered file by kind."""
-    documents = parse_documents((RENDERED / f"{name}.yaml").read_bytes())
-    return {str(document.at("kind").text): copy.deepcopy(document.value) for document in documents}
+    return {str(document.at("kind").text): copy.deepcopy(document.value) for document in parsed(name)}
 
 
 def lint(objects: type_of_objects, model_bytes: int | None = None) -> set[tuple[str, str]]:
@@ -90,9 +98,11 @@ MUTATIONS: list[tuple[Any, ...]] = [
             (f"{POD}.runtimeClassName", GONE, "runtime-class"),
             (f"{POD}.runtimeClassName", "runc", "runtime-class"),
             (f"{POD}.runtimeClassName", "kata-qemu-snp-debug", "runtime-class"),
-            (f"{POD}.runtimeClassName", "kata-qemu-nvidia-gpu", "runtime-class"),
+            (f"{POD}.runtimeClassName", "kata-qemu-snp-devkit", "runtime-class"),
             (f"{POD}.runtimeClassName", 1, "runtime-class"),
             (f"{POD}.runtimeClassName", "kata-qemu-coco-dev-runtime-rs", "no-tee"),
+            (f"spec.template.metadata.annotations.{TILDE}", GONE, "rest-api", PARAMETERS),
+            (f"spec.template.metadata.annotations.{TILDE}", "agent.log=debug", "rest-api", PARAMETERS),
             (f"{POD}.containers[0].image", "registry.example.com/vllm:latest", "image-digest"),
             (f"{POD}.containers[0].image", "vllm@sha256:00", "image-digest"),
             (f"{POD}.containers[0].image", GONE, "image-digest"),
@@ -128,7 +138,8 @@ MUTATIONS: list[tuple[Any, ...]] = [
     (ENTRYPOINT, f"{RUN}.startupProbe.failureThreshold", 149, "startup-window"),
     (ENTRYPOINT, f"{RUN}.startupProbe.failureThreshold", GONE, "startup-window"),
     (ENTRYPOINT, f"{RUN}.startupProbe.periodSeconds", 1, "startup-window", f"{RUN}.startupProbe.failureThreshold"),
-    (GPU, f"{POD}.runtimeClassName", "kata-qemu-tdx", "gpu-class"),
+    (GPU, f"spec.template.metadata.annotations.{TILDE}", "x", "kernel-parameters", PARAMETERS),
+    (GPU, f"{POD}.runtimeClassName", "kata-qemu-nvidia-gpu", "runtime-class"),
     (GPU, f"{RUN}.resources.limits.nvidia~com/pgpu", GONE, "gpu-limit"),
     (GPU, f"{RUN}.resources.limits.nvidia~com/pgpu", "2", "gpu-limit"),
     (GPU, f"{RUN}.volumeMounts[0]", GONE, "kernel-log", f"{RUN}.volumeMounts"),
@@ -163,7 +174,6 @@ MUTATIONS: list[tuple[Any, ...]] = [
     (LOADER_GPU, f"{LOAD}.resources.limits.nvidia~com/pgpu", GONE, "gpu-limit"),
     (LOADER_GPU, f"{LOADED}.resources.limits.nvidia~com/pgpu", GONE, "gpu-limit"),
     (LOADER_GPU, f"{LOAD}.volumeMounts[0]", GONE, "kernel-log", f"{LOAD}.volumeMounts"),
-    (LOADER_GPU, f"{POD}.runtimeClassName", "kata-qemu-snp", "gpu-class"),
     (BROKER, f"{RUN}.image", "keyturn-broker:1", "image-digest"),
     (BROKER, f"{RUN}.readinessProbe", GONE, "probe"),
     (BROKER, f"{RUN}.livenessProbe", {"grpc": {"port": 8443}}, "probe-grpc", f"{RUN}.livenessProbe.grpc"),
@@ -318,15 +328,20 @@ def test_a_given_folder_has_half_of_the_guest() -> None:
 
 
 def test_the_classes_of_both_runtimes_are_known() -> None:
-    for name in (
-        "kata-qemu-snp",
-        "kata-qemu-tdx-runtime-rs",
-        "kata-qemu-nvidia-gpu-snp",
-        "kata-qemu-nvidia-gpu-tdx-runtime-rs",
+    for manifest, names in (
+        (ENTRYPOINT, ("kata-qemu-tdx", "kata-qemu-snp-runtime-rs", "kata-qemu-tdx-runtime-rs")),
+        (GPU, ("kata-qemu-nvidia-gpu-snp", "kata-qemu-nvidia-gpu-snp-runtime-rs", "kata-qemu-nvidia-gpu-tdx-runtime-rs")),
     ):
-        objects = load(ENTRYPOINT)
-        change(objects, f"{POD}.runtimeClassName", name)
-        assert lint(objects) == set()
+        for name in names:
+            objects = load(manifest)
+            change(objects, f"{POD}.runtimeClassName", name)
+            assert lint(objects) == set()
+
+
+def test_a_class_without_gpus_has_none_and_takes_parameters() -> None:
+    objects = load(LOADER_GPU)
+    change(objects, f"{POD}.runtimeClassName", "kata-qemu-snp")
+    assert lint(objects) == {(f"{POD}.runtimeClassName", "gpu-class"), (PARAMETERS, "rest-api")}
 
 
 def test_every_rule_is_reached_by_a_test_here_or_of_the_command() -> None:
@@ -347,7 +362,8 @@ def maps_in(value: object) -> list[tuple[type_of_objects, str]]:
 @pytest.mark.parametrize("name", [ENTRYPOINT, LOADER_GPU, BROKER])
 def test_no_hole_in_a_manifest_makes_the_check_fail(name: str) -> None:
     for index in range(len(maps_in(load(name)))):
-        for hole in (None, [], {}, "", -1):
+        holes: tuple[object, ...] = (None, [], {}, "", -1)
+        for hole in holes:
             objects = load(name)
             holder, key = maps_in(objects)[index]
             holder[key] = hole

@@ -47,6 +47,19 @@ class Rule(enum.Enum):
         "the configuration names an attester that a guest of this RuntimeClass does not have",
         'set tee.attester = "coco"',
     )
+    REST_API = (
+        "rest-api",
+        (
+            "CoCo's components in the guest answer no request for evidence: they serve resources alone until the guest's "
+            "kernel is told otherwise"
+        ),
+        "set this annotation to agent.guest_components_rest_api=all; it is measured",
+    )
+    KERNEL_PARAMETERS = (
+        "kernel-parameters",
+        "the NVIDIA classes take no kernel parameter from a pod, and refuse one that brings any",
+        "leave it out, and put agent.guest_components_rest_api=all into the configuration of the class",
+    )
     IMAGE = (
         "image-digest",
         "the image is not pinned by digest: the registry decides what runs",

@@ -19,6 +19,8 @@ from agent.config_source import ENTRY, INITDATA_FILE
 from agent.errors import AgentError, ConfigError, InitdataError
 from agent.guest.initdata import Initdata, parse_initdata, unpack_gzip
 
+KERNEL_PARAMETERS = "io.katacontainers.config.hypervisor.kernel_params"
+REST_API = "agent.guest_components_rest_api=all"
 GPU_RESOURCE = "nvidia.com/pgpu"
 KERNEL_LOG = "/dev/kmsg"
 GRACE_S = 90
@@ -144,6 +146,13 @@ def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_byte
         yield name, Rule.GPU_CLASS
     if cfg is not None and (cfg.tee.attester not in ("coco", known[1] if known else "coco")):
         yield pod.metadata.at("annotations", ANNOTATION), Rule.ATTESTER
+
+    parameters = pod.metadata.at("annotations", KERNEL_PARAMETERS)
+    if "nvidia-gpu" in (name.text or ""):
+        if parameters.value is not None:
+            yield parameters, Rule.KERNEL_PARAMETERS
+    elif cfg is not None and cfg.tee.through_coco and REST_API not in (parameters.text or "").split():
+        yield parameters, Rule.REST_API
 
     agents = [container for container in pod.containers if container.verb in ("run", "load")]
     if not agents:

@@ -17,7 +17,7 @@ import yaml
 
 MAX_DEPTH = 64
 MAX_DOCUMENTS = 256
-MAX_EVENTS = 100_000
+MAX_EVENTS = 20_000
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _QUANTITY = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)(Ki|Mi|Gi|Ti|Pi|Ei|m|k|M|G|T|P|E)?")
 _UNITS = {"m": Decimal("0.001")} | {

@@ -45,6 +45,8 @@ from agent.broker.relay import pack_session, parse_session
 from agent.channel import MAX_RECORD_BYTES, Channel
 from agent.closed import Ident
 from agent.commands.diagnosis import diagnose
+from agent.commands.lint_rules import lint_pod
+from agent.commands.manifests import MalformedYamlError, parse_documents, pods
 from agent.commands.policy import broker_policy
 from agent.commands.policy_values import Approved, SwitchVersions, parse_gpu, parse_image
 from agent.commands.trustee_policy import resource_policy
@@ -118,6 +120,7 @@ from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWIT
 from tests.quotes import quote
 
 HERE = Path(__file__).parent
+RENDERED = HERE.parents[1] / "deploy" / "rendered"
 CORPUS = HERE / "corpus"
 SILICON = HERE / "silicon"
 
@@ -1173,6 +1176,17 @@ def initdata_seeds() -> list[bytes]:
     return [(head + '"keyturn.toml" = \'\'\'\nschema = "keyturn/v1"\n\'\'\'\n"aa.toml" = ""\n').encode() for head in heads]
 
 
+def pod_manifest(data: bytes) -> None:
+    documents = parse_documents(data)
+    for pod in pods(documents):
+        findings, _ = lint_pod(pod, documents, None)
+        assert all(finding.line().isprintable() for finding in findings)
+
+
+def pod_manifest_seeds() -> list[bytes]:
+    return [(RENDERED / f"{name}.yaml").read_bytes() for name in ("entrypoint-nvidia-gpu-snp", "load-tdx", "broker")]
+
+
 def _as_disk(data: bytes) -> bytes | None:
     descriptor = os.memfd_create("fuzz")
     try:
@@ -1453,6 +1467,7 @@ TARGETS = {
         Target("config", config, config_seeds),
         Target("initdata", initdata, initdata_seeds),
         Target("initdata_disk", initdata_disk, initdata_disk_seeds),
+        Target("pod_manifest", pod_manifest, pod_manifest_seeds, (MalformedYamlError,)),
         Target("ip_parameter", ip_parameter, ip_parameter_seeds),
         Target("routes", routes, routes_seeds, (OSError,)),
         Target("worker_record", worker_record, worker_record_seeds, (ValueError,)),
