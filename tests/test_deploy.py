@@ -5,16 +5,18 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from agent import config
 from agent.cli import main
+from agent.closed import Ident
 from agent.commands.initdata import ANNOTATION
 from agent.commands.manifests import Setting, parse_documents, pods
 from agent.config_source import from_initdata_file
-from agent.guest.initdata import unpack_gzip
+from agent.guest.initdata import parse_initdata, unpack_gzip
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
 BASES = ("entrypoint", "entrypoint-gpu", "load", "load-gpu")
@@ -34,6 +36,31 @@ def test_document_and_annotation_are_made_from_the_configuration(
     assert patch.at("spec", "template", "metadata", "annotations").value == {annotation["name"]: annotation["value"]}
     cfg = config.parse(from_initdata_file(str(out)).data).config
     assert (cfg.tee.attester, cfg.gpu.count > 0, cfg.server is None) == ("coco", base.endswith("-gpu"), base.startswith("load"))
+
+
+def configure(folder: Path) -> "subprocess.CompletedProcess[str]":
+    environment = {"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin"}
+    return subprocess.run([DEPLOY / "configure", folder], env=environment, capture_output=True, text=True)
+
+
+def test_configure_takes_what_lies_beside_the_configuration(tmp_path: Path) -> None:
+    shutil.copy(DEPLOY / "base" / "load" / "keyturn.toml", tmp_path)
+    assert configure(tmp_path).returncode == 0
+    for name in ("annotation.yaml", "initdata.toml"):
+        assert (tmp_path / name).read_bytes() == (DEPLOY / "base" / "load" / name).read_bytes()
+    (tmp_path / "policy.rego").write_text("package agent_policy\n")
+    assert configure(tmp_path).returncode == 0
+    (patch,) = parse_documents((tmp_path / "annotation.yaml").read_bytes())
+    annotation = patch.at("spec", "template", "metadata", "annotations", ANNOTATION).text or ""
+    document = unpack_gzip(base64.b64decode(annotation))
+    assert document == (tmp_path / "initdata.toml").read_bytes()
+    assert list(parse_initdata(document, Ident("x")).entries) == ["keyturn.toml", "policy.rego"]
+
+
+def test_configure_stops_at_a_configuration_that_no_guest_takes(tmp_path: Path) -> None:
+    (tmp_path / "keyturn.toml").write_text("[")
+    done = configure(tmp_path)
+    assert (done.returncode, (tmp_path / "annotation.yaml").exists()) == (10, False)
 
 
 def test_there_is_a_rendering_of_every_overlay() -> None:
