@@ -84,16 +84,6 @@ def test_the_rendering_brings_the_guest_the_document_of_its_annotation(file: Pat
     assert unpack_gzip(base64.b64decode(annotation)).decode() == config_map.at("data", "initdata.toml").text
 
 
-@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not here; scripts/validate brings one")
-@pytest.mark.parametrize("file", RENDERED, ids=lambda path: path.stem)
-def test_kubectl_renders_what_is_committed(file: Path) -> None:
-    folder = DEPLOY / "overlays" / file.stem if (DEPLOY / "overlays" / file.stem).exists() else DEPLOY / file.stem
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True, check=True)
-    assert [setting.value for setting in parse_documents(done.stdout.encode())] == [
-        setting.value for setting in parse_documents(file.read_bytes())
-    ]
-
-
 def rows() -> list[tuple[str, str, str]]:
     """The table of promises: manifest, setting, value."""
     text = (DEPLOY / "README.md").read_text()
