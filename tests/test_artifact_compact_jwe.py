@@ -134,6 +134,7 @@ def test_a_key_that_did_not_wrap_it_is_told_apart_from_damage() -> None:
         b"\0" + TEXT[1:],
         b"." + TEXT[1:],
     ],
+    ids=["flipped", "turned", "cut", "plus", "slash", "newline", "padding", "nul", "dot"],
 )
 def test_damage_and_foreign_digits_do_not_authenticate(text: bytes) -> None:
     with pytest.raises(ValueError):
