@@ -15,6 +15,7 @@ import shutil
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from agent import fitness
 from agent.closed import Ident
@@ -43,6 +44,9 @@ from agent.guest.network import wait_for_route
 from agent.threads import signals_wait
 from agent.worker import endpoint_of, plan_of, stays_inside, token_keys
 
+if TYPE_CHECKING:
+    from agent.handshake.kbs_http import KbsHttp
+
 LOOK_S = 10
 """For one answer over a network. Nothing is tried again: a retry would hide what is looked for."""
 
@@ -69,6 +73,8 @@ def _configuration(guest: Guest) -> None:
     guest.measured = parse(found.data, found.digest)
     guest.plan = plan_of(guest.config)
     token_keys(guest.config.broker.token_keys or ())
+    if guest.proxy is not None:
+        guest.proxy.check_use(guest.config)
 
 
 # --- devices ----------------------------------------------------------------------------------------------------------
@@ -234,20 +240,30 @@ def _clock(guest: Guest) -> Seen:
     return seen
 
 
-def _route(guest: Guest) -> None:
+def _route(guest: Guest) -> Seen:
+    """With a proxy also who is reached through it: not everybody is."""
     _stay_offline(guest)
-    if not stays_inside(guest.config.broker):
+    config = guest.config
+    if not stays_inside(config.broker):
         asyncio.run(wait_for_route(0))
+    if guest.proxy is None:
+        return {}
+    through = zip(("broker", "store"), guest.proxy.check_use(config), strict=True)
+    return {name: Ident("through-the-proxy" if used else "without-the-proxy") for name, used in through}
 
 
 def _broker(guest: Guest) -> None:
     """As the boot does: the first address that answers is the broker, or an impostor."""
     from agent.handshake.grpc_failure import Peer, check_peer
+    from agent.handshake.kbs_http import KbsHttp
 
     at = guest.config.broker
     endpoints = needed(at.endpoints or ((endpoint_of(at.url),) if at.url else None), Skip.OWN_COMPONENTS)
     ca_pem, server_name = needed(at.ca_pem, Skip.NO_TLS), needed(at.server_name, Skip.NO_TLS)
     _stay_offline(guest)
+    if at.url and guest.proxy is not None:
+        asyncio.run(_ask(KbsHttp(at.url, ca_pem, server_name, guest.proxy)))
+        return
     for number, endpoint in enumerate(endpoints, 1):
         try:
             asyncio.run(check_peer(Peer(endpoint, ca_pem, server_name), LOOK_S))
@@ -257,6 +273,16 @@ def _broker(guest: Guest) -> None:
                 raise
         else:
             return
+
+
+async def _ask(kbs: "KbsHttp") -> None:
+    """Any answer will do: the identity is proven before one comes."""
+    from agent.handshake.kbs_http import Question
+
+    try:
+        await kbs.ask(Question("/", {}, None), LOOK_S, Ident("START"))
+    finally:
+        kbs.close()
 
 
 def _simulation(guest: Guest) -> None:
@@ -276,7 +302,7 @@ def _store(guest: Guest) -> None:
         _stay_offline(guest)
     if config.artifact.format == "kserve-jwe":
         raise SkippedError(Skip.NO_MANIFEST)
-    store = open_configured(config.artifact, LOOK_S)
+    store = open_configured(config.artifact, LOOK_S, guest.proxy)
     try:
         artifact = find_manifest(store, config.artifact, threading.Event())
         guest.model = read_model(store, artifact, config.broker.key_uri)

@@ -611,22 +611,32 @@ class Unreachable(enum.Enum):
     RESET = "connection lost"
     OVERLOADED = "broker asked to come back later"
     SERVER_ERROR = "broker, or a proxy before it, answers with a server error"
+    PROXY = "the proxy makes no connection to it"
 
 
 @dataclasses.dataclass(eq=False)
 class BrokerUnreachableError(AgentError):
+    """`status` is the HTTP status of a proxy, 0 if there was none."""
+
     owner = Owner.OPERATOR
     step = Step.BROKER
     next_step = "check broker.endpoints, routes and firewalls between this guest and the broker"
     reason: Unreachable
     attempts: int = 1
+    status: int = 0
 
     @property
     def retryable(self) -> bool:
-        return True
+        return not _is_refusal(self.status)
 
     def what(self) -> str:
-        return f"broker not reachable: {self.reason.value}, {self.attempts} attempts"
+        status = f" ({self.status})" if self.status else ""
+        return f"broker not reachable: {self.reason.value}{status}, {self.attempts} attempts"
+
+
+def _is_refusal(status: int) -> bool:
+    """Of a proxy: it would say the same again."""
+    return 400 <= status < 500
 
 
 class IdentityProblem(enum.Enum):
@@ -881,6 +891,7 @@ class StoreProblem(enum.Enum):
     TIMEOUT = "no answer in time"
     SERVER_ERROR = "server error"
     BAD_ANSWER = "answer does not fit the request"
+    PROXY = "the proxy makes no connection to it"
     CHANGED = "object changed while it was read"
     TLS = "TLS handshake failed"
 
@@ -897,6 +908,8 @@ class ArtifactUnavailableError(AgentError):
 
     @property
     def retryable(self) -> bool:
+        if self.problem is StoreProblem.PROXY:
+            return not _is_refusal(self.status)
         return self.problem in (StoreProblem.UNREACHABLE, StoreProblem.TIMEOUT, StoreProblem.SERVER_ERROR)
 
     def what(self) -> str:

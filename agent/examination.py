@@ -13,6 +13,7 @@ from agent.config_source import FoundConfig
 from agent.errors import EXIT_SERVED, AgentError, InternalError, error_to_record
 from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.fitness import Places, Seen
+from agent.proxy import Proxy
 from agent.server import ServerPlan
 
 if TYPE_CHECKING:
@@ -80,6 +81,7 @@ class Guest:
         open_tee: opens the CPU TEE that a configuration names.
         open_gpus: likewise the GPUs.
         offline: nothing is sent to anybody.
+        proxy: through which https servers are reached.
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
         inventory: what the GPUs and NVSwitches say of themselves.
@@ -90,6 +92,7 @@ class Guest:
     open_tee: Callable[[MeasuredConfig], Attester]
     open_gpus: Callable[[MeasuredConfig], GpuSystem | None]
     offline: bool
+    proxy: Proxy | None = None
     places: Places = field(default_factory=Places)
     measured: Measured | None = None
     plan: ServerPlan | None = None

@@ -62,8 +62,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "An address that cannot be listened on is `--health` of `keyturn run`, `keyturn.health=` on the kernel "
-                "command line, or `--listen` of `keyturn broker`. In a guest, file-not-found means that ten seconds "
-                "after the start there was neither initdata nor `/etc/keyturn/keyturn.toml`."
+                "command line, or `--listen` of `keyturn broker`. `proxy` is `--proxy`, and needs an https server to go to. "
+                "In a guest, file-not-found means that ten seconds after the start there was neither initdata nor "
+                "`/etc/keyturn/keyturn.toml`."
             ),
         ),
         "Only the key is told, never its value, and the parser's own text is dropped: a value can be a password in "
@@ -590,7 +591,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Connection lost: a proxy in between that ends TLS or does not speak HTTP/2. The connection must reach "
-                "the broker unopened."
+                "the broker unopened. The proxy makes no connection: that of `--proxy` or `keyturn.proxy=`; the number is "
+                "its answer's status, and without one it is not there or is no proxy. It must allow CONNECT to the port "
+                "without a password (407); a 4xx is not asked for again."
             ),
             (
                 "Broker asked to come back later: more guests ask at one time than it serves (OVERLOADED in its audit "
@@ -893,7 +896,11 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "https host. `curl -s -r 0-99 -D - -o /dev/null URL` shows all three. A registry's name for a model must lead "
                 "to one manifest, or to an index with one sealed model."
             ),
-            "TLS: `artifact.ca_pem` for a private CA; otherwise the image must carry the system's CA certificates.",
+            (
+                "TLS: `artifact.ca_pem` for a private CA; otherwise the image must carry the system's CA certificates. The "
+                "proxy makes no connection: that of `--proxy` must allow CONNECT without a password to the store, and to the "
+                "hosts where a registry has its blobs; without a number it is not there or is no proxy."
+            ),
             (
                 "A folder: regular files without symbolic links, readable by the agent. Changed: somebody replaced an object "
                 "of the bucket while it was read. Slow rather than broken: raise `artifact.timeout_s`."

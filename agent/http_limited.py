@@ -3,7 +3,8 @@
 urllib3's timeouts start anew with every byte, so that a peer which sends one now and then would hold a thread for years, past
 every deadline and past SIGTERM. Here every wait for the network (connect, TLS handshake, request, headers, body) is cut into
 slices, and before each of them the thread's deadline and its event to stop are looked at. Without a bound of ours is only the
-C library's resolver, which gives up by its own rules (resolv.conf(5), `timeout` and `attempts`). Sends no requests.
+C library's resolver, which gives up by its own rules (resolv.conf(5), `timeout` and `attempts`). Sends no requests, but to
+a proxy the one for a connection.
 """
 
 import math
@@ -22,6 +23,8 @@ import urllib3
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.exceptions import ConnectTimeoutError, LocationParseError, NameResolutionError, NewConnectionError
 from urllib3.util import wait_for_write
+
+from agent.proxy import MAX_ANSWER_BYTES, Proxy, pack_connect, parse_connect_answer
 
 STALL_S = 20.0
 """How long a connection may say nothing at all: then the request fails, and whoever asks again gets another connection."""
@@ -61,7 +64,12 @@ def limited(deadline: float, stop: Event | None = None, stall_s: float | None = 
 
 
 def pool(
-    host: str, port: int | None, context: ssl.SSLContext | None, kept: int, server_name: str | None = None
+    host: str,
+    port: int | None,
+    context: ssl.SSLContext | None,
+    kept: int,
+    server_name: str | None = None,
+    proxy: Proxy | None = None,
 ) -> urllib3.HTTPConnectionPool:
     """A pool of such connections, safe for any number of threads; urllib3's timeouts mean nothing to it.
 
@@ -71,12 +79,14 @@ def pool(
         context: for https, changed for this use; None: http.
         kept: connections that are kept for later.
         server_name: that the certificate must carry, whatever `host` is; None: `host`.
+        proxy: through which https goes, if that is its affair.
     """
     timeout = urllib3.Timeout(connect=SLICE_S, read=SLICE_S)
     if context is None:
         return _Pool(host, port, timeout, kept)
     context.sslsocket_class = _TlsSocket
-    return _TlsPool(host, port, timeout, kept, ssl_context=context, server_hostname=server_name)
+    through = proxy if proxy and proxy.for_server("https", host.strip("[]")) else None
+    return _TlsPool(host, port, timeout, kept, ssl_context=context, server_hostname=server_name, through=through)
 
 
 def _time_left() -> float:
@@ -128,11 +138,14 @@ class _TlsSocket(ssl.SSLSocket):
         return _sent(super().send, *arguments)
 
 
-def _connect(connection: HTTPConnection) -> socket.socket:
+def _connect(connection: HTTPConnection) -> _Socket:
     """A connected socket, or the exceptions of urllib3's method of which this takes the place."""
-    host = connection._dns_host
+    return _connect_to_host(connection, connection._dns_host, connection.port)
+
+
+def _connect_to_host(connection: HTTPConnection, host: str, port: int) -> _Socket:
     try:
-        addresses = socket.getaddrinfo(host, connection.port, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
         raise NameResolutionError(host, connection, error) from error
     except UnicodeError as error:
@@ -175,8 +188,59 @@ class _Connection(HTTPConnection):
     _new_conn = _connect
 
 
+class ProxyFailedError(NewConnectionError):
+    """The proxy is not there, or does not connect us. `status`: its answer's; 0: it gave none that is one."""
+
+    def __init__(self, connection: HTTPConnection, status: int) -> None:
+        super().__init__(connection, "proxy")
+        self.status = status
+
+
 class _TlsConnection(HTTPSConnection):
-    _new_conn = _connect
+    def __init__(self, *arguments: Any, through: Proxy | None, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._through = through
+
+    def _new_conn(self) -> socket.socket:
+        # Before urllib3 sees the socket: to it, and to TLS, the peer is the server and nobody else.
+        return _connect(self) if self._through is None else _connect_through(self, self._through)
+
+
+def _connect_through(connection: HTTPConnection, proxy: Proxy) -> socket.socket:
+    """A socket at whose other end the proxy has put the server, it says. Raises urllib3's exceptions."""
+    try:
+        request = pack_connect(connection._dns_host.rstrip("."), connection.port)
+    except ValueError as error:
+        raise LocationParseError(connection._dns_host) from error
+    try:
+        made = _connect_to_host(connection, proxy.host, proxy.port)
+    except urllib3.exceptions.HTTPError as error:
+        raise ProxyFailedError(connection, 0) from error
+    try:
+        made.sendall(request)
+        status = _answer_of_proxy(made)
+    except (OSError, ValueError, urllib3.exceptions.TimeoutError) as error:
+        made.close()
+        raise ProxyFailedError(connection, 0) from error
+    except BaseException:
+        made.close()
+        raise
+    # refusal: test_proxy.py::test_a_proxy_that_does_not_connect_is_told_with_its_status
+    if status >= 300:
+        made.close()
+        raise ProxyFailedError(connection, status)
+    return made
+
+
+def _answer_of_proxy(made: _Socket) -> int:
+    """Raises OSError, TimeoutError included, and ValueError."""
+    data, piece = bytearray(), bytearray(MAX_ANSWER_BYTES)
+    while (status := parse_connect_answer(bytes(data))) is None:
+        size = made.recv_into(piece)
+        if not size:
+            raise ConnectionResetError
+        data += piece[:size]
+    return status
 
 
 class _Pool(urllib3.HTTPConnectionPool):

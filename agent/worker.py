@@ -39,6 +39,7 @@ from agent.guest import hardening
 from agent.guest.network import has_route, wait_for_route
 from agent.guest.uevents import appears
 from agent.lease import Lease
+from agent.proxy import Proxy
 from agent.publish import HandedModel
 from agent.server import Output, ServerPlan
 from agent.server.presets import ProbeKind, command_digest, server_plan
@@ -69,6 +70,7 @@ def work(
     open_hardware: OpenHardware,
     served: ServedModel | None = None,
     out: str | None = None,
+    proxy: Proxy | None = None,
 ) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
@@ -78,6 +80,7 @@ def work(
         open_hardware: as above.
         served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
+        proxy: a hint of the command line, on the way to https servers.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -93,11 +96,11 @@ def work(
         try:
             if served is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out))
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
-                asyncio.run(_renew(find_config, open_hardware, served, notify))
+                asyncio.run(_renew(find_config, open_hardware, served, notify, proxy))
         except BaseException as error:  # noqa: BLE001  # the one place where foreign exceptions become ours
             failure = as_agent_error(error)
             undo.close()  # first: when the supervisor hears of the failure, nothing is left here
@@ -119,6 +122,7 @@ async def _boot(
     notify: Notify,
     announce: Callable[[str], None],
     out: str | None,
+    proxy: Proxy | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
@@ -126,11 +130,13 @@ async def _boot(
         notify(ConfigFound(found.source))
         measured = parse(found.data, found.digest, found.initdata)
         check_out(measured.config, out)
+        if proxy is not None:
+            proxy.check_use(measured.config)
         plan = plan_of(measured.config)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     cfg, at = measured.config, measured.config.broker
-    async with _broker(measured, notify) as broker:
+    async with _broker(measured, notify, proxy) as broker:
         local = stays_inside(at)
         with suppress(OSError):  # told below, where the route is needed
             if local or has_route():
@@ -152,7 +158,7 @@ async def _boot(
         from agent.artifact.sources.mirrors import open_mirrored
         from agent.boot import boot
 
-        store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S)
+        store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S, proxy)
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
@@ -175,7 +181,9 @@ async def _boot(
     return {"loaded": handed.record()}, handed.descriptors
 
 
-async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel, notify: Notify) -> None:
+async def _renew(
+    find_config: FindConfig, open_hardware: OpenHardware, served: ServedModel, notify: Notify, proxy: Proxy | None
+) -> None:
     """What a boot does up to the Verdict, without its stages: those have their figures.
 
     A route is not waited for: without one the broker cannot be reached, and that may be tried again.
@@ -187,7 +195,7 @@ async def _renew(find_config: FindConfig, open_hardware: OpenHardware, served: S
 
     from agent.boot import renew
 
-    async with _broker(measured, notify) as broker:
+    async with _broker(measured, notify, proxy) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
         await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
 
@@ -212,7 +220,7 @@ async def _find(find_config: FindConfig, notify: Notify) -> FoundConfig:
     return found
 
 
-def _broker(measured: Measured, notify: Notify) -> "Broker":
+def _broker(measured: Measured, notify: Notify, proxy: Proxy | None) -> "Broker":
     from agent.handshake.machine import Trust
 
     cfg, at = measured.config, measured.config.broker
@@ -244,6 +252,7 @@ def _broker(measured: Measured, notify: Notify) -> "Broker":
             measured.initdata.decode() if measured.initdata is not None else None,
             measured.digest,
             simulated=cfg.tee.simulated,
+            proxy=proxy,
         )
         return RcarBroker(site, trust, at.timeout_s, on_retry, on_unaffirmed)
     from agent.handshake import TokenKind

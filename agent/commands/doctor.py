@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 from agent import unhandled
-from agent.commands.run import open_gpus, open_tee
+from agent.commands.run import add_proxy, open_gpus, open_tee
 from agent.config_source import find_in_guest, from_file, from_initdata_file
 from agent.doctor import CHECKS
 from agent.examination import Finding, Guest, examine, exit_status
@@ -35,6 +35,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--offline", action="store_true", help="leave out what needs the network: route, broker, a store by URL"
     )
+    add_proxy(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object: exit_status and the list of checks")
 
 
@@ -43,11 +44,11 @@ def run(args: argparse.Namespace) -> int:
     unhandled.silence_libraries()
     warnings.simplefilter("ignore")
     if args.config is not None:
-        guest = Guest(lambda: from_file(args.config), open_tee, open_gpus, args.offline)
+        guest = Guest(lambda: from_file(args.config), open_tee, open_gpus, args.offline, args.proxy)
     elif args.initdata is not None:
-        guest = Guest(lambda: from_initdata_file(args.initdata), open_tee, open_gpus, args.offline)
+        guest = Guest(lambda: from_initdata_file(args.initdata), open_tee, open_gpus, args.offline, args.proxy)
     else:
-        guest = Guest(find_in_guest, open_tee, open_gpus, args.offline)
+        guest = Guest(find_in_guest, open_tee, open_gpus, args.offline, args.proxy)
 
     findings = []
     for finding in examine(guest, CHECKS):

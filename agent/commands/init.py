@@ -10,6 +10,7 @@ from agent.closed import Ident
 from agent.commands.run import health_address, open_hardware, watch_gpus
 from agent.config_source import find_in_guest
 from agent.errors import ConfigError, ConfigProblem
+from agent.proxy import Proxy, parse_proxy
 from agent.report import BootReport
 from agent.server.process import fork
 from agent.supervisor import DEFAULT_STATUS_FILE, HostHints, Supervisor
@@ -22,6 +23,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         description=f"{summary[0].upper()}{summary[1:]}. Mounts, modules, interfaces, then what `keyturn run --guest` does, "
         "then one last line in the kernel log and power-off.",
         epilog="Kernel parameters that are read, all of them hints: keyturn.health=HOST:PORT (default: nowhere), "
+        "keyturn.proxy=http://HOST:PORT (as `keyturn run --proxy`; default: none), "
         "ip=ADDRESS::GATEWAY:NETMASK::DEVICE:off:DNS (the kernel's own syntax; static addresses only).",
         allow_abbrev=False,
     )
@@ -37,10 +39,12 @@ def run(args: argparse.Namespace) -> NoReturn:
 
 
 def _supervise(hints: dict[str, str]) -> BootReport:
+    proxy = _proxy(hints.get("keyturn.proxy"))
+
     def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find_in_guest, open_hardware, served)
+        return work(channel, find_in_guest, open_hardware, served, proxy=proxy)
 
     asked = hints.get("keyturn.health")
     address = None if asked is None else health_address(asked)
@@ -49,3 +53,10 @@ def _supervise(hints: dict[str, str]) -> BootReport:
     supervisor = Supervisor("init", HostHints(DEFAULT_STATUS_FILE, None, address), worker, watch_gpus)
     supervisor.run()
     return supervisor.report
+
+
+def _proxy(url: str | None) -> Proxy | None:
+    try:
+        return None if url is None else parse_proxy(url)
+    except ValueError:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("keyturn.proxy")) from None

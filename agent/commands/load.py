@@ -10,7 +10,7 @@ from typing import Any
 
 from agent.artifact import ServedModel
 from agent.channel import Channel
-from agent.commands.run import add_faces, add_source, config_finder, host_hints, open_hardware, watch_gpus
+from agent.commands.run import add_faces, add_proxy, add_source, config_finder, host_hints, open_hardware, watch_gpus
 from agent.supervisor import Supervisor
 
 
@@ -29,6 +29,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--out", metavar="DIR", required=True, help="folder on tmpfs; must be artifact.directory")
     add_source(parser)
     add_faces(parser)
+    add_proxy(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,6 +38,6 @@ def run(args: argparse.Namespace) -> int:
     def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served, args.out)
+        return work(channel, find, open_hardware, served, args.out, args.proxy)
 
     return Supervisor("load", host_hints(args, None), worker, watch_gpus).run()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
+from agent.proxy import parse_proxy
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         "measured image. Only for an agent that is part of that image, never in a container",
     )
     add_faces(parser)
+    add_proxy(parser)
     parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
 
 
@@ -67,6 +69,18 @@ def add_faces(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_proxy(parser: argparse.ArgumentParser) -> None:
+    """Through what the agent talks."""
+    parser.add_argument(
+        "--proxy",
+        type=parse_proxy,
+        metavar="http://HOST:PORT",
+        help="HTTP proxy (CONNECT) on the way to https servers: broker.url, stores and mirrors; it sees their names and no "
+        "content. Connected without it: broker.endpoints (gRPC), plain http, what stays inside the guest. An error where "
+        "nothing goes through it. Default: none, whatever the environment says",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
     address = health_address(args.health) if args.health else None
     if args.health and address is None:
@@ -76,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     def worker(channel: Channel, served: ServedModel | None) -> int:
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served)
+        return work(channel, find, open_hardware, served, proxy=args.proxy)
 
     return Supervisor("run", host_hints(args, address), worker, watch_gpus).run()
 

@@ -1,7 +1,7 @@
 """HTTP to one key broker: one request at a time over one connection that is kept, bounded in time and in bytes.
 
 TLS ends at the measured name under the measured CA; the URL's host is only where to go. Nothing is followed (no redirects),
-nothing is taken from the environment (no proxies), nothing is decompressed. Requests run in threads that always end before
+nothing is taken from the environment, nothing is decompressed. Requests run in threads that always end before
 their caller goes on: the deadline and a cancelled caller cut every wait (`http_limited.py`). Knows no message: `rcar.py` does.
 """
 
@@ -31,7 +31,8 @@ from agent.errors import (
 from agent.handshake import rcar
 from agent.handshake.broker import tls_error
 from agent.handshake.rcar import Answer
-from agent.http_limited import limited, pool
+from agent.http_limited import ProxyFailedError, limited, pool
+from agent.proxy import Proxy
 from agent.threads import in_thread
 
 _PIECE_BYTES = 64 << 10
@@ -55,17 +56,19 @@ class Question:
 class KbsHttp:
     """Not for two requests at a time."""
 
-    def __init__(self, url: str, ca_pem: str | None, server_name: str | None) -> None:
+    def __init__(self, url: str, ca_pem: str | None, server_name: str | None, proxy: Proxy | None = None) -> None:
         """Nothing is connected yet.
 
         Args:
             url: `https://host[:port]`; `http://…` only where a simulation may.
             ca_pem: the measured CA, PEM; the only roots there are. None with http only.
             server_name: the measured name that the certificate must carry, whatever the URL's host. None with http only.
+            proxy: a hint; for https only.
         """
         self._url = urlsplit(url)
         self._ca_pem = ca_pem
         self._server_name = server_name
+        self._proxy = proxy
         self._pool: urllib3.HTTPConnectionPool | None = None
 
     async def ask(self, question: Question, limit_s: float, state: Ident) -> Answer:
@@ -147,7 +150,7 @@ class KbsHttp:
         if self._pool is None:
             context = self._tls_context() if self._url.scheme == "https" else None
             assert self._url.hostname is not None, "the configuration checks it"
-            self._pool = pool(self._url.hostname, self._url.port, context, 1, self._server_name)
+            self._pool = pool(self._url.hostname, self._url.port, context, 1, self._server_name, self._proxy)
         return self._pool
 
     def _tls_context(self) -> ssl.SSLContext:
@@ -180,6 +183,8 @@ def _translate(exc: failed.HTTPError, state: Ident) -> AgentError:
     match exc:
         case failed.SSLError():
             return tls_error(inner) if isinstance(inner, ssl.SSLError) else BrokerIdentityError(IdentityProblem.TLS)
+        case ProxyFailedError():
+            return BrokerUnreachableError(Unreachable.PROXY, status=exc.status)
         case failed.NameResolutionError() | failed.LocationParseError():
             return BrokerUnreachableError(Unreachable.NAME)
         case failed.NewConnectionError():  # a timeout by descent

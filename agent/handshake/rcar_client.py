@@ -46,6 +46,7 @@ from agent.handshake.machine import (
 from agent.handshake.rcar import Exchange
 from agent.handshake.rcar_token import EarVerifier
 from agent.keys import EphemeralKey
+from agent.proxy import Proxy
 from agent.retry import RetrySchedule
 
 REQUEST_TIMEOUT_S = 60
@@ -71,6 +72,7 @@ class Site:
         protocol_version: that the KBS takes.
         init_data: the initdata document that this guest was launched with, None without one at hand; and its digest.
         simulated: the evidence is a simulator's.
+        proxy: on the way, a hint.
     """
 
     url: str
@@ -81,6 +83,7 @@ class Site:
     init_data: str | None = field(default=None, repr=False)
     init_data_digest: bytes | None = None
     simulated: bool = False
+    proxy: Proxy | None = None
 
 
 class _ForgottenError(Exception):
@@ -126,7 +129,7 @@ class RcarBroker:
         self._timeout_s = timeout_s
         self._on_retry = on_retry
         self._on_unaffirmed = on_unaffirmed
-        self._http = KbsHttp(site.url, site.ca_pem, site.server_name)
+        self._http = KbsHttp(site.url, site.ca_pem, site.server_name, site.proxy)
         self._schedule: RetrySchedule | None = None
         self._cookies: dict[str, str] = {}
         self._machine: Handshake | None = None

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from agent.artifact.kserve import list_digest
 from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
 from agent.artifact.seal import seal_model
 from agent.artifact.signature import PrivateKey, public_pem
+from agent.artifact.sources import open_source
 from agent.config import ArtifactConfig
 from agent.errors import (
     AgentError,
     ArtifactUnavailableError,
     BundleCheck,
     ConfigError,
+    ConfigProblem,
     KeyMismatchError,
     MalformedHeaderError,
     MalformedManifestError,
@@ -36,6 +39,7 @@ from agent.errors import (
     TruncatedArtifactError,
 )
 from tests import bucket
+from tests.connect_proxy import Behaviour, ConnectProxy, answers, drips
 from tests.faults.table import SERVED, Attempts, Fault, FaultWorld
 from tests.fuzz.targets import jwe_of_kserve
 from tests.range_server import Fault as Store
@@ -209,6 +213,21 @@ def _store(fault: Store) -> Callable[[FaultWorld], None]:
     return arrange
 
 
+def store_far_away(world: FaultWorld) -> None:
+    world.artifact |= {"source": "https://store.invalid/models/tiny", "timeout_s": 2}
+
+
+def _proxy(behaviour: Behaviour | None) -> Callable[[FaultWorld], object]:
+    """It knows no server."""
+
+    def drive(world: FaultWorld) -> None:
+        proxy = world.undo.enter_context(ConnectProxy({}, behaviour)).proxy
+        with closing(open_source("https://store.invalid/models/tiny", None, 1, proxy=proxy)) as source:
+            source.read_blob(world.manifest_digest, 1 << 20)
+
+    return drive
+
+
 def _registry(*challenges: str) -> Callable[[FaultWorld], None]:
     """A registry that asks for more than it can get."""
 
@@ -306,6 +325,36 @@ def _seal(name: str, problem: SealProblem, folder: Callable[[FaultWorld], Path],
 ROWS = [
     # --- the store ----------------------------------------------------------------------------------------------------
     Fault("store where nobody listens", ArtifactUnavailableError, nobody_listens, {"problem": StoreProblem.UNREACHABLE}),
+    Fault(
+        "store behind a proxy that is not there",
+        ArtifactUnavailableError,
+        store_far_away,
+        {"problem": StoreProblem.PROXY, "status": 0},
+        flags=("--proxy", "http://127.0.0.1:1"),
+    ),
+    Fault(
+        "proxy that nothing goes through",
+        ConfigError,
+        fields={"problem": ConfigProblem.NEEDS_OTHER_KEY, "key": "proxy"},
+        audit=[],
+        attempts=Attempts.NEVER,
+        flags=("--proxy", "http://127.0.0.1:1"),
+    ),
+    *(
+        Fault(
+            f"store behind a proxy that {name}",
+            ArtifactUnavailableError,
+            fields={"problem": StoreProblem.PROXY, "status": status},
+            drive=_proxy(behaviour),
+        )
+        for name, status, behaviour in (
+            ("refuses", 403, None),
+            ("wants a password", 407, answers(b"HTTP/1.1 407 Who?\r\n\r\n")),
+            ("does not reach it", 502, answers(b"HTTP/1.1 502 Gone\r\n\r\n")),
+            ("drips", 0, drips(b"HTTP/1.1 200 OK\r\n" * 100)),
+            ("is none", 0, answers(b"SSH-2.0-x\r\n\r\n")),
+        )
+    ),
     Fault(
         "store behind a foreign certificate", ArtifactUnavailableError, foreign_store_certificate, {"problem": StoreProblem.TLS}
     ),

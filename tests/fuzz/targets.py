@@ -107,6 +107,7 @@ from agent.handshake import (
 from agent.handshake.ear import decode_unverified_ear, findings, verify_ear
 from agent.handshake.token import read_token
 from agent.lease import Lease
+from agent.proxy import MAX_ANSWER_BYTES, pack_connect, parse_connect_answer, parse_proxy
 from agent.publish import HandedModel
 from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
@@ -997,6 +998,40 @@ def redirect_seeds() -> list[bytes]:
     return [b"/other", b"https://store.test:8443/x?y=z", b"../up", b"//store.test:8443/x", b"https://[::1]:8443/"]
 
 
+def proxy_answer(data: bytes) -> None:
+    """However a proxy's answer is cut into pieces, it comes to the same."""
+    try:
+        status = parse_connect_answer(data)
+    except ValueError:
+        return
+    if status is None:
+        assert len(data) <= MAX_ANSWER_BYTES
+        return
+    assert 200 <= status <= 999
+    head = data[: data.index(b"\r\n\r\n") + 4]
+    assert parse_connect_answer(head) == status
+    assert parse_connect_answer(head[:-4]) is None
+
+
+def proxy_answer_seeds() -> list[bytes]:
+    return [
+        b"HTTP/1.1 200 Connection established\r\n\r\n",
+        b"HTTP/1.0 407 Proxy Authentication Required\r\nProxy-Authenticate: Basic\r\n\r\n<html>",
+        b"HTTP/1.1 502\r\nContent-Length: 0\r\n\r\n",
+    ]
+
+
+def proxy_url(data: bytes) -> None:
+    with suppress(ValueError):
+        proxy = parse_proxy(data.decode("latin-1"))
+        assert 0 < proxy.port < 65536
+        pack_connect(proxy.host, proxy.port)
+
+
+def proxy_url_seeds() -> list[bytes]:
+    return [b"http://proxy.test:3128", b"http://10.0.0.1:1/", b"http://[fd00::1]:65535"]
+
+
 def store_answer(data: bytes) -> None:
     """What a store answers to a range and to a whole blob, from a real socket."""
     server = _answering()
@@ -1457,6 +1492,8 @@ TARGETS = {
         Target("signature_manifest", signature_manifest, signature_manifest_seeds),
         Target("stream_header", stream_header, stream_header_seeds),
         Target("redirect", redirect, redirect_seeds),
+        Target("proxy_answer", proxy_answer, proxy_answer_seeds),
+        Target("proxy_url", proxy_url, proxy_url_seeds),
         Target("challenges", challenges, challenges_seeds),
         Target("registry_token", registry_token, registry_token_seeds),
         Target("registry_answer", registry_answer, registry_answer_seeds),

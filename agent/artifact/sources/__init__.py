@@ -4,7 +4,6 @@ A source is untrusted and checks nothing about contents: manifest and config are
 are parsed, segments authenticate themselves. It neither retries nor caches; it says whether trying again could help.
 """
 
-import re
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -12,6 +11,7 @@ from agent.artifact.sources.access import ANONYMOUS, Access
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import ConfigError, ConfigProblem
+from agent.proxy import Proxy, is_loopback
 
 
 class BlobSource(Protocol):
@@ -76,7 +76,9 @@ class LayoutSource(BlobSource, Protocol):
         """`index.json`, which nothing authenticates: for people, never for a boot. Raises as `read_blob`."""
 
 
-def open_source(location: str, ca_pem: str | None, timeout_s: float, access: Access = ANONYMOUS) -> LayoutSource:
+def open_source(
+    location: str, ca_pem: str | None, timeout_s: float, access: Access = ANONYMOUS, proxy: Proxy | None = None
+) -> LayoutSource:
     """The source at a location.
 
     Args:
@@ -85,6 +87,7 @@ def open_source(location: str, ca_pem: str | None, timeout_s: float, access: Acc
         ca_pem: the only CAs to trust for https, PEM; None: the system's.
         timeout_s: seconds for one request over a network, from connecting to the last byte, redirects included.
         access: credentials, for registries and S3 only.
+        proxy: on the way to https servers.
 
     Raises:
         ConfigError: the location cannot be one (`artifact.source`), or credentials would be sent in the open
@@ -105,33 +108,32 @@ def open_source(location: str, ca_pem: str | None, timeout_s: float, access: Acc
 
             repository = Repository.parse(location)
             check_secrecy(repository.url, access)
-            return OciSource(repository, ca_pem, access, timeout_s)
+            return OciSource(repository, ca_pem, access, timeout_s, proxy)
         if scheme == "s3":
             from agent.artifact.sources.s3 import Bucket, S3Source
 
             bucket = Bucket.parse(location, access)
             check_secrecy(bucket.url, access)
-            return S3Source(bucket, ca_pem, access, timeout_s)
+            return S3Source(bucket, ca_pem, access, timeout_s, proxy)
         parts = urlsplit(location)
         # Credentials would end up in places that show the source; a query cannot be joined with a blob's path.
         clean = location.isascii() and not any(character in location for character in "@?#")
         if clean and scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return HttpSource(location, ca_pem, timeout_s)
+            return HttpSource(location, ca_pem, timeout_s, proxy)
     except ValueError:  # urllib3's LocationValueError is one
         pass
     raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.source"))
 
 
-def open_configured(config: ArtifactConfig, timeout_s: float) -> LayoutSource:
+def open_configured(config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None) -> LayoutSource:
     """The source that the measured configuration names. Raises as `open_source`."""
     access = Access(config.user, config.secret, config.session_token, config.endpoint, config.region or ANONYMOUS.region)
-    return open_source(config.source, config.ca_pem, timeout_s, access)
+    return open_source(config.source, config.ca_pem, timeout_s, access, proxy)
 
 
 def check_secrecy(url: str, access: Access) -> None:
     """Credentials go over TLS, or stay inside this guest. Raises ConfigError: `artifact.secret`."""
     parts = urlsplit(url)
-    local = parts.hostname in ("localhost", "::1") or re.fullmatch(r"127(\.[0-9]{1,3}){3}", parts.hostname or "")
     # refusal: test_artifact_sources_oci.py::test_credentials_in_the_open_are_a_configuration_error
-    if access.secret is not None and parts.scheme != "https" and not local:
+    if access.secret is not None and parts.scheme != "https" and not is_loopback(parts.hostname):
         raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.secret"))

@@ -3,14 +3,15 @@
 from agent.artifact.sources.directory import blob_path
 from agent.artifact.sources.layout import NamedByIndex
 from agent.artifact.sources.web import Ask, WebClient, range_header, read_part, read_whole
+from agent.proxy import Proxy
 
 
 class HttpSource(NamedByIndex):
     """Sends no credentials, and follows redirects within the URL's origin only."""
 
-    def __init__(self, url: str, ca_pem: str | None, timeout_s: float) -> None:
+    def __init__(self, url: str, ca_pem: str | None, timeout_s: float, proxy: Proxy | None = None) -> None:
         self._url = url.rstrip("/")
-        self._web = WebClient(ca_pem, timeout_s)
+        self._web = WebClient(ca_pem, timeout_s, proxy)
         self._web.open_pool(url)
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:

@@ -12,6 +12,7 @@ from typing import TypeVar
 from agent.artifact.sources import BlobSource, open_configured, open_source
 from agent.config import ArtifactConfig
 from agent.errors import ArtifactUnavailableError
+from agent.proxy import Proxy
 
 BUDGET = 4
 """Failures of one store in a row, of all threads together, that may pass: what does not pass at all moves on at once."""
@@ -19,15 +20,15 @@ BUDGET = 4
 _T = TypeVar("_T")
 
 
-def open_mirrored(config: ArtifactConfig, timeout_s: float) -> BlobSource:
+def open_mirrored(config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None) -> BlobSource:
     """The store of the measured configuration, and the mirrors behind it. Raises as `open_source`."""
 
     def mirror(location: str) -> Callable[[], BlobSource]:
-        return lambda: open_source(location, config.ca_pem, timeout_s)
+        return lambda: open_source(location, config.ca_pem, timeout_s, proxy=proxy)
 
     if not config.mirrors:
-        return open_configured(config, timeout_s)
-    return Mirrors([lambda: open_configured(config, timeout_s), *(mirror(location) for location in config.mirrors)])
+        return open_configured(config, timeout_s, proxy)
+    return Mirrors([lambda: open_configured(config, timeout_s, proxy), *(mirror(location) for location in config.mirrors)])
 
 
 class Mirrors:

@@ -21,6 +21,7 @@ from agent.artifact.sources.layout import MAX_REFERRERS
 from agent.artifact.sources.registry_auth import RegistryAuth
 from agent.artifact.sources.web import ANSWERS, Ask, Upload, WebClient, range_header, read_part, read_whole
 from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.proxy import Proxy
 
 MAX_TAGS = 64
 _MAX_TAG_LIST_BYTES = 1 << 20
@@ -55,10 +56,18 @@ class Repository:
 class Registry:
     """One repository over HTTP: requests with whatever authentication it asks for."""
 
-    def __init__(self, repository: Repository, actions: str, ca_pem: str | None, access: Access, timeout_s: float) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        actions: str,
+        ca_pem: str | None,
+        access: Access,
+        timeout_s: float,
+        proxy: Proxy | None = None,
+    ) -> None:
         """As `RegistryAuth` and `WebClient` say."""
         self.timeout_s = timeout_s
-        self._web = WebClient(ca_pem, timeout_s)
+        self._web = WebClient(ca_pem, timeout_s, proxy)
         self._web.open_pool(repository.url)
         self.url = f"{repository.url}/v2/{repository.name}"
         self._auth = RegistryAuth(self._web, repository.url, repository.name, actions, access)
@@ -97,8 +106,10 @@ class Registry:
 class OciSource:
     """A `LayoutSource`: in place of an index it has tags."""
 
-    def __init__(self, repository: Repository, ca_pem: str | None, access: Access, timeout_s: float) -> None:
-        self._registry = Registry(repository, "pull", ca_pem, access, timeout_s)
+    def __init__(
+        self, repository: Repository, ca_pem: str | None, access: Access, timeout_s: float, proxy: Proxy | None = None
+    ) -> None:
+        self._registry = Registry(repository, "pull", ca_pem, access, timeout_s, proxy)
 
     def read_manifest(self, reference: str, max_bytes: int) -> bytes:
         data, kind = self._read_manifest(reference, max_bytes)

@@ -21,6 +21,7 @@ from agent.artifact.sources.directory import blob_path
 from agent.artifact.sources.layout import NamedByIndex
 from agent.artifact.sources.web import ANSWERS, Ask, WebClient, range_header, read_part, read_whole
 from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.proxy import Proxy
 
 _AWS = "https://{bucket}.s3.{region}.amazonaws.com"
 _LOCATION = re.compile(r"s3://([a-z0-9][a-z0-9.-]{1,61}[a-z0-9])((?:/[^/?#\x00-\x20\x7f]+)*)/?")
@@ -59,10 +60,12 @@ class Bucket:
 class S3Source(NamedByIndex):
     """Requests are signed anew each, so that a read later than a signature's life is none."""
 
-    def __init__(self, bucket: Bucket, ca_pem: str | None, access: Access, timeout_s: float) -> None:
+    def __init__(
+        self, bucket: Bucket, ca_pem: str | None, access: Access, timeout_s: float, proxy: Proxy | None = None
+    ) -> None:
         self._bucket = bucket
         self._access = access
-        self._web = WebClient(ca_pem, timeout_s)
+        self._web = WebClient(ca_pem, timeout_s, proxy)
         self._web.open_pool(bucket.url)
         parts = urlsplit(bucket.url)
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname

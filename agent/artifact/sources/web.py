@@ -25,7 +25,8 @@ from urllib3.exceptions import (
 
 from agent import __version__, http_policy
 from agent.errors import ArtifactUnavailableError, StoreProblem
-from agent.http_limited import limited, pool
+from agent.http_limited import ProxyFailedError, limited, pool
+from agent.proxy import Proxy
 
 ANSWERS = frozenset((200, 206, 416))
 """What a read can use."""
@@ -82,10 +83,11 @@ class WebClient:
     A request ends in time, however slowly its bytes come: 1 MiB within a minute is a rate no load could live with.
     """
 
-    def __init__(self, ca_pem: str | None, timeout_s: float) -> None:
-        """`ca_pem`: the only CAs to trust for https; None: the system's. `timeout_s`: of one request."""
+    def __init__(self, ca_pem: str | None, timeout_s: float, proxy: Proxy | None = None) -> None:
+        """`ca_pem`: the only CAs to trust for https; None: the system's. `timeout_s`: of one request. `proxy`: for https."""
         self._ca_pem = ca_pem
         self._timeout_s = timeout_s
+        self._proxy = proxy
         self._pools: dict[http_policy.Origin, urllib3.HTTPConnectionPool] = {}
         self._lock = threading.Lock()
 
@@ -106,7 +108,7 @@ class WebClient:
                     raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
                 context = http_policy.tls_context(self._ca_pem) if scheme == "https" else None
                 with _translated():
-                    found = pool(host, port, context, _KEPT_CONNECTIONS)
+                    found = pool(host, port, context, _KEPT_CONNECTIONS, proxy=self._proxy)
                 if len(self._pools) == _MAX_ORIGINS:
                     # The second: the first one is the store's own. Requests that are under way keep their connections.
                     self._pools.pop(list(self._pools)[1]).close()
@@ -248,6 +250,8 @@ def _translated() -> Iterator[None]:
     """urllib3's exceptions as ours, over the whole life of an answer; their texts quote the peer and go no further."""
     try:
         yield
+    except ProxyFailedError as error:
+        raise ArtifactUnavailableError(StoreProblem.PROXY, error.status) from None
     except (NewConnectionError, ProtocolError, IncompleteRead):  # NewConnectionError is a ConnectTimeoutError by descent only
         raise ArtifactUnavailableError(StoreProblem.UNREACHABLE) from None
     except urllib3.exceptions.TimeoutError:
