@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -10,10 +13,16 @@ from typing import Any
 
 import pytest
 
+from agent.cli import main
+from agent.commands.init import _supervise
+from agent.errors import ConfigError, ConfigProblem
 from agent.evidence import Tee
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee, serve
 from agent.sim.trustee_knobs import REFUSALS, Fault, JweFault, Knobs
+from tests.connect_proxy import ConnectProxy
+from tests.range_server import RangeServer
+from tests.tls import certificate, key_pem, pem
 from tests.world import KEY_URI, World, ask
 
 
@@ -154,3 +163,46 @@ def test_an_outage_is_waited_out(site: Site) -> None:
     agent.wait_for("server_ready")
     assert agent.stop().status == 0
     assert json.loads(agent.status_file.read_text())["phase"] == "stopped"
+
+
+def test_a_boot_behind_a_proxy_reaches_its_kbs_and_its_store_through_it(site: Site, tmp_path: Path) -> None:
+    world, kbs = site.world, int(site.kbs.url.rpartition(":")[2])
+    leaf = certificate("store.invalid")
+    (tmp_path / "store.pem").write_bytes(pem(leaf) + key_pem(leaf))
+    with RangeServer(world.layout, certificate=tmp_path / "store.pem") as store:
+        ports = {f"kbs.invalid:{kbs}": kbs, f"store.invalid:{store.port}": store.port}
+        with ConnectProxy(ports) as proxy:
+            world.broker_config["url"] = f"https://kbs.invalid:{kbs}"
+            world.artifact |= {"source": f"https://store.invalid:{store.port}", "ca_pem": pem(leaf).decode()}
+            agent = world.start(broker=False, flags=("--proxy", proxy.url))
+            agent.wait_for("server_ready")
+            assert agent.stop().status == 0
+            assert set(proxy.asked) == set(ports)
+            command = [sys.executable, "-m", "agent", "doctor", "--config", str(world.folder / "keyturn.toml")]
+            done = subprocess.run([*command, "--proxy", proxy.url], capture_output=True, text=True, timeout=60)
+    lines = [line for line in done.stdout.splitlines() if line.split()[1].rstrip(":") in ("route", "broker", "store")]
+    assert [line.split()[0] for line in lines] == ["ok"] * 3, done.stdout
+    assert lines[0].endswith("route: broker through-the-proxy, store through-the-proxy")
+
+
+def test_with_a_proxy_a_route_is_waited_for_all_the_same(site: Site) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root makes a network namespace, where there is no route")
+    site.world.broker_config |= {"url": "https://kbs.invalid", "route_timeout_s": 1}
+    flags = ("--proxy", "http://127.0.0.1:1")
+    outcome = site.world.start(broker=False, flags=flags, wrapper=("unshare", "--net")).wait()
+    assert outcome.failure["class"] == "NoRouteError"
+
+
+@pytest.mark.parametrize("verb", ["run", "load", "doctor"])
+def test_a_proxy_that_is_none_is_a_usage_error(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([verb, "--config", "/dev/null", *(["--out", "/x"] if verb == "load" else []), "--proxy", "http://u:secret@h:1"])
+    assert caught.value.code == 2
+    assert "http://HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_proxy_of_the_kernel_command_line_that_is_none_is_told() -> None:
+    with pytest.raises(ConfigError) as raised:
+        _supervise({"keyturn.proxy": "proxy:3128"})
+    assert (raised.value.problem, raised.value.key) == (ConfigProblem.BAD_VALUE, "keyturn.proxy")

@@ -221,8 +221,10 @@ def _proxy(behaviour: Behaviour | None) -> Callable[[FaultWorld], object]:
     """It knows no server."""
 
     def drive(world: FaultWorld) -> None:
-        proxy = world.undo.enter_context(ConnectProxy({}, behaviour)).proxy
-        with closing(open_source("https://store.invalid/models/tiny", None, 1, proxy=proxy)) as source:
+        with (
+            ConnectProxy({}, behaviour) as there,
+            closing(open_source("https://store.invalid/models/tiny", None, 1, proxy=there.proxy)) as source,
+        ):
             source.read_blob(world.manifest_digest, 1 << 20)
 
     return drive

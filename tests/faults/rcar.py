@@ -42,6 +42,7 @@ from agent.handshake.machine import Trust
 from agent.handshake.rcar_client import RcarBroker, Site
 from agent.jose import pack_b64url, parse_b64url
 from agent.keys import open_jwe
+from agent.proxy import Proxy
 from tests.connect_proxy import Behaviour, ConnectProxy, answers
 from tests.connect_proxy import drips as proxy_drips
 from tests.faults.canaries import PEER_TEXT
@@ -238,20 +239,19 @@ ENDLESS = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + CHUNK * 3
 HEADERS = b"HTTP/1.1 200 OK\r\n" + b"".join(b"X-%d: %s\r\n" % (n, PEER_TEXT.encode()) for n in range(1000)) + b"\r\n"
 
 
-def behind_a_proxy(name: str, status: int, behaviour: Behaviour | None) -> Fault:
+def behind_a_proxy(name: str, status: int, behaviour: Behaviour | None, reason: Unreachable = Unreachable.PROXY) -> Fault:
     """It knows no server."""
 
-    def drive(world: FaultWorld) -> None:
-        proxy = world.undo.enter_context(ConnectProxy({}, behaviour)).proxy
+    async def boot(proxy: Proxy) -> None:
         site = Site("https://kbs.invalid", pem(CA).decode(), NAME, RESOURCE, simulated=True, proxy=proxy)
+        async with RcarBroker(site, Trust((AUTHORITY.public_key(),), True), SHORT_S) as broker:
+            await broker.attest(Ident(RESOURCE), Tee.SAMPLE, sample)
 
-        async def run() -> None:
-            async with RcarBroker(site, Trust((AUTHORITY.public_key(),), True), SHORT_S) as broker:
-                await broker.attest(Ident(RESOURCE), Tee.SAMPLE, sample)
+    def drive(_: FaultWorld) -> None:
+        with ConnectProxy({}, behaviour) as there:
+            asyncio.run(boot(there.proxy))
 
-        asyncio.run(run())
-
-    fields = {"reason": Unreachable.PROXY, "status": status}
+    fields: dict[str, object] = {"reason": reason, "status": status}
     return Fault(f"RCAR: proxy that {name}", BrokerUnreachableError, fields=fields, drive=drive)
 
 
@@ -259,7 +259,7 @@ FROM_A_PROXY = [
     behind_a_proxy("refuses", 403, None),
     behind_a_proxy("wants a password", 407, answers(b"HTTP/1.1 407 Who?\r\n\r\n")),
     behind_a_proxy("does not reach the KBS", 502, answers(b"HTTP/1.1 502 Gone\r\n\r\n")),
-    behind_a_proxy("drips before it connects", 0, proxy_drips(b"HTTP/1.1 200 OK\r\n" * 100)),
+    behind_a_proxy("drips before it connects", 0, proxy_drips(b"HTTP/1.1 200 OK\r\n" * 100), Unreachable.TIMEOUT),
     behind_a_proxy("is none", 0, answers(b"SSH-2.0-x\r\n\r\n")),
     *(
         protocol(
