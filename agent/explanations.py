@@ -953,8 +953,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "other files, or another bundle. Nothing was served.",
         (
             (
-                "On the model folder, before it is sealed: `model_signing verify key DIR --public_key PEM --signature "
-                "DIR/model.sig` says which file differs."
+                "On the model folder, before it is sealed, model_signing names the file that differs: `model_signing verify "
+                "key DIR --signature SIG --public_key PEM`."
             ),
             (
                 "does not list exactly the files of the model: model_signing leaves out .git, .gitattributes, .gitignore and "

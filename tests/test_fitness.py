@@ -48,7 +48,7 @@ def test_a_kernel_older_than_every_interface_to_the_tee_is_unfit(places: Places,
     assert check_kernel(None, at)["release"] == release, "of no TEE nothing is wanted"
 
 
-@pytest.mark.parametrize("tee", list(Tee))
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
 @pytest.mark.parametrize("release", ["6.2.0", "6.12.117+deb12-amd64", "6.18.35", "7.0-rc1", "10.0.0"])
 def test_a_newer_one_will_do(places: Places, tee: Tee, release: str) -> None:
     assert check_kernel(tee, replace(places, release=lambda: release))["release"] == release
