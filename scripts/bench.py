@@ -118,7 +118,7 @@ def supervisor_rss_mib(_: Model, __: int) -> dict[str, float]:
     return {"supervisor_rss_mib": int(dict(line.split(":", 1) for line in status.splitlines())["VmRSS"].split()[0]) / 1024}
 
 
-def cold_start_ms(_: Model, repeat: int) -> dict[str, float]:
+def cold_start_ms(__: Model, repeat: int) -> dict[str, float]:
     """From the start of the process to the first byte that reaches the broker's port; configuration and machine are there."""
     times = []
     with world() as here, socket.create_server(("127.0.0.1", 0)) as broker:

@@ -43,6 +43,7 @@ def collect_snp_gpu_ms(_: Model, __: int) -> dict[str, float]:
         devices = open_devices(
             check_measured(attester, machine.host_data),
             driver.gpu_system(),
+            machine.runtime(),
             gpu_count=1,
             expected_ready=ExpectedReady.UNSET,
             manifest_digest="sha256:" + "0" * 64,

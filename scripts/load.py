@@ -159,7 +159,7 @@ def load(count: int, processes: int) -> dict[str, object]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="scripts/load", description=__doc__.partition("\n")[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(prog="scripts/load", description=__doc__.partition("\n")[0])
     parser.add_argument("--guests", type=int, default=1000, help="default 1000")
     parser.add_argument("--processes", type=int, default=2, help="that the guests are spread over; default 2")
     parser.add_argument("--json", action="store_true", help="one JSON object on one line, and nothing else")
