@@ -75,6 +75,8 @@ def _changed(**changes: Any) -> bytes:
     for name in changes.pop("without", ()):
         del header[name]
     parts = [changes.pop("protected", cbor2.dumps(header, canonical=True)), unprotected, payload, signature]
+    if changes.pop("zero", False):  # the same two numbers
+        parts[3] = signature[:32] + b"\0" + signature[32:]
     for index, value in changes.pop("parts", {}).items():
         parts[index] = value
     return cbor2.dumps(cbor2.CBORTag(changes.pop("tag", 18), parts), canonical=True)
@@ -103,6 +105,7 @@ DEFECTS = {
     "an HMAC": (_changed(header={1: 5}), SignatureCheck.ALGORITHM),
     "another payload": (_changed(parts={2: cbor2.dumps(["keyturn/v2/manifest", b"\x5a" * 32])}), SignatureCheck.MANIFEST),
     "a signature that is cut": (_changed(parts={3: bytes(63)}), SignatureCheck.SIGNATURE),
+    "a good signature with a zero more": (_changed(zero=True), SignatureCheck.SIGNATURE),
     "a signature of zeros": (_changed(parts={3: bytes(64)}), SignatureCheck.SIGNATURE),
     "one bit": (GOOD[:-1] + bytes([GOOD[-1] ^ 1]), SignatureCheck.SIGNATURE),
 }
