@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 
+from agent import cose
 from agent.artifact import manifest as m
 from agent.artifact import signature as s
 from agent.artifact.identify import find_manifest
@@ -20,7 +21,7 @@ from agent.artifact.sources import open_source
 from agent.config import ArtifactConfig
 from agent.errors import ArtifactUnavailableError, ConfigError, ManifestSignatureError, SignatureCheck, StoreProblem
 
-KEYS: dict[str, s.PrivateKey] = {
+KEYS: dict[str, cose.PrivateKey] = {
     "ES256": ec.generate_private_key(ec.SECP256R1()),
     "ES384": ec.generate_private_key(ec.SECP384R1()),
     "EdDSA": ed25519.Ed25519PrivateKey.generate(),
@@ -99,7 +100,7 @@ DEFECTS = {
     "no key id": (_changed(without=(4,)), SignatureCheck.MALFORMED),
     "a detached payload": (_changed(parts={2: None}), SignatureCheck.MALFORMED),
     "a signature of another type": (_changed(parts={3: "text"}), SignatureCheck.MALFORMED),
-    "another key's id": (_changed(header={4: s.key_id(KEYS["ES384"].public_key())}), SignatureCheck.KEY),
+    "another key's id": (_changed(header={4: cose.key_id(KEYS["ES384"].public_key())}), SignatureCheck.KEY),
     "algorithm none": (_changed(header={1: 0}), SignatureCheck.ALGORITHM),
     "another algorithm": (_changed(header={1: -35}), SignatureCheck.ALGORITHM),
     "an HMAC": (_changed(header={1: 5}), SignatureCheck.ALGORITHM),
@@ -142,7 +143,7 @@ def test_one_good_signature_is_enough_and_the_best_bad_one_is_told() -> None:
 
 def test_only_keys_of_three_kinds_can_be_pinned() -> None:
     for key in KEYS.values():
-        assert s.key_id(s.parse_provider_key(s.public_pem(key))) == s.key_id(key.public_key())
+        assert cose.key_id(s.parse_provider_key(s.public_pem(key))) == cose.key_id(key.public_key())
         pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
         assert s.public_pem(s.parse_signing_key(pem)) == s.public_pem(key)
     foreign: list[Any] = [rsa.generate_private_key(65537, 2048), ec.generate_private_key(ec.SECP521R1())]

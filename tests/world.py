@@ -25,8 +25,9 @@ from typing import Any
 from cryptography.hazmat.primitives import serialization
 
 from agent.artifact.seal import seal_model
-from agent.artifact.signature import PrivateKey, public_pem
+from agent.artifact.signature import public_pem
 from agent.broker import bootstrap
+from agent.cose import PrivateKey
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.guest.initdata import fit
 from agent.server.presets import command_digest

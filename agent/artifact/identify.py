@@ -15,6 +15,7 @@ from agent.artifact.sources import BlobSource
 from agent.artifact.sources.patient import PatientSource
 from agent.closed import Ident
 from agent.config import ArtifactConfig
+from agent.cose import PublicKey
 from agent.errors import ArtifactUnavailableError, ConfigError, ConfigProblem
 from agent.threads import in_thread
 
@@ -51,7 +52,7 @@ def find_manifest(source: BlobSource, config: ArtifactConfig, stop: threading.Ev
     return msgspec.structs.replace(config, manifest_digest=digest)
 
 
-def provider_keys(config: ArtifactConfig) -> tuple[signature.PublicKey, ...]:
+def provider_keys(config: ArtifactConfig) -> tuple[PublicKey, ...]:
     """The pinned keys. Raises ConfigError."""
     keys = []
     for index, pem in enumerate(config.provider_keys):

@@ -18,6 +18,7 @@ from agent.artifact import signature
 from agent.artifact.blobs import TEMPORARY, Sealing, UnsafeFixedSalt, seal_files, unchanged_files
 from agent.artifact.stream import key_commitment
 from agent.closed import Ident
+from agent.cose import PrivateKey
 from agent.errors import ArtifactError, MalformedManifestError, SealError, SealProblem
 
 _LAYOUT_VERSION = "1.0.0"
@@ -48,7 +49,7 @@ def seal_model(
     name: str,
     version: int,
     progress: Callable[[int, int], None],
-    signing_keys: Sequence[signature.PrivateKey] = (),
+    signing_keys: Sequence[PrivateKey] = (),
     unsafe_salt: UnsafeFixedSalt | None = None,
 ) -> str:
     """Seal the files of a folder, and name the result `<name>-v<version>` in an OCI image layout.
@@ -213,9 +214,7 @@ def _pack_and_check(config: m.ModelConfig) -> bytes:
     return manifest_bytes
 
 
-def _add_signature(
-    blobs: Path, index: bytes, manifest_bytes: bytes, key: signature.PrivateKey, undo: contextlib.ExitStack
-) -> bytes:
+def _add_signature(blobs: Path, index: bytes, manifest_bytes: bytes, key: PrivateKey, undo: contextlib.ExitStack) -> bytes:
     """The index with one signature more; its blobs are written."""
     cose = signature.sign_manifest(m.digest_of(manifest_bytes), key)
     about = signature.pack_signature_manifest(manifest_bytes, cose)

@@ -6,22 +6,17 @@ refused by version alone (`artifact.min_version`, the verdict's floor). It lies 
 Does not fetch. `FORMAT.md`, "Signature"; RFC 9052 §4.2 and §4.4, RFC 9053 §2, RFC 9864 on why `alg` and key must agree.
 """
 
-import hashlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import cbor2
 import msgspec
 from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519
-from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
+from cryptography.hazmat.primitives import serialization
 
+from agent import cose as c
 from agent.artifact import manifest as m
+from agent.cose import PrivateKey, PublicKey, Signature, key_id
 from agent.errors import ManifestSignatureError, SignatureCheck
-
-PublicKey = ec.EllipticCurvePublicKey | ed25519.Ed25519PublicKey
-PrivateKey = ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey
 
 COSE_TYPE = 'application/cose; cose-type="cose-sign1"'
 EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
@@ -32,32 +27,6 @@ MAX_SIGNATURES = 16
 """Of one manifest that are looked at: several keys while one is replaced, and whatever a store adds."""
 
 _LABEL = "keyturn/v1/manifest"
-_COSE_SIGN1 = 18
-_ALG, _KID = 1, 4
-_ES256, _ES384, _EDDSA = -7, -35, -8
-_CURVES: dict[str, tuple[int, int, type[hashes.SHA256] | type[hashes.SHA384]]] = {
-    "secp256r1": (_ES256, 32, hashes.SHA256),
-    "secp384r1": (_ES384, 48, hashes.SHA384),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """A COSE_Sign1 that nobody has verified.
-
-    Attributes:
-        algorithm: COSE's number: -7 ES256, -35 ES384, -8 EdDSA.
-        key_id: SHA-256 of the signer's SubjectPublicKeyInfo, so they say.
-        protected: the encoded header.
-        payload: what they say they signed.
-        signature: r ‖ s, or Ed25519's 64 bytes.
-    """
-
-    algorithm: int
-    key_id: bytes
-    protected: bytes
-    payload: bytes
-    signature: bytes
 
 
 def parse_provider_key(pem: str) -> PublicKey:
@@ -67,7 +36,7 @@ def parse_provider_key(pem: str) -> PublicKey:
     except (ValueError, UnsupportedAlgorithm) as error:
         raise ValueError("not a PEM public key") from error
     # refusal: test_only_keys_of_three_kinds_can_be_pinned
-    if not _is_ours(key):
+    if not c.is_ours(key):
         raise ValueError("not a P-256, P-384 or Ed25519 key")
     assert isinstance(key, PublicKey)
     return key
@@ -79,7 +48,7 @@ def parse_signing_key(pem: bytes) -> PrivateKey:
         key = serialization.load_pem_private_key(pem, None)
     except (TypeError, ValueError, UnsupportedAlgorithm):  # TypeError: it wants a password
         raise ValueError("not an unencrypted PEM private key") from None
-    if not isinstance(key, PrivateKey) or not _is_ours(key.public_key()):
+    if not isinstance(key, PrivateKey) or not c.is_ours(key.public_key()):
         raise ValueError("not a P-256, P-384 or Ed25519 key")
     return key
 
@@ -90,12 +59,6 @@ def public_pem(key: PrivateKey) -> str:
     return pem.decode()
 
 
-def key_id(key: PublicKey) -> bytes:
-    """SHA-256 of the DER SubjectPublicKeyInfo, 32 bytes."""
-    der = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(der).digest()
-
-
 def sign_manifest(manifest_digest: str, key: PrivateKey) -> bytes:
     """The COSE_Sign1 of a manifest, at most 1 KiB.
 
@@ -103,16 +66,7 @@ def sign_manifest(manifest_digest: str, key: PrivateKey) -> bytes:
         manifest_digest: `sha256:` and 64 hexadecimal digits.
         key: the provider's.
     """
-    public = key.public_key()
-    protected = cbor2.dumps({_ALG: _algorithm(public), _KID: key_id(public)}, canonical=True)
-    signed = _signed(protected, manifest_digest)
-    if isinstance(key, ed25519.Ed25519PrivateKey):
-        signature = key.sign(signed)
-    else:
-        _, length, digest = _CURVES[key.curve.name]
-        r, s = decode_dss_signature(key.sign(signed, ec.ECDSA(digest())))
-        signature = r.to_bytes(length) + s.to_bytes(length)
-    return cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1, [protected, {}, _payload(manifest_digest), signature]), canonical=True)
+    return c.sign(_payload(manifest_digest), key)
 
 
 def verify_signatures(candidates: Iterable[bytes], manifest_digest: str, keys: Sequence[PublicKey]) -> None:
@@ -141,25 +95,7 @@ def verify_signatures(candidates: Iterable[bytes], manifest_digest: str, keys: S
 
 def parse_signature(cose: bytes) -> Signature | None:
     """A COSE_Sign1 as this format has it, unverified; None: it is none. There is one way only to write it."""
-    try:
-        if len(cose) > MAX_SIGNATURE_BYTES:
-            return None
-        tag = cbor2.loads(cose)
-        protected, unprotected, payload, signature = tag.value
-        header = cbor2.loads(protected)
-        canonical = cbor2.dumps(tag, canonical=True) == cose and cbor2.dumps(header, canonical=True) == protected
-    except Exception:  # noqa: BLE001  # cbor2 lets through what its constructors and the bytes provoke
-        return None
-    # Nothing unprotected, and nothing that we do not understand.
-    if not canonical or not isinstance(tag, cbor2.CBORTag) or tag.tag != _COSE_SIGN1 or unprotected != {}:
-        return None
-    if not isinstance(header, dict):
-        return None
-    if header.keys() != {_ALG, _KID} or not isinstance(header[_ALG], int) or not isinstance(header[_KID], bytes):
-        return None
-    if not isinstance(payload, bytes) or not isinstance(signature, bytes):
-        return None
-    return Signature(header[_ALG], header[_KID], protected, payload, signature)
+    return c.parse(cose, MAX_SIGNATURE_BYTES)
 
 
 def _check(cose: bytes, manifest_digest: str, keys: Sequence[PublicKey]) -> SignatureCheck | None:
@@ -170,45 +106,19 @@ def _check(cose: bytes, manifest_digest: str, keys: Sequence[PublicKey]) -> Sign
     key = next((key for key in keys if key_id(key) == found.key_id), None)
     if key is None:
         return SignatureCheck.KEY
-    if found.algorithm != _algorithm(key):  # a key signs with one algorithm
+    if found.algorithm != c.algorithm_of(key):  # a key signs with one algorithm
         return SignatureCheck.ALGORITHM
     if found.payload != _payload(manifest_digest):
         return SignatureCheck.MANIFEST
     try:
-        _verify(key, found.signature, _signed(found.protected, manifest_digest))
+        c.verify(found, key)
     except InvalidSignature:
         return SignatureCheck.SIGNATURE
     return None
 
 
-def _verify(key: PublicKey, signature: bytes, signed: bytes) -> None:
-    if isinstance(key, ed25519.Ed25519PublicKey):
-        key.verify(signature, signed)
-        return
-    _, length, digest = _CURVES[key.curve.name]
-    if len(signature) != 2 * length:
-        raise InvalidSignature
-    r, s = int.from_bytes(signature[:length]), int.from_bytes(signature[length:])
-    key.verify(encode_dss_signature(r, s), signed, ec.ECDSA(digest()))
-
-
-def _is_ours(key: object) -> bool:
-    return isinstance(key, ed25519.Ed25519PublicKey) or (
-        isinstance(key, ec.EllipticCurvePublicKey) and key.curve.name in _CURVES
-    )
-
-
-def _algorithm(key: PublicKey) -> int:
-    return _EDDSA if isinstance(key, ed25519.Ed25519PublicKey) else _CURVES[key.curve.name][0]
-
-
 def _payload(manifest_digest: str) -> bytes:
     return cbor2.dumps([_LABEL, bytes.fromhex(manifest_digest.removeprefix("sha256:"))], canonical=True)
-
-
-def _signed(protected: bytes, manifest_digest: str) -> bytes:
-    """Sig_structure of RFC 9052 §4.4."""
-    return cbor2.dumps(["Signature1", protected, b"", _payload(manifest_digest)], canonical=True)
 
 
 # --- the OCI artifact around it ---------------------------------------------------------------------------------------

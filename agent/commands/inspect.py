@@ -15,7 +15,7 @@ from typing import Any
 
 from agent.artifact import manifest as m
 from agent.artifact.identify import signatures_of
-from agent.artifact.signature import PublicKey, parse_provider_key, parse_signature, verify_signatures
+from agent.artifact.signature import parse_provider_key, parse_signature, verify_signatures
 from agent.artifact.sources import LayoutSource, open_source
 from agent.artifact.stream import (
     HEADER_BYTES,
@@ -28,6 +28,7 @@ from agent.artifact.stream import (
 )
 from agent.closed import Ident
 from agent.commands.seal import add_access, hint, progress_line, read_access, read_ca, read_key_file, read_pem, size_text
+from agent.cose import PublicKey
 from agent.errors import (
     ArtifactUnavailableError,
     ConfigError,

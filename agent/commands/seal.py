@@ -14,12 +14,13 @@ from typing import Any
 
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import check_identity, plan_seal, seal_model
-from agent.artifact.signature import PrivateKey, key_id, parse_signing_key, public_pem
+from agent.artifact.signature import parse_signing_key, public_pem
 from agent.artifact.sources import check_secrecy
 from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
 from agent.artifact.sources.oci import Repository
 from agent.artifact.stream import KEY_BYTES, StreamLayout
 from agent.closed import Ident
+from agent.cose import PrivateKey, key_id
 from agent.errors import ConfigError, ConfigProblem, SealError, SealProblem
 from agent.tink_keyset import MAX_KEYSET_BYTES, parse_keyset
 

@@ -15,9 +15,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from agent.artifact.kserve import list_digest
 from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
 from agent.artifact.seal import seal_model
-from agent.artifact.signature import PrivateKey, public_pem
+from agent.artifact.signature import public_pem
 from agent.artifact.sources import open_source
 from agent.config import ArtifactConfig
+from agent.cose import PrivateKey
 from agent.errors import (
     AgentError,
     ArtifactUnavailableError,
