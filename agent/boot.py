@@ -35,6 +35,7 @@ from agent.evidence.gate import ReadyState
 from agent.evidence.runtime import MeasuredRelease
 from agent.handshake import Verdict
 from agent.handshake.broker import Broker
+from agent.receipts import Notary
 from agent.stages import Notify, stage
 from agent.threads import in_thread
 
@@ -47,9 +48,10 @@ async def boot(
     undo: ExitStack,
     notify: Notify,
     gid: int | None,
+    notary: Notary,
     *,
     supervised: bool = True,
-) -> tuple[LoadedArtifact, int | None]:
+) -> tuple[LoadedArtifact, int | None, bytes]:
     """Attest, secure the devices, open the model.
 
     Args:
@@ -60,10 +62,11 @@ async def boot(
         notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
         gid: group that may read the open model; None: our own.
+        notary: makes the receipt.
         supervised: somebody of ours will see to the end of a lease.
 
     Returns:
-        The model, and the lease of its key in seconds, None without one.
+        The model; the lease of its key in seconds, None without one; the receipt of both.
 
     Raises:
         AgentError: whatever step failed, possibly inside an ExceptionGroup.
@@ -90,8 +93,9 @@ async def boot(
 
             # refusal: test_what_the_store_lacks_ends_the_boot_before_the_gate
             (await prepared).check()  # what can fail without costing the VM fails before the gate
+            statement = notary.state(cfg, devices, prepared.result(), verdict, sealed, evidence)
             with stage(Stage.MEASURE, notify):
-                measured = await in_thread(lambda: devices.measure(verdict, sealed, evidence))
+                measured = await in_thread(lambda: devices.measure(verdict, sealed, evidence, statement.digest()))
                 notify(_measured(measured))
 
             with stage(Stage.SECURE, notify):  # the gate: ready state 0 -> 1, once
@@ -103,10 +107,14 @@ async def boot(
             with stage(Stage.UNWRAP, notify):
                 key = await in_thread(lambda: keys.unwrap(sealed, ephemeral, secured))
 
+            vouched = work.create_task(in_thread(lambda: notary.vouch(devices)))  # while the model is opened
             with key, stage(Stage.LOAD, notify) as progress:
                 floor = max(cfg.artifact.min_version, claims.min_model_version)
                 loaded = await load.load(prepared.result(), key, floor, progress.count)
-    return loaded, claims.lease_s
+
+            with stage(Stage.RECEIPT, notify):
+                receipt = notary.sign(await vouched, measured)
+    return loaded, claims.lease_s, receipt
 
 
 async def renew(cfg: MeasuredConfig, devices: Devices, broker: Broker, served_version: int, notify: Notify) -> None:

@@ -18,10 +18,11 @@ from agent.report import console_line
 VERBS = {
     "run": "boot: attest, get the key, open the model, start and supervise the model server",
     "load": "boot of an init container: open the model into a given folder of guest memory, for another container to serve",
+    "exec": "check the receipt of what `load` left, and the folder itself; then become the model server",
     "init": "the first program of a guest: started by the kernel as /init",
     "doctor": "check this guest: everything that a boot needs, one finding each",
     "evidence": "print this guest's evidence over a nonce, as the broker sees it",
-    "verify": "check a report, quote or event log offline, and print what it says",
+    "verify": "check a report, quote, event log or receipt offline, and print what it says",
     "status": "show the status of a running agent",
     "explain": "what failed, who must act and what to check: of an error, an exit status, a token, an event, a status",
     "config": "check, explain or print an example of the configuration",
@@ -47,7 +48,7 @@ _EPILOG = """exit status, at length with `keyturn explain EXIT_STATUS`:
   0 served and stopped on request · 2 usage
   10 configuration · 11 no device · 12 evidence · 13 GPU · 14 broker not reachable · 15 broker protocol
   16 denied · 17 key · 18 artifact store · 19 artifact · 20 memory · 21 interrupted · 22 lease ended · 23 guest init
-  29 bug in keyturn · 30 model server failed · 31 guest must be restarted
+  24 receipt · 29 bug in keyturn · 30 model server failed · 31 guest must be restarted
 
 `keyturn config example` prints a configuration to start from.
 """

@@ -23,6 +23,7 @@ AgentError
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
 │       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
+├── ReceiptError                                                          operator × receipt
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
 ├── ServerError                                                           developer × server
 │   └── ServerStartError · ServerExitedError · ServerNotReadyError · ServerStuckError
@@ -66,6 +67,7 @@ class Step(enum.Enum):
     LEASE = "lease"
     ARTIFACT = "artifact"
     MEMORY = "memory"
+    RECEIPT = "receipt"
     SERVER = "server"
     AGENT = "agent"
 
@@ -88,6 +90,7 @@ EXIT_STATUS: dict[tuple[Owner, Step], int] = {
     (Owner.OPERATOR, Step.AGENT): 21,
     (Owner.AUTHORITY, Step.LEASE): 22,
     (Owner.OPERATOR, Step.GUEST): 23,
+    (Owner.OPERATOR, Step.RECEIPT): 24,
     (Owner.KEYTURN, Step.AGENT): 29,
     (Owner.DEVELOPER, Step.SERVER): 30,
     (Owner.OPERATOR, Step.GATE): 31,
@@ -1105,6 +1108,43 @@ class SwapActiveError(AgentError):
 
     def what(self) -> str:
         return "active swap could carry weights out of guest memory"
+
+
+# --- receipt ----------------------------------------------------------------------------------------------------------
+
+
+class ReceiptProblem(enum.Enum):
+    """What `keyturn exec` and `keyturn verify receipt` find, in the order in which they look."""
+
+    MISSING = "none lies beside the model"
+    MALFORMED = "not a receipt of this format"
+    SIGNATURE = "its signature does not verify"
+    BINDING = "its evidence covers another key or another statement"
+    EVENT_LOG = "its event log does not have the release that it says was measured"
+    SIMULATED = "it is of simulated silicon, which the configuration does not allow"
+    MODE = "it is not of a boot that left its model to another container"
+    CONFIG = "it is of a guest with another configuration"
+    MODEL = "it is of another model, or of another key, than the configuration names"
+    VERSION = "its model is older than the configuration allows"
+    GUEST = "it is of another guest than this one"
+    FILES = "the folder does not hold exactly its files"
+    FILE_MODE = "a file or folder of the model may be written"
+    MOUNT = "the folder is mounted so that it can be written"
+
+
+@dataclasses.dataclass(eq=False)
+class ReceiptError(AgentError):
+    """A receipt is not the one that is wanted here, or what lies beside it is not what it says."""
+
+    owner = Owner.OPERATOR
+    step = Step.RECEIPT
+    next_step = (
+        "let `keyturn load` of the same configuration fill the folder in this pod, and mount it readOnly where the server runs"
+    )
+    problem: ReceiptProblem
+
+    def what(self) -> str:
+        return f"receipt: {self.problem.value}"
 
 
 # --- agent and server -------------------------------------------------------------------------------------------------

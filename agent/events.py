@@ -27,6 +27,7 @@ class Stage(enum.Enum):
     SECURE = "secure"  # the GPU gate
     UNWRAP = "unwrap"  # the key is opened
     LOAD = "load"  # segments opened into guest memory
+    RECEIPT = "receipt"  # what was opened here is signed, by a key that the TEE vouches for
     PUBLISH = "publish"  # read-only, mounted for the server
     SERVER = "server"  # first start until ready
 
@@ -211,6 +212,15 @@ class GpuWatchLost(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class ReceiptSigned(Event):
+    """The receipt of this boot: its SHA-256, and that of the key which signed it (SubjectPublicKeyInfo), both in hex."""
+
+    sha256: Ident
+    key_sha256: Ident
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
 class DestinationChosen(Event):
     """`noswap`: the kernel never swaps this memory. `swap_active`: the guest has swap, and the configuration allows it."""
 
@@ -266,6 +276,20 @@ class ModelLeft(Event):
     """The open model lies in the given folder, for whoever serves it. Nobody of ours watches over it from now on."""
 
     version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ReceiptChecked(Event):
+    """By `keyturn exec`: what lies in the folder is what the receipt says, and this process becomes the server.
+
+    `same_guest`: this guest's own components confirmed that it is theirs; else the vendors' roots did that it is genuine.
+    """
+
+    sha256: Ident
+    version: int
+    files: int
+    same_guest: bool
+    simulated: bool
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1149,6 +1149,36 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Which device it is is not told; `/proc/swaps` in the guest says it.",
     ),
+    # --- receipt ------------------------------------------------------------------------------------------------------
+    errors.ReceiptError: Explanation(
+        "`keyturn exec` looked at what `keyturn load` had left, and did not become the server; or `keyturn verify` was given "
+        "a receipt that no boot signed. Receipt, evidence, statement and files are looked at in this order, and the first "
+        "thing that is not as it must be is told.",
+        (
+            (
+                "Missing or malformed: see that the init container ended with status 0, and that both containers mount the "
+                "same memory emptyDir. `--dir` says where this one has it; the default is `artifact.directory`."
+            ),
+            (
+                "Another configuration, model or version: both containers are given the same file, with whose digest the "
+                "guest was launched. What a receipt says is printed by `keyturn verify`."
+            ),
+            (
+                "Files, modes and mount: the server's container mounts the folder `readOnly: true`, and nothing but the init "
+                "container writes into it. A file that a sidecar leaves there is one too many."
+            ),
+            (
+                "Another guest: the receipt was brought from somewhere else. Delete the pod, and find out who could write into "
+                "its folder."
+            ),
+            (
+                "Evidence that does not cover the receipt, a signature that does not verify: it was changed after the boot, or "
+                "is no receipt of this version's."
+            ),
+        ),
+        "Neither the file that differs nor any value of the receipt is told. Whoever may see them has the receipt, which "
+        "holds no secret.",
+    ),
     # --- agent and server ---------------------------------------------------------------------------------------------
     errors.BootInterruptedError: Explanation(
         "A signal asked for the end before the model server was ready. The worker was allowed to finish a device call, "

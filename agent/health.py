@@ -1,4 +1,4 @@
-"""The health port: `/livez`, `/readyz`, `/status` over plain HTTP, inside the supervisor's loop.
+"""The health port: `/livez`, `/readyz`, `/status`, `/receipt` over plain HTTP, inside the supervisor's loop.
 
 Owns sockets and bounds; the answers are `BootReport.health`. One short request, one short answer, then the end; no
 keep-alive, at most 16 callers at a time. Standard library only, because the supervisor imports it.
@@ -14,6 +14,9 @@ from agent.report import BootReport
 MAX_CALLERS = 16
 MAX_REQUEST_BYTES = 2048
 CALLER_TIMEOUT_S = 5.0
+SMALL_ANSWER_BYTES = 8 << 10
+"""Any socket buffer takes this at once. A receipt asks for room."""
+RECEIPT_TYPE = 'application/cose; cose-type="cose-sign1"'
 _REASONS = {200: "OK", 404: "Not Found", 503: "Service Unavailable", 400: "Bad Request"}
 
 
@@ -59,11 +62,18 @@ class HealthPort:
             status, body = self._report.health(words[1].decode("latin-1"))
         else:
             status, body = 400, "bad request\n"
-        kind = "application/json" if body.startswith("{") else "text/plain"
+        if isinstance(body, str):
+            kind = "application/json" if body.startswith("{") else "text/plain"
+            body = body.encode()
+        else:
+            kind = RECEIPT_TYPE
         head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n"
         head += "Connection: close\r\n\r\n"
+        answer = head.encode() + (b"" if words[0] == b"HEAD" else body)
         with suppress(OSError):  # a caller that does not read gets what its socket buffer takes
-            caller.send((head + ("" if words[0] == b"HEAD" else body)).encode())
+            if len(answer) > SMALL_ANSWER_BYTES:
+                caller.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(answer))
+            caller.send(answer)
         self._hang_up(caller)
 
     def _hang_up(self, caller: socket.socket) -> None:

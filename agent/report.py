@@ -36,6 +36,8 @@ from agent.events import (
 )
 
 MAX_TERMINATION_BYTES = 4096
+MAX_RECEIPT_BYTES = 512 << 10
+"""One of an SNP guest has some 8 KiB, of a TD 8 to 70: its event log is in it."""
 STATUS_SCHEMA = "keyturn.status/v1"
 
 
@@ -83,6 +85,7 @@ class BootReport:
     error: AgentError | None = None
     failed_stage: Stage | None = None
     exit_status: int | None = None
+    receipt: bytes | None = field(default=None, repr=False)
 
     def apply(self, message: Message) -> None:
         """Take one message in."""
@@ -200,14 +203,16 @@ class BootReport:
             f"who must act: {error.owner.value}, request id {self.request_id or 'none'}, next step: {error.next_step}"
         )
 
-    def health(self, path: str) -> tuple[int, str]:
-        """HTTP status and body for `/livez`, `/readyz`, `/status`; anything else is 404."""
+    def health(self, path: str) -> tuple[int, str | bytes]:
+        """HTTP status and body for `/livez`, `/readyz`, `/status` and `/receipt`, which is bytes; anything else is 404."""
         if path == "/livez":
             return 200, "ok\n"
         if path == "/readyz":
             return (200, "ready\n") if self.phase is Phase.SERVING else (503, f"{self.phase.value}\n")
         if path == "/status":
             return 200, json.dumps(self.status()) + "\n"
+        if path == "/receipt" and self.receipt is not None:
+            return 200, self.receipt
         return 404, "not found\n"
 
 

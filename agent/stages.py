@@ -64,5 +64,18 @@ def stage(name: Stage, notify: Notify) -> Iterator[StageRun]:
     notify(StageEnded(name, _ms_since(began), run.bytes))
 
 
+class Durations:
+    """A `Notify` that keeps how long each stage took that has ended, and tells another one everything."""
+
+    def __init__(self, notify: Notify) -> None:
+        self.ms: dict[Stage, int] = {}
+        self._notify = notify
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, StageEnded):
+            self.ms[event.stage] = event.ms
+        self._notify(event)
+
+
 def _ms_since(began: float) -> int:
     return round((time.monotonic() - began) * 1000)

@@ -58,7 +58,7 @@ from agent.health import HealthPort
 from agent.loop import Loop
 from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
 from agent.renewal import Renewal
-from agent.report import BootReport
+from agent.report import MAX_RECEIPT_BYTES, BootReport
 from agent.server import Output, Placement, policy
 from agent.server.probe import Probe, start_probe
 from agent.server.process import ServerProcess, reap_orphans, spawn
@@ -147,6 +147,7 @@ class Supervisor:
                 make_mount_points()
         except OSError as error:  # root without a root mount (chroot), or without /run: nothing is mounted where others see it
             raise DestinationError(DestinationProblem.MOUNT_POINT, error.errno or 0) from error
+        self._teller.keep_receipt(None)
         self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
         if self._hints.health_address:
             try:
@@ -188,6 +189,11 @@ class Supervisor:
         if "loaded" in packet.record:
             self._handed = HandedModel.of(packet.record["loaded"], packet.descriptors)
             take_over(self._handed, self._undo)
+            return
+        if "receipt" in packet.record:
+            (descriptor,) = packet.descriptors
+            with open(descriptor, "rb") as file:
+                self._teller.keep_receipt(file.read(MAX_RECEIPT_BYTES))
             return
         if isinstance(directory := packet.record.get("given"), str):
             self._given = directory

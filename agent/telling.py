@@ -1,4 +1,5 @@
-"""Writes the faces of a boot: stderr, status file, termination message, systemd's status. The health port is `health.py`.
+"""Writes the faces of a boot: stderr, status file and receipt, termination message, systemd's status. Not the health port,
+which is `health.py`.
 
 Owns the writing and nothing else: what is written is made by `report.py` and `events.py`. A face that cannot be written is
 told once on the others and never stops a boot. Standard library only, because the supervisor imports it.
@@ -15,6 +16,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from agent.artifact.given import RECEIPT_NAME
 from agent.events import LinesLost, Message, StatusUnwritable, message_to_record
 from agent.guest.systemd import ServiceManager
 from agent.report import BootReport, console_line
@@ -48,7 +50,7 @@ class Teller:
         problem = None
         if self._status_file:  # first: whoever reads the line may look at the status next
             try:
-                self._write_status(self._status_file)
+                _write(self._status_file, (json.dumps(self.report.status()) + "\n").encode())
                 self._status_told = False
             except (OSError, ValueError) as error:  # ValueError: a path that names no file
                 if not self._status_told:
@@ -62,6 +64,21 @@ class Teller:
         )
         if problem:
             self.tell(problem)
+
+    def keep_receipt(self, receipt: bytes | None) -> None:
+        """The receipt of this boot on the health port and beside the status file; None: there is none yet."""
+        self.report.receipt = receipt
+        if self._status_file is None:
+            return
+        try:
+            path = self._status_file.with_name(RECEIPT_NAME)
+            if receipt is None:
+                _regular(path).unlink(missing_ok=True)
+            else:
+                _write(path, receipt)
+        except (OSError, ValueError) as error:
+            if receipt is not None:  # at the start the status has the same trouble, and tells it
+                self.tell(StatusUnwritable((isinstance(error, OSError) and error.errno) or 0))
 
     def last_word(self) -> None:
         """The termination message, where Kubernetes or the operator has made a place for it; and what was not read yet."""
@@ -106,20 +123,6 @@ class Teller:
         except OSError:  # whoever read us is gone; the boot goes on
             self._unread = b""
 
-    def _write_status(self, path: Path) -> None:
-        """Atomic: a reader sees the status before or after, never half of one."""
-        _regular(path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
-        new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
-        # Never through somebody's link, never into somebody's file: the folder may be shared.
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-        try:
-            with open(descriptor, "w") as stream:
-                stream.write(json.dumps(self.report.status()) + "\n")
-            new.rename(path)
-        except OSError:
-            new.unlink(missing_ok=True)
-            raise
-
 
 def _never_waiting() -> int:
     """The terminal behind stderr, opened for ourselves alone: poll says that it takes something, not that it takes all."""
@@ -127,6 +130,21 @@ def _never_waiting() -> int:
         return os.open(f"/proc/self/fd/{STDERR}", os.O_WRONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:  # somebody else's terminal
         return STDERR
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Atomic: a reader sees what was there before or after, never half of it."""
+    _regular(path).parent.mkdir(parents=True, exist_ok=True, mode=0o755)
+    new = path.with_name(f".{path.name}.{os.urandom(8).hex()}")
+    # Never through somebody's link, never into somebody's file: the folder may be shared.
+    descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        with open(descriptor, "wb") as stream:
+            stream.write(data)
+        new.rename(path)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
 
 
 def _regular(path: Path) -> Path:

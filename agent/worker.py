@@ -43,12 +43,13 @@ from agent.proxy import Proxy
 from agent.publish import HandedModel
 from agent.server import Output, ServerPlan
 from agent.server.presets import ProbeKind, command_digest, server_plan
-from agent.stages import Notify, stage
+from agent.stages import Durations, Notify, stage
 from agent.threads import in_thread
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
+    from agent.artifact import LoadedArtifact
     from agent.evidence.collect import Devices
     from agent.evidence.runtime import Runtime
     from agent.handshake.broker import Broker
@@ -96,7 +97,10 @@ def work(
         try:
             if served is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy))
+                give_receipt = partial(_give_receipt, channel)
+                record, descriptors = asyncio.run(
+                    _boot(find_config, open_hardware, undo, notify, announce, give_receipt, out, proxy)
+                )
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
@@ -115,16 +119,41 @@ def _announce(channel: Channel, directory: str) -> None:
     channel.send({"given": directory})
 
 
+def _give_receipt(channel: Channel, receipt: bytes) -> None:
+    """To the supervisor, which shows it: longer than a record may be."""
+    with open(os.memfd_create("receipt"), "w+b") as file:
+        file.write(receipt)
+        file.flush()
+        file.seek(0)
+        channel.send({"receipt": len(receipt)}, (file.fileno(),))
+
+
+def _leave_receipt(loaded: "LoadedArtifact", receipt: bytes) -> None:
+    """Beside the model that is left to another container. Raises DestinationError."""
+    from agent.artifact import given
+    from agent.artifact.window import translated
+
+    assert loaded.directory is not None, "check_out"
+    with translated():
+        folder = os.open(os.path.dirname(loaded.directory), os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            given.leave_receipt(folder, loaded.descriptors[0], receipt)
+        finally:
+            os.close(folder)
+
+
 async def _boot(
     find_config: FindConfig,
     open_hardware: OpenHardware,
     undo: ExitStack,
     notify: Notify,
     announce: Callable[[str], None],
+    give_receipt: Callable[[bytes], None],
     out: str | None,
     proxy: Proxy | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
+    notify = durations = Durations(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
@@ -157,15 +186,22 @@ async def _boot(
 
         from agent.artifact.sources.mirrors import open_mirrored
         from agent.boot import boot
+        from agent.receipt import Mode
+        from agent.receipts import Notary
 
+        notary = Notary(Mode.RUN if plan else Mode.LOAD, measured.digest, durations.ms, notify)
         store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S, proxy)
         undo.callback(store.close)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
         gid = plan.gid if plan else None
-        loaded, lease_s = await boot(cfg, devices, broker, store, undo, notify, gid, supervised=plan is not None)
+        loaded, lease_s, receipt = await boot(
+            cfg, devices, broker, store, undo, notify, gid, notary, supervised=plan is not None
+        )
     if plan is None:
+        _leave_receipt(loaded, receipt)
         return {"left": loaded.version}, ()
+    give_receipt(receipt)
     handed = HandedModel(
         plan=plan,
         destination=loaded.destination,

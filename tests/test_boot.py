@@ -11,14 +11,18 @@ import select
 import shutil
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ed25519
 
+from agent.artifact.given import RECEIPT_NAME
 from agent.artifact.signature import public_pem
+from agent.cli import main
 from agent.evidence import NO_REPORT_DATA, Tee
 from agent.evidence.ccel import parse_event_log, parse_runtime_event, replay
 from agent.publish import RUN_DIRECTORY
@@ -90,7 +94,7 @@ def test_a_container_boots_through_the_guests_own_components(world: World) -> No
     assert outcome.status == 0
     opened = next(event for event in outcome.events if event["event"] == "attester_opened")
     assert (opened["tee"], opened["interface"]) == ("snp", "api-server-rest")
-    assert components.asked == ["/info", "/aa/evidence", "/aa/additional-evidence", "/aa/evidence", "/info"]
+    assert components.asked == ["/info", "/aa/evidence", "/aa/additional-evidence", "/aa/evidence", "/info", "/aa/evidence"]
     assert world.audit() == [ATTESTED, RELEASED]
 
 
@@ -103,7 +107,7 @@ def test_a_container_has_its_key_from_the_confidential_data_hub_after_the_gate(w
     assert served_bytes(world) == hashlib.sha256(world.model["model.gguf"]).hexdigest()
     outcome = agent.stop()
     assert outcome.status == 0
-    assert components.asked == ["/info", "/aa/evidence", "/aa/token", "/info", "/cdh/resource/models/tiny/1"]
+    assert components.asked == ["/info", "/aa/evidence", "/aa/token", "/info", "/cdh/resource/models/tiny/1", "/aa/evidence"]
     assert world.audit() == []
 
 
@@ -158,6 +162,80 @@ def test_a_td_measures_the_release_into_its_register_and_a_log_that_explains_it(
         assert content["server_command_digest"] == command_digest(tuple(world.server["command"]))
         released = json.loads((tmp_path / "audit.jsonl").read_text().splitlines()[1])
         assert (content["key_id"], content["key_version"]) == (released["key_id"], released["key_version"])
+
+
+# --- the receipt ------------------------------------------------------------------------------------------------------
+
+
+def verified(world: World, path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """What `keyturn verify receipt` says of it."""
+    roots = ["--unsafe-simulation-roots", str(world.machine.roots_dir)]
+    assert main(["verify", "receipt", str(path), "--no-collateral", "--json", *roots]) == 0
+    said: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return said
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_the_receipt_says_what_was_opened_where_and_under_which_policy(
+    tmp_path: Path, silicon: Path, tee: Tee, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, tee=tee, files=2)
+        port = free_port()
+        agent = world.start(flags=("--health", f"127.0.0.1:{port}"))
+        told = agent.wait_for("receipt_signed")
+        agent.wait_for("server_ready")
+        path = agent.status_file.with_name(RECEIPT_NAME)
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/receipt") as answer:
+            assert answer.headers["content-type"] == 'application/cose; cose-type="cose-sign1"'
+            assert answer.read() == path.read_bytes()
+        outcome = agent.stop()
+        assert outcome.status == 0
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == told["sha256"]
+
+        said = verified(world, path, capsys)
+        attested, released = (json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines())
+        assert (said["key_id"], said["key_version"]) == (released["key_id"], released["key_version"])
+        assert said["request_id"] == attested["request_id"]
+        assert said["policy_version"] == "7"
+        assert (said["model_name"], said["model_version"], said["manifest_digest"]) == ("tiny", 3, world.manifest_digest)
+        assert (said["files"], said["total_bytes"]) == (2, sum(map(len, world.model.values())))
+        assert said["server_command_digest"] == command_digest(tuple(world.server["command"]))
+        assert said["config_digest"] == hashlib.sha256((tmp_path / "keyturn.toml").read_bytes()).hexdigest()
+        assert (said["mode"], said["not_held"], said["simulated"]) == ("run", [], True)
+        assert (said["gpus"], said["gpu_ready"], said["lease_s"]) == (1, "own", None)
+        assert (said["logged"], said["unmeasured"]) == ((True, None) if tee is Tee.TDX else (False, "no-register"))
+        assert list(said["stages_ms"])[-1] == "load"
+        assert said["evidence"]["simulated"] is True
+
+
+def test_in_a_coco_guest_the_receipt_says_who_attested(world: World, capsys: pytest.CaptureFixture[str]) -> None:
+    world.key_from_cdh()
+    agent = world.start(broker=False)
+    agent.wait_for("server_ready")
+    assert agent.stop().status == 0
+    said = verified(world, agent.status_file.with_name(RECEIPT_NAME), capsys)
+    assert (said["evidence_digest"], said["not_held"]) == (None, ["guest-attested", "pod-evidence"])
+
+
+def test_without_gpus_there_is_a_receipt_too(tmp_path: Path, silicon: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with ExitStack() as undo:
+        world = World(tmp_path, silicon, undo, gpus=0)
+        agent = world.start()
+        agent.wait_for("server_ready")
+        assert agent.stop().status == 0
+        said = verified(world, agent.status_file.with_name(RECEIPT_NAME), capsys)
+        assert (said["gpus"], said["gpu_ready"]) == (0, None)
+
+
+def test_a_receipt_of_an_earlier_boot_does_not_stand_for_this_one(world: World) -> None:
+    """It lies where that of this boot will; a boot that comes to no receipt leaves none."""
+    path = world.folder / "status" / RECEIPT_NAME
+    path.parent.mkdir()
+    path.write_bytes(b"old")
+    world.row["revoked"] = True
+    assert world.boot().status == 16
+    assert not path.exists()
 
 
 def test_a_container_in_a_td_has_the_attestation_agent_measure_and_sends_its_log(tmp_path: Path, silicon: Path) -> None:

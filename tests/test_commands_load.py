@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
 from tests.world import DEADLINE_S, World
 
 
@@ -68,7 +68,7 @@ def test_the_model_is_left_open_in_the_folder_and_nothing_else_is(world: World, 
     assert not {"wiped", "failed", "server_started"} & set(names)
     assert events[-2]["version"] == 3
     assert events[0]["mode"] == "load"
-    assert sorted(os.listdir(out)) == [MARK_NAME, PUBLISHED_NAME]
+    assert sorted(os.listdir(out)) == [MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME]
     assert os.listdir(out / MARK_NAME) == []
     assert termination.startswith("keyturn: stopped")
     check_loaded(world, out)

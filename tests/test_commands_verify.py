@@ -17,10 +17,11 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent.cli import main
 from agent.commands.verify import kds_urls
-from agent.evidence import GpuEvidence, GpuNonce, ReportData
+from agent.evidence import GpuEvidence, GpuNonce, ReportData, Tee
 from agent.evidence.ccel import pack_event_log
 from agent.evidence.snp_abi import CertificateKind, TcbVersion, parse_report
 from agent.evidence.tdx_abi import MAX_QUOTE_BYTES, pack_tdreport, parse_quote, quote_length
+from agent.receipt import sign_receipt
 from agent.sim.gpu_silicon import FWID
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import CRL_FILE, make_crl
@@ -29,6 +30,8 @@ from agent.verify.snp import load_certificate
 from tests.certificates import pem, table
 from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, RECORDED, SimulatedSet, recorded
 from tests.shared import shared_data
+from tests.test_verify_receipt import KEY as RECEIPT_KEY
+from tests.test_verify_receipt import make as make_receipt
 
 REPORT_DATA = ReportData(bytes(range(64)))
 NONCE = GpuNonce(bytes(range(32)))
@@ -396,6 +399,29 @@ def test_simulated_evidence_verifies_under_its_roots_says_so_and_is_nothing_with
         assert "SIMULATED" in for_people.out.splitlines()[0]
         refused(verify(*words), "EvidenceVerificationError", "certificate-chain")
         assert verify(*words, *files.trust, "--at", 0).refusal == ("EvidenceVerificationError", "certificate-validity")
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_a_receipt_is_verified_for_people_too(files: Files, verify: Verify, tee: Tee) -> None:
+    path = files.write("receipt.cbor", sign_receipt(make_receipt(files.machine, tee), RECEIPT_KEY))
+    said = verify("receipt", path, *files.trust, "--no-collateral")
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith("verified: model tiny version 3 was opened in a ")
+    assert "SIMULATED" in said.out.splitlines()[0]
+    assert "under policy version 7" in said.out.splitlines()[0]
+    refused(verify("receipt", path, "--no-collateral"), "EvidenceVerificationError", "certificate-chain")
+    spoiled = files.write("spoiled.cbor", path.read_bytes()[:-1] + b"x")
+    refusal = verify("receipt", spoiled, *files.trust)
+    assert (refusal.status, refusal.out, json.loads(refusal.err)["class"]) == (24, "", "ReceiptError")
+
+
+def test_what_a_receipt_lacks_is_said(files: Files, verify: Verify) -> None:
+    tdx = files.write("tdx.cbor", sign_receipt(make_receipt(files.machine, Tee.TDX), RECEIPT_KEY))
+    said = verify("receipt", tdx, *files.trust)
+    assert (said.status, "--collateral" in said.err) == (1, True)
+    sample = files.write("sample.cbor", sign_receipt(make_receipt(files.machine, Tee.SAMPLE), RECEIPT_KEY))
+    said = verify("receipt", sample, "--json")
+    assert (said.status, said.claims["simulated"], "proves nothing" in said.err) == (1, True, True)
 
 
 def test_what_follows_a_quote_is_ignored_when_that_is_said(files: Files, verify: Verify) -> None:

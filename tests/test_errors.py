@@ -43,6 +43,7 @@ def test_the_exit_table_is_frozen() -> None:
         "operator × agent": 21,
         "authority × lease": 22,
         "operator × guest": 23,
+        "operator × receipt": 24,
         "keyturn × agent": 29,
         "developer × server": 30,
         "operator × gate": 31,

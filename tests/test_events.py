@@ -31,6 +31,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "release_measured": ["rtmr_3", "unsupported"],
         "gate_passed": ["gpus", "preset", "switches"],
         "gpu_watch_lost": ["status", "signal"],
+        "receipt_signed": ["sha256", "key_sha256", "bytes"],
         "destination_chosen": ["kind", "bytes", "noswap", "swap_active"],
         "server_started": ["pid", "start", "own_uid", "landlock"],
         "server_output_inherited": [],
@@ -39,6 +40,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
         "server_ended": ["status", "signal", "output_bytes"],
         "server_restarting": ["wait_ms", "start"],
         "model_left": ["version"],
+        "receipt_checked": ["sha256", "version", "files", "same_guest", "simulated"],
         "stopping": ["signal", "waiting_for"],
         "status_unwritable": ["code"],
         "lines_lost": ["lines"],
@@ -49,7 +51,7 @@ def test_names_and_fields_of_events_are_frozen() -> None:
 
 
 def test_the_stages_are_frozen() -> None:
-    stages = "config devices network identify prepare attest release-key measure secure unwrap load publish server"
+    stages = "config devices network identify prepare attest release-key measure secure unwrap load receipt publish server"
     assert [stage.value for stage in Stage] == stages.split()
 
 

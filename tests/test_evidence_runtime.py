@@ -314,7 +314,7 @@ def test_the_event_names_key_model_command_policy_and_evidence_in_canonical_json
     verdict = Verdict(Ident("r1"), "token-text", claims, ())
     evidence = CompositeEvidence(Evidence(Tee.TDX, b"quote"), "devices")
     sealed = SealedKey(b"jwe-text", Ident("c"), 2)
-    event = release_event(verdict, sealed, evidence, "sha256:" + "0" * 64, "sha256:" + "1" * 64)
+    event = release_event(verdict, sealed, evidence, "sha256:" + "0" * 64, "sha256:" + "1" * 64, bytes(48))
     assert (event.domain, event.operation) == ("keyturn", "release-key")
     content = json.loads(event.content)
     assert content == {
@@ -325,6 +325,7 @@ def test_the_event_names_key_model_command_policy_and_evidence_in_canonical_json
         "manifest_digest": "sha256:" + "0" * 64,
         "policy_version": "7",
         "server_command_digest": "sha256:" + "1" * 64,
+        "statement_digest": "sha384:" + "00" * 48,
     }
     assert event.content == json.dumps(content, separators=(",", ":"), sort_keys=True)
     assert parse_runtime_event(pack_runtime_event(event, 3)) == event

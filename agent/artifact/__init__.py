@@ -27,6 +27,21 @@ class LoadedFile:
 
 
 @dataclass(frozen=True, slots=True)
+class DescribedModel:
+    """A model as its authenticated manifest has it, before anything of it is open.
+
+    Attributes:
+        version: 0 of a model without versions.
+        files: in any order.
+    """
+
+    name: Ident
+    version: int
+    manifest_digest: str
+    files: tuple[LoadedFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ServedModel:
     """Which sealed model it is: the digest of its manifest, `sha256:…`, and its version."""
 

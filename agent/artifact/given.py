@@ -15,6 +15,8 @@ from contextlib import suppress
 MARK_NAME = ".keyturn"
 """In it lies the model until it is complete. Mode 0700."""
 PUBLISHED_NAME = "model"
+RECEIPT_NAME = "receipt.cbor"
+"""Of an agent that leaves the model to others; appears after it, as the last."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 20
@@ -57,6 +59,24 @@ def release(folder: int, mark: int) -> None:
     """
     _empty(folder, mark)
     os.rmdir(MARK_NAME, dir_fd=folder)
+
+
+def leave_receipt(folder: int, mark: int, receipt: bytes) -> None:
+    """Let the receipt appear beside the model, whole and for reading only.
+
+    Args:
+        folder: descriptor of the given directory.
+        mark: ours.
+        receipt: of the model that is there.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(RECEIPT_NAME, flags, 0o600, dir_fd=mark), "wb") as file:
+        file.write(receipt)
+        os.fchmod(file.fileno(), 0o444)
+    os.rename(RECEIPT_NAME, RECEIPT_NAME, src_dir_fd=mark, dst_dir_fd=folder)
 
 
 def wipe(path: str) -> None:
@@ -110,5 +130,7 @@ def _locked(folder: int) -> int | None:
 
 def _empty(folder: int, mark: int) -> None:
     for parent in (folder, mark):
+        with suppress(FileNotFoundError):
+            os.unlink(RECEIPT_NAME, dir_fd=parent)
         with suppress(FileNotFoundError):
             shutil.rmtree(PUBLISHED_NAME, dir_fd=parent)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 import rfc8785
 
-from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile
+from agent.artifact import DescribedModel, DestinationKind, LoadedArtifact, LoadedFile
 from agent.artifact.compact_jwe import (
     CHUNK_BYTES,
     MAX_HEAD_BYTES,
@@ -93,6 +93,13 @@ class PreparedJwe:
         self.allow_swap = False
         self.total_plaintext_bytes = sum(file.jwe.plaintext_bytes for file in files) + sum(map(len, plain.values()))
 
+    @property
+    def described(self) -> DescribedModel:
+        """As `load.Prepared.described`."""
+        files = [LoadedFile(file.path, file.jwe.plaintext_bytes) for file in self.files]
+        files += [LoadedFile(path, len(content)) for path, content in self.plain.items()]
+        return DescribedModel(Ident(self.config.name or ""), 0, self.config.digest, tuple(files))
+
     def check(self) -> None:
         """As `load.Prepared.check`. Nothing is fetched ahead, so there is nothing to tell."""
 
@@ -160,13 +167,12 @@ def load(
             window.populate(0, len(content))
             window.copy_in(0, memoryview(content))
     destination.seal_read_only()
-    sizes = [(file.path, file.jwe.plaintext_bytes) for file in prepared.files]
-    sizes += [(path, len(content)) for path, content in prepared.plain.items()]
+    described = prepared.described
     return LoadedArtifact(
-        model_name=Ident(prepared.config.name or ""),
-        manifest_digest=prepared.config.digest,
-        version=0,
-        files=tuple(LoadedFile(path, size) for path, size in sizes),
+        model_name=described.name,
+        manifest_digest=described.manifest_digest,
+        version=described.version,
+        files=described.files,
         destination=destination.kind,
         descriptors=destination.hand_over(),
         directory=destination.directory,

@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile, kserve, openssf
+from agent.artifact import DescribedModel, DestinationKind, LoadedArtifact, LoadedFile, kserve, openssf
 from agent.artifact.digests import FileDigests
 from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
@@ -175,6 +175,12 @@ class Prepared:
     @property
     def total_plaintext_bytes(self) -> int:
         return self.model.total_plaintext_bytes
+
+    @property
+    def described(self) -> DescribedModel:
+        """What will be open when all is well."""
+        files = tuple(LoadedFile(file.path, file.size) for file in self.model.files)
+        return DescribedModel(self.model.model_name, self.model.version, self.manifest_digest, files)
 
     def start(self) -> None:
         """Begin to fetch ahead."""
@@ -350,11 +356,12 @@ def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progres
         _check_signed(prepared, prepared.signed, opening.digests.finish())
     # 6. Nobody writes any more.
     prepared.destination.seal_read_only()
+    described = prepared.described
     return LoadedArtifact(
-        model_name=model.model_name,
-        manifest_digest=prepared.manifest_digest,
-        version=model.version,
-        files=tuple(LoadedFile(file.path, file.size) for file in model.files),
+        model_name=described.name,
+        manifest_digest=described.manifest_digest,
+        version=described.version,
+        files=described.files,
         destination=prepared.destination.kind,
         descriptors=prepared.destination.hand_over(),
         directory=prepared.destination.directory,

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Protocol
 
 from agent.artifact import DestinationKind, given
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
 from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
@@ -371,7 +371,7 @@ def _open_given(path: str) -> int:
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
             names = set(os.listdir(folder))
             if MARK_NAME in names:
-                names -= {MARK_NAME, PUBLISHED_NAME}
+                names -= {MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME}
             # refusal: test_a_given_directory_must_be_empty
             if names:
                 raise DestinationError(DestinationProblem.NOT_EMPTY)

@@ -9,12 +9,17 @@ from agent.closed import Ident
 from agent.config_source import read_bounded
 from agent.errors import ConfigError, ConfigProblem
 from agent.guest.initdata import fit
+from agent.receipt import NOT_HELD, not_held_by
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser("config", help=summary, description=summary, allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|explain|example")
-    check = actions.add_parser("check", help="parse a configuration and print its digest (the guest's HOST_DATA or MRCONFIGID)")
+    check = actions.add_parser(
+        "check",
+        help="parse a configuration and print its digest (the guest's HOST_DATA or MRCONFIGID), and what a boot of it does not "
+        "hold",
+    )
     check.add_argument("file", metavar="FILE", help="configuration file, - for standard input")
     check.add_argument("--json", action="store_true", help="print one JSON object")
     explain = actions.add_parser("explain", help="what a key means; without KEY, all of them")
@@ -39,10 +44,14 @@ def _check(file: str, as_json: bool) -> int:
         key, name, digest = "mr_config_id", "MRCONFIGID (SHA-256 of the file, zero-padded)", fit(measured.digest, 48)
     else:
         key, name, digest = "host_data", "HOST_DATA (SHA-256 of the file)", measured.digest
+    not_held = not_held_by(measured.config)
     if as_json:
-        print(json.dumps({"ok": True, "schema": config.SCHEMA, key: digest.hex()}))
+        record = {"ok": True, "schema": config.SCHEMA, key: digest.hex()}
+        print(json.dumps(record | {"not_held": [item.value for item in not_held]}))
     else:
         print(f"ok: {config.SCHEMA}\n{name}: {digest.hex()}")
+        for item in not_held:
+            print(f"not held: {item.value}: {NOT_HELD[item]}")
     return 0
 
 

@@ -131,10 +131,10 @@ def open_tee(cfg: "MeasuredConfig") -> "Attester":
     if cfg.tee.through_coco:
         from agent.evidence.coco import CocoAttester
 
-        sample_digest = _simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
+        sample_digest = simulated_machine(cfg.simulation.machine).host_data if cfg.simulation else None
         return CocoAttester(_api_server(cfg), needs_resources=cfg.broker.cdh, sample_digest=sample_digest)
     if cfg.simulation is not None:
-        machine, tee = _simulated_machine(cfg.simulation.machine), Tee(cfg.tee.attester.removeprefix("simulated-"))
+        machine, tee = simulated_machine(cfg.simulation.machine), Tee(cfg.tee.attester.removeprefix("simulated-"))
         return machine.attester(tee) if cfg.simulation.report_root is None else machine.tsm(tee, cfg.simulation.report_root)
     from agent.evidence.detect import open_interface
 
@@ -150,7 +150,7 @@ def open_runtime(cfg: "MeasuredConfig") -> "Runtime":
         return ComponentsMeasurement(_api_server(cfg))
     tee = Tee(cfg.tee.attester.removeprefix("simulated-"))
     if cfg.simulation is not None:
-        return _simulated_machine(cfg.simulation.machine).runtime(tee)
+        return simulated_machine(cfg.simulation.machine).runtime(tee)
     return RuntimeMeasurement.of(tee)
 
 
@@ -158,7 +158,7 @@ def open_gpus(cfg: "MeasuredConfig") -> "GpuSystem | None":
     """The GPUs, and with them the NVSwitches if there shall be any; None when there shall be no GPU."""
     if not cfg.gpu.count:
         return None
-    machine = _simulated_machine(cfg.simulation.machine) if cfg.simulation else None
+    machine = simulated_machine(cfg.simulation.machine) if cfg.simulation else None
     gpus: GpuSystem
     if machine:
         gpus = machine.gpu_system()
@@ -183,19 +183,20 @@ def _api_server(cfg: "MeasuredConfig") -> "ApiServer":
     return ApiServer(cfg.tee.coco_url)
 
 
-def watch_gpus(channel: Channel, simulated_machine: str | None) -> int:
+def watch_gpus(channel: Channel, folder: str | None) -> int:
     """In the watch process: see `evidence/gpu_watch.py`."""
     from agent.evidence.gpu_watch import watch
 
-    if simulated_machine is None:
+    if folder is None:
         return watch(channel)
-    machine = _simulated_machine(simulated_machine)
+    machine = simulated_machine(folder)
     from agent.sim.nvml import KERNEL_LOG, SimulatedNvml
 
     return watch(channel, SimulatedNvml(machine), machine.directory / KERNEL_LOG)
 
 
-def _simulated_machine(directory: str) -> "SimulatedMachine":
+def simulated_machine(directory: str) -> "SimulatedMachine":
+    """The machine in this folder. Raises SimulationRefusedError."""
     from pathlib import Path
 
     from agent.errors import SimulationRefusal, SimulationRefusedError

@@ -1,4 +1,4 @@
-"""`keyturn verify`: evidence from files, checked offline by the broker's own verifiers, and what it says.
+"""`keyturn verify`: evidence and receipts from files, checked offline by the broker's own verifiers, and what it says.
 
 Owns files and output. What makes evidence genuine is `agent/verify`'s; whether what it says is good enough is for a policy, or
 for whoever reads the output. Fetches nothing. The vendors' pinned roots are the only ones, unless simulated ones are named.
@@ -6,6 +6,8 @@ Most of this file is help and the names of claims.
 """
 
 import argparse
+import enum
+import hashlib
 import json
 import sys
 import warnings
@@ -54,10 +56,13 @@ from agent.evidence.tdx_abi import (
     parse_tdreport,
     quote_length,
 )
-from agent.verify.crl import MAX_CRL_BYTES, parse_crl
+from agent.receipt import Statement, parse_receipt
+from agent.report import MAX_RECEIPT_BYTES
+from agent.verify.crl import MAX_CRL_BYTES, RevocationList, parse_crl
 from agent.verify.nvidia import GPU_ARCHS, FspClaims, GpuClaims, SwitchClaims, verify_fsp, verify_gpu, verify_switch
-from agent.verify.snp import ACCEPTED_VERSIONS, load_certificate, verify_snp
-from agent.verify.tdx import TcbStatus, check_event_log, verify_tdx
+from agent.verify.receipt import verify_receipt
+from agent.verify.snp import ACCEPTED_VERSIONS, SnpClaims, load_certificate, verify_snp
+from agent.verify.tdx import TcbStatus, TdxClaims, check_event_log, verify_tdx
 from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES, evaluate_tcb
 
 EXIT_NOT_VERIFIED = 1
@@ -90,10 +95,10 @@ def add_parser(verbs: Any, summary: str) -> None:
         "Intel and NVIDIA in this program. Claims are printed only when they are genuine; whether they are good enough is "
         "yours to say.",
         epilog="Exit status: 0 verified; 1 genuine, but not all was verified, and stderr says what is missing; 12 not genuine, "
-        "or malformed. Example: keyturn verify snp report.bin --endorsement auxblob.bin --json",
+        "or malformed; 24 a receipt that is none. Example: keyturn verify snp report.bin --endorsement auxblob.bin --json",
         allow_abbrev=False,
     )
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="snp|tdx|nvidia|event-log")
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="snp|tdx|nvidia|event-log|receipt")
     snp = kinds.add_parser(
         "snp",
         help="an SEV-SNP attestation report",
@@ -105,19 +110,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         allow_abbrev=False,
     )
     snp.add_argument("file", metavar="REPORT", help="1184 bytes, - for standard input")
-    snp.add_argument(
-        "--endorsement",
-        metavar="CERT",
-        action="append",
-        default=[],
-        help="certificates: DER, PEM, or a host's table of them (configfs auxblob); may be given several times",
-    )
-    snp.add_argument(
-        "--crl",
-        metavar="FILE",
-        action="append",
-        help="AMD's revocation list, DER or PEM: its own, current, and without this chain; may be given several times",
-    )
+    _add_snp_options(snp)
     snp.set_defaults(examine=_snp)
 
     tdx = kinds.add_parser(
@@ -131,17 +124,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     tdx.add_argument("file", metavar="QUOTE", help="at most 128 KiB, zeros may follow the quote; - for standard input")
     tdx.add_argument("--ignore-trailing", action="store_true", help="anything may follow the quote; it is not looked at")
-    collateral = tdx.add_mutually_exclusive_group()
-    collateral.add_argument(
-        "--collateral",
-        metavar="FILE",
-        help="Intel's TCB information, QE identity and revocation lists for this platform, JSON as dcap-qvl has them",
-    )
-    collateral.add_argument(
-        "--no-collateral",
-        action="store_true",
-        help="be content with a genuine quote: TCB and revocation are not looked at, and `tcb` says not_evaluated",
-    )
+    _add_collateral(tdx)
     tdx.set_defaults(examine=_tdx)
 
     nvidia = kinds.add_parser(
@@ -173,7 +156,22 @@ def add_parser(verbs: Any, summary: str) -> None:
     log.add_argument("--against", metavar="FILE", help="quote or TDREPORT; without it the replayed registers are all there is")
     log.set_defaults(examine=_event_log)
 
-    for kind in (snp, tdx, nvidia, log):
+    receipt = kinds.add_parser(
+        "receipt",
+        help="the receipt of a boot: which model was opened in which guest, under which policy",
+        description="Verify the receipt of a boot: its key signed it, and evidence of a genuine guest covers that key and what "
+        "was known when the model key was released. The rest is that guest's own word: stages and times. What GPUs said was "
+        "for the authority to judge, which has a record under the same request id.",
+        epilog="Where an agent has it: /receipt of its health port, receipt.cbor beside its status file, or beside the model "
+        "that `keyturn load` left. Example: keyturn verify receipt receipt.cbor --no-collateral --json",
+        allow_abbrev=False,
+    )
+    receipt.add_argument("file", metavar="RECEIPT", help="COSE_Sign1, at most 512 KiB; - for standard input")
+    receipt.set_defaults(examine=_receipt)
+    _add_snp_options(receipt)
+    _add_collateral(receipt)
+
+    for kind in (snp, tdx, nvidia, log, receipt):
         kind.add_argument(
             "--at", metavar="UNIX", type=_moment, help="the second at which certificates must be valid, default: now"
         )
@@ -184,6 +182,36 @@ def add_parser(verbs: Any, summary: str) -> None:
             help="trust the roots of simulated silicon in DIR too; such claims say simulated",
         )
         kind.set_defaults(usage_error=kind.error)
+
+
+def _add_snp_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--endorsement",
+        metavar="CERT",
+        action="append",
+        default=[],
+        help="certificates: DER, PEM, or a host's table of them (configfs auxblob); may be given several times",
+    )
+    parser.add_argument(
+        "--crl",
+        metavar="FILE",
+        action="append",
+        help="AMD's revocation list, DER or PEM: its own, current, and without this chain; may be given several times",
+    )
+
+
+def _add_collateral(parser: argparse.ArgumentParser) -> None:
+    collateral = parser.add_mutually_exclusive_group()
+    collateral.add_argument(
+        "--collateral",
+        metavar="FILE",
+        help="Intel's TCB information, QE identity and revocation lists for this platform, JSON as dcap-qvl has them",
+    )
+    collateral.add_argument(
+        "--no-collateral",
+        action="store_true",
+        help="be content with a genuine quote: TCB and revocation are not looked at, and `tcb` says not_evaluated",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -208,14 +236,33 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
-    report_bytes = _read(args.file, REPORT_BYTES, "report")
-    endorsements = [certificate for file in args.endorsement for certificate in _endorsements(file)]
-    if not endorsements and sys.stderr.isatty() and (urls := kds_urls(parse_snp_report(report_bytes))):
-        print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
-    lists = None if args.crl is None else [parse_crl(_read(file, MAX_CRL_BYTES, "crl")) for file in args.crl]
-    claims = verify_snp(Evidence(Tee.SNP, report_bytes), roots, endorsements, now, lists, PARSED_VERSIONS)
+    evidence = Evidence(Tee.SNP, _read(args.file, REPORT_BYTES, "report"))
+    claims = verify_snp(evidence, roots, _all_endorsements(args, evidence), now, _lists(args), PARSED_VERSIONS)
     report = claims.report
-    record: dict[str, object] = {
+    return _Finding(
+        f"verified: SEV-SNP report of {_silicon(claims.simulated)} {claims.product.value} chip, signed by its "
+        f"{report.signing_key.name}{'; its host may read and write the guest' if report.policy.debug else ''}",
+        _snp_record(claims),
+        ("version", "chip_id", "measurement", "host_data", "report_data", "policy", "vmpl", "guest_svn", "reported_tcb"),
+    )
+
+
+def _all_endorsements(args: argparse.Namespace, evidence: Evidence) -> list[x509.Certificate]:
+    """Those that were given, with a hint where more are wanted."""
+    endorsements = [certificate for file in args.endorsement for certificate in _endorsements(file)]
+    missing = not endorsements and not evidence.cert_chain and sys.stderr.isatty()
+    if missing and (urls := kds_urls(parse_snp_report(evidence.report))):
+        print(f"keyturn: hint: AMD's certificates for the chip that this report names: {' and '.join(urls)}", file=sys.stderr)
+    return endorsements
+
+
+def _lists(args: argparse.Namespace) -> list[RevocationList] | None:
+    return None if args.crl is None else [parse_crl(_read(file, MAX_CRL_BYTES, "crl")) for file in args.crl]
+
+
+def _snp_record(claims: SnpClaims) -> dict[str, object]:
+    report = claims.report
+    return {
         "tee": "snp",
         "product": claims.product.value,
         "simulated": claims.simulated,
@@ -255,12 +302,6 @@ def _snp(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
         "launch_mit_vector": _hex_or_none(report.launch_mitigations),
         "current_mit_vector": _hex_or_none(report.current_mitigations),
     }
-    return _Finding(
-        f"verified: SEV-SNP report of {_silicon(claims.simulated)} {claims.product.value} chip, signed by its "
-        f"{report.signing_key.name}{'; its host may read and write the guest' if report.policy.debug else ''}",
-        record,
-        ("version", "chip_id", "measurement", "host_data", "report_data", "policy", "vmpl", "guest_svn", "reported_tcb"),
-    )
 
 
 def _endorsements(file: str) -> list[x509.Certificate]:
@@ -310,9 +351,29 @@ def _tdx(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
     if args.ignore_trailing:
         quote = quote[: quote_length(quote)]
     evidence = Evidence(Tee.TDX, quote)
+    claims, missing = _evaluated(args, verify_tdx(evidence, roots, now), evidence, now)
+    evaluated = claims.tcb_status is not TcbStatus.NOT_EVALUATED  # a revoked one has been refused
+    return _Finding(
+        f"{'verified' if evaluated else 'TCB not evaluated'}: TDX quote of {_silicon(claims.simulated)} platform",
+        _tdx_record(claims),
+        ("version", "tcb", "advisory_ids", "fmspc", *_SHOWN_OF_TD),
+        missing,
+    )
+
+
+def _evaluated(args: argparse.Namespace, claims: TdxClaims, evidence: Evidence, now: datetime) -> tuple[TdxClaims, str | None]:
+    """With what Intel says of the platform's TCB; or what is missing for that."""
     collateral = None if args.collateral is None else _read(args.collateral, MAX_COLLATERAL_BYTES, "collateral")
-    claims = evaluate_tcb(verify_tdx(evidence, roots, now), evidence, collateral, now)
-    record: dict[str, object] = {
+    claims = evaluate_tcb(claims, evidence, collateral, now)
+    if claims.tcb_status is not TcbStatus.NOT_EVALUATED or args.no_collateral:
+        return claims, None
+    if collateral is None:
+        return claims, "TCB and revocation need --collateral; --no-collateral does without"
+    return claims, "evaluating the TCB needs dcap-qvl, an extra of this package (keyturn[tdx])"
+
+
+def _tdx_record(claims: TdxClaims) -> dict[str, object]:
+    return {
         "tee": "tdx",
         "simulated": claims.simulated,
         "tcb": claims.tcb_status.value,
@@ -326,20 +387,6 @@ def _tdx(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
         "cpu_svn": claims.platform.cpu_svn.hex(),
         "ppid_hash": claims.ppid_hash,
     }
-    evaluated = claims.tcb_status is not TcbStatus.NOT_EVALUATED  # a revoked one has been refused
-    missing = None
-    if not evaluated and not args.no_collateral:
-        missing = (
-            "TCB and revocation need --collateral; --no-collateral does without"
-            if collateral is None
-            else "evaluating the TCB needs dcap-qvl, an extra of this package (keyturn[tdx])"
-        )
-    return _Finding(
-        f"{'verified' if evaluated else 'TCB not evaluated'}: TDX quote of {_silicon(claims.simulated)} platform",
-        record,
-        ("version", "tcb", "advisory_ids", "fmspc", *_SHOWN_OF_TD),
-        missing,
-    )
 
 
 _SHOWN_OF_TD = ("mr_td", "mr_config_id", "rtmr_0", "rtmr_1", "rtmr_2", "rtmr_3", "report_data", "td_attributes", "tee_tcb_svn")
@@ -465,6 +512,60 @@ def _event_log(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Findi
         tuple(f"rtmr_{number}" for number in range(len(registers))),
         "whose registers these are says only --against" if args.against is None else None,
     )
+
+
+# --- receipt ----------------------------------------------------------------------------------------------------------
+
+
+def _receipt(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding:
+    receipt = parse_receipt(_read(args.file, MAX_RECEIPT_BYTES, "receipt"))
+    statement, evidence = receipt.statement, receipt.evidence
+    endorsements = _all_endorsements(args, evidence) if evidence.tee is Tee.SNP else []
+    verified = verify_receipt(receipt, roots, endorsements, now, _lists(args))
+    missing, silicon = None, "sample evidence, which proves nothing"
+    match verified.evidence:
+        case SnpClaims() as claims:
+            said, silicon = _snp_record(claims), f"a guest on {_silicon(claims.simulated)} {claims.product.value} chip"
+        case TdxClaims() as claims:
+            claims, missing = _evaluated(args, claims, evidence, now)
+            said, silicon = _tdx_record(claims), f"a TD on {_silicon(claims.simulated)} platform"
+        case None:
+            said, missing = {"tee": evidence.tee.value}, "sample evidence proves nothing"
+    plain = {field.name: getattr(statement, field.name) for field in fields(Statement)}
+    record: dict[str, object] = {
+        **{name: _json(value) for name, value in plain.items()},
+        "simulated": verified.simulated,
+        "statement_digest": statement.digest().hex(),
+        "receipt_key_sha256": hashlib.sha256(receipt.key).hexdigest(),
+        "made_at": datetime.fromtimestamp(receipt.made_at, UTC).isoformat() if receipt.made_at <= _MAX_UNIX else None,
+        "rtmr_3": _json(receipt.rtmr_3),
+        "unmeasured": _json(receipt.unmeasured),
+        "logged": verified.logged,
+        "stages_ms": {stage.value: ms for stage, ms in receipt.stages},
+        "evidence": said,
+    }
+    model = f"model {statement.model_name} version {statement.model_version}"
+    return _Finding(
+        f"{'verified' if missing is None else 'not all verified'}: {model} was opened in {silicon}, under policy version "
+        f"{statement.policy_version}",
+        record,
+        _SHOWN_OF_RECEIPT,
+        missing,
+    )
+
+
+_SHOWN_OF_RECEIPT = (
+    *("manifest_digest", "key_uri", "key_id", "policy_version", "request_id", "mode", "not_held", "simulated", "gpus"),
+    *("config_digest", "server_command_digest", "logged", "made_at"),
+)
+
+
+def _json(value: object) -> object:
+    if isinstance(value, tuple):
+        return [_json(item) for item in value]
+    if isinstance(value, enum.Enum):
+        return value.value
+    return value.hex() if isinstance(value, bytes) else value
 
 
 # --- files and output -------------------------------------------------------------------------------------------------

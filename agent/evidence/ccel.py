@@ -25,6 +25,9 @@ EV_NO_ACTION = 3
 EV_EVENT_TAG = 6
 AA_TAG = 0x4141454C
 """Tag of an entry by CoCo's attestation agent."""
+DOMAIN = "keyturn"
+OPERATION = "release-key"
+"""The two name the event of ours: `runtime.release_event`."""
 _DIGEST_BYTES = {0x04: 20, 0x0B: 32, SHA384: 48, 0x0D: 64, 0x12: 32}  # SHA-1, SHA-256, SHA-384, SHA-512, SM3
 _MAX_DIGESTS = len(_DIGEST_BYTES)
 

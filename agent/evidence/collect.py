@@ -11,9 +11,11 @@ from agent.errors import ConfigNotMeasuredError, CountedDevice, GpuCountError
 from agent.evidence import (
     Attester,
     CompositeEvidence,
+    Evidence,
     GpuEvidence,
     GpuInventory,
     GpuSystem,
+    ReportData,
     RuntimeData,
 )
 from agent.evidence.binding import KeyturnClaims, additional_evidence, device_nonce, report_data, split
@@ -98,16 +100,33 @@ class Devices:
         primary = self.attester.collect(report_data(data, text))
         return CompositeEvidence(replace(primary, event_log=event_log or primary.event_log), text)
 
-    def measure(self, verdict: Verdict, sealed: SealedKey | KeptKey, evidence: CompositeEvidence | None) -> MeasuredRelease:
+    def measure(
+        self,
+        verdict: Verdict,
+        sealed: SealedKey | KeptKey,
+        evidence: CompositeEvidence | None,
+        statement_digest: bytes,
+    ) -> MeasuredRelease:
         """Measure that this key was released: see `runtime.release_event` and `Runtime.measure`.
 
         Args:
             verdict: accepted.
             sealed: the key, which nobody has opened yet.
             evidence: what the Verdict is about; None where the guest's own components gave it.
+            statement_digest: of the receipt's statement, 48 bytes.
         """
-        event = release_event(verdict, sealed, evidence, self._manifest_digest, self.server_command_digest)
-        return self.runtime.measure(event)
+        digests = self._manifest_digest, self.server_command_digest, statement_digest
+        return self.runtime.measure(release_event(verdict, sealed, evidence, *digests))
+
+    def vouch(self, data: ReportData) -> Evidence:
+        """Fresh CPU Evidence for a receipt, over `data` (64 bytes), with the event log as it is now. Blocking, as `collect`.
+
+        Raises:
+            AgentError: as `collect`.
+        """
+        event_log = self.runtime.event_log()
+        primary = self.attester.collect(data)
+        return replace(primary, event_log=event_log or primary.event_log)
 
     def secure(self, verdict: Verdict, measured: MeasuredRelease) -> SecuredDevices:
         """The GPU gate, once, after the Verdict and after the release of the key was measured: see `gate.secure`."""

@@ -25,7 +25,9 @@ from agent.closed import Ident
 from agent.errors import Absence, DeviceError, EvidenceFormat, MalformedEvidenceError, NoAttesterError
 from agent.evidence import CompositeEvidence, RuntimeRegister, Tee, Unsupported
 from agent.evidence.ccel import (
+    DOMAIN,
     MAX_LOG_BYTES,
+    OPERATION,
     SHA384,
     RuntimeEvent,
     join_event_log,
@@ -41,8 +43,6 @@ FOREIGN_LOG = Path("/run/attestation-agent/eventlog")
 FOLDER = Path("/run/keyturn")
 LOG_FILE = "eventlog"
 PENDING_FILE = "eventlog.pending"
-DOMAIN = "keyturn"
-OPERATION = "release-key"
 
 _RTMR = 3
 _LOG = Ident("event-log")
@@ -103,12 +103,13 @@ def release_event(
     evidence: CompositeEvidence | None,
     manifest_digest: str,
     server_command_digest: str,
+    statement_digest: bytes,
 ) -> RuntimeEvent:
     """What is measured between the release of the key and its opening: which key, for what, on which evidence.
 
     The content is canonical JSON (RFC 8785) of identifiers and digests: nothing in it is secret. `evidence_digest` is over the
     quote or report, which covers the rest of the evidence; so no two boots measure the same. Where the guest's own components
-    attested, `token_digest` is over what came of it.
+    attested, `token_digest` is over what came of it. `statement_digest` is of the receipt's statement, 48 bytes.
     """
     if evidence is None:
         proof, digested = "token_digest", verdict.token.encode()
@@ -122,6 +123,7 @@ def release_event(
         "manifest_digest": manifest_digest,
         "policy_version": verdict.claims.policy_version,
         "server_command_digest": server_command_digest,
+        "statement_digest": f"sha384:{statement_digest.hex()}",
     }
     return RuntimeEvent(DOMAIN, OPERATION, rfc8785.dumps(content).decode())
 

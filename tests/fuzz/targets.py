@@ -33,7 +33,7 @@ from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
-from agent import http_policy, jose, keys, tink_keyset
+from agent import cose, http_policy, jose, keys, tink_keyset
 from agent.artifact import DestinationKind, ServedModel, compact_jwe, openssf, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
@@ -61,6 +61,7 @@ from agent.errors import (
     MalformedEvidenceError,
     ManifestSignatureError,
     ModelSignatureError,
+    ReceiptError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import (
@@ -109,16 +110,19 @@ from agent.handshake.token import read_token
 from agent.lease import Lease
 from agent.proxy import MAX_ANSWER_BYTES, pack_connect, parse_connect_answer, parse_proxy
 from agent.publish import HandedModel
+from agent.receipt import parse_receipt
 from agent.report import BootReport
 from agent.server import Output, ProbeRequest, ServerPlan, probe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import CRL_FILE
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_pck_extension, make_td_report
 from agent.verify import crl, nvidia, pck, ppcie, snp, tdx
+from agent.verify.receipt import check_binding
 from tests.fake_nodes import FakeSevGuest, Fault
 from tests.fuzz.engine import Target
 from tests.gpus import BLACKWELL_SAYS, GPU_NAMES, PPCIE_SAYS, SWITCH_NAMES, SWITCH_SAYS, SimulatedSet
 from tests.quotes import quote
+from tests.test_receipt import RECEIPT
 
 HERE = Path(__file__).parent
 RENDERED = HERE.parents[1] / "deploy" / "rendered"
@@ -961,6 +965,25 @@ def signature_of_manifest_seeds() -> list[bytes]:
     return [signature.sign_manifest(m.digest_of(b""), ed25519.Ed25519PrivateKey.from_private_bytes(bytes(32)))]
 
 
+RECEIPT_KEY = ec.derive_private_key(1, ec.SECP256R1())
+
+
+def receipt(data: bytes) -> None:
+    """As a payload that its key signed, which is behind the check that most bytes end at; and as the whole."""
+    with suppress(ReceiptError):
+        parse_receipt(data)
+        raise AssertionError("a receipt of nobody")
+    found = parse_receipt(cose.sign(data, RECEIPT_KEY))
+    assert found.pack() == data
+    with suppress(ReceiptError, MalformedEvidenceError):
+        check_binding(found)
+        raise AssertionError("evidence of nobody")
+
+
+def receipt_seeds() -> list[bytes]:
+    return [replace(RECEIPT, key=cose.spki(RECEIPT_KEY.public_key())).pack()]
+
+
 def signature_manifest(data: bytes) -> None:
     digest = signature.parse_signature_manifest(data, m.digest_of(b""))
     assert digest is None or m.is_digest(digest)
@@ -1488,6 +1511,7 @@ TARGETS = {
         Target("openssf_bundle", openssf_bundle, openssf_bundle_seeds),
         Target("kserve_jwe", kserve_jwe, kserve_jwe_seeds, (ValueError,)),
         Target("index", index, index_seeds),
+        Target("receipt", receipt, receipt_seeds),
         Target("signature_of_manifest", signature_of_manifest, signature_of_manifest_seeds),
         Target("signature_manifest", signature_manifest, signature_manifest_seeds),
         Target("stream_header", stream_header, stream_header_seeds),
