@@ -2,7 +2,8 @@
 
 Whoever starts the agent may have set variables that steer an interpreter, a loader or a library (`PYTHONPATH`,
 `SSLKEYLOGFILE`, `GRPC_TRACE`, proxies …). `-I` ignores Python's own; everything else is dropped here, before any module
-that could read it is imported. That no loader variable (`LD_PRELOAD`) acted before this line rests on whoever starts us.
+that could read it is imported; `exec` alone keeps it, unread, for the program that it becomes. That no loader variable
+(`LD_PRELOAD`) acted before this line rests on whoever starts us.
 
 In the bundle the interpreter is isolated from the start, and its own loader adds variables, which are dropped last. As the
 kernel's `/init` the command line is `init`, whatever words the kernel hands on.
@@ -18,6 +19,8 @@ _FIXED = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LOADER = ("_PYI_ARCHIVE_FILE", "_PYI_PARENT_PROCESS_LEVEL", "_PYI_LINUX_PROCESS_NAME", "LD_LIBRARY_PATH")
 _CLEANED = "KEYTURN_CLEANED"
 """Set by us for ourselves: an environment that is still not clean after that is an error, not another turn."""
+GIVEN = "KEYTURN_GIVEN"
+"""Set by us for ourselves: the descriptor of what `exec` was given as environment, for the program that it becomes."""
 
 
 def main() -> int:
@@ -30,7 +33,8 @@ def main() -> int:
             os.set_inheritable(descriptor, True)
     bundled = bool(getattr(sys, "frozen", False))
     found = dict(os.environ)
-    cleaned = found.pop(_CLEANED, None)
+    cleaned, given = found.pop(_CLEANED, None), found.pop(GIVEN, None)
+    loaded = dict(found)
     if bundled and found.get("LD_LIBRARY_PATH") == sys._MEIPASS:  # type: ignore[attr-defined]  # nobody added to it
         found = {name: value for name, value in found.items() if name not in _LOADER}
     clean = {name: found[name] for name in _ALLOWED if name in found} | _FIXED
@@ -39,13 +43,26 @@ def main() -> int:
     if not sys.flags.isolated or found != clean:
         if cleaned is not None:
             raise RuntimeError("the environment cannot be cleaned")
+        clean |= {GIVEN: _keep(loaded, bundled=bundled)} if _arguments()[:1] == ["exec"] else {}
         interpreter = [sys.executable] if bundled else [sys.executable, "-I", "-m", "agent"]
         os.execve(sys.executable, [*interpreter, *_arguments()], clean | {_CLEANED: "1"})  # ourselves
-    for name in (_CLEANED, *_LOADER):
+    for name in (_CLEANED, *_LOADER, *(() if cleaned and given else (GIVEN,))):
         os.environ.pop(name, None)
     from agent.cli import main as cli_main
 
     return cli_main(_arguments())
+
+
+def _keep(found: dict[str, str], *, bundled: bool) -> str:
+    """The number of a descriptor with these variables, as /proc/PID/environ has them. It stays open across exec."""
+    if bundled:  # its loader keeps what there was before it under another name
+        before = found.pop("LD_LIBRARY_PATH_ORIG", None)
+        found = {name: value for name, value in found.items() if name not in _LOADER}
+        found |= {"LD_LIBRARY_PATH": before} if before is not None else {}
+    descriptor = os.memfd_create("environment", 0)
+    with open(descriptor, "wb", closefd=False) as file:
+        file.write(b"".join(os.fsencode(f"{name}={value}") + b"\0" for name, value in found.items()))
+    return str(descriptor)
 
 
 def _arguments() -> list[str]:

@@ -44,6 +44,20 @@ def harden_agent() -> None:
     os.umask(0o077)
 
 
+def harden_successor() -> None:
+    """Before this process becomes a program that is not ours to confine: no cores, no new privileges, no descriptor but 0 to 2.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    # refusal: test_commands_exec.py::test_the_server_has_no_cores_no_new_privileges_and_no_descriptors_of_ours
+    forbid_core()
+    # refusal: test_commands_exec.py::test_the_server_has_no_cores_no_new_privileges_and_no_descriptors_of_ours
+    _forbid_new_privileges()
+    # refusal: test_commands_exec.py::test_the_server_has_no_cores_no_new_privileges_and_no_descriptors_of_ours
+    close_descriptors_except((0, 1, 2))
+
+
 def become_subreaper() -> None:
     """Let orphans among our descendants become our children, so that none can outlive us unseen. Not inherited by fork."""
     # refusal: test_orphans_of_a_subreaper_become_its_children

@@ -56,6 +56,15 @@ class Preset:
     probe: ProbeKind
 
 
+QUIET: Mapping[str, str] = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Nothing is fetched, nothing is told: for any server, where its container says nothing else."""
+
 # Nothing of the agent's environment is inherited, so what a server cannot do without is here too.
 _ENVIRONMENT: Mapping[str, str] = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
