@@ -12,7 +12,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,22 +220,9 @@ def test_a_folder_that_can_be_written_is_refused(snp: Left) -> None:
     refused(become(snp, mount="rw"), "the folder is mounted so")
 
 
-def test_a_folder_that_is_no_memory_is_refused(snp: Left, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    shutil.copytree(snp.out, disk)
-    said = become(Left(snp.world, disk, snp.components))
-    assert (said.status, said.problem) == (20, ("DestinationError", "file system is not tmpfs"))
-
-
 def test_without_a_receipt_nothing_is_served(snp: Left) -> None:
     (snp.out / RECEIPT_NAME).unlink()
     refused(become(snp), "none lies beside")
-
-
-def test_a_receipt_that_is_no_file_is_malformed(snp: Left) -> None:
-    (snp.out / RECEIPT_NAME).unlink()
-    os.mkfifo(snp.out / RECEIPT_NAME)
-    refused(become(snp), "not a receipt")
 
 
 def test_a_file_more_or_less_or_of_another_size_is_refused(snp: Left) -> None:
@@ -253,43 +240,6 @@ def test_a_file_more_or_less_or_of_another_size_is_refused(snp: Left) -> None:
     refused(become(snp), "the folder does not hold")
     more.unlink()
     assert become(snp).status == 0
-
-
-def _link(left: Left) -> None:
-    file = min(left.model.iterdir())
-    shutil.move(file, left.world.folder / "elsewhere")
-    file.symlink_to(left.world.folder / "elsewhere")
-
-
-def _second_name(left: Left) -> None:
-    os.link(min(left.model.iterdir()), left.out / MARK_NAME / "name")
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        _link,
-        _second_name,
-        lambda left: os.mkfifo(left.model / "pipe"),
-        lambda left: (left.model / "empty").mkdir(mode=0o750),
-        lambda left: shutil.rmtree(left.model),
-    ],
-    ids=["link", "second name", "pipe", "empty folder", "no model"],
-)
-def test_what_no_model_has_is_refused(snp: Left, change: Callable[[Left], None]) -> None:
-    change(snp)
-    refused(become(snp), "the folder does not hold")
-
-
-def test_nothing_may_lie_beside_the_model(snp: Left) -> None:
-    (snp.out / "sitecustomize.py").write_bytes(b"")
-    refused(become(snp), "the folder does not hold")
-
-
-@pytest.mark.parametrize("path", ["", "model-0.gguf"])
-def test_a_model_that_may_be_written_is_refused(snp: Left, path: str) -> None:
-    (snp.model / path).chmod(0o770 if not path else 0o460)
-    refused(become(snp), "a file or folder of the model may")
 
 
 def test_a_mount_inside_the_model_is_refused(snp: Left) -> None:

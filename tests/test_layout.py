@@ -7,7 +7,6 @@ ROOT = Path(__file__).resolve().parents[1]
 # Modules without a test file of their own, and where they are tested instead.
 ELSEWHERE = {
     "artifact.blobs": "test_artifact_seal",
-    "artifact.left": "test_commands_exec",
     "cose": "test_artifact_signature",  # and test_receipt
     "receipts": "test_boot",
     "artifact.identify": "test_artifact_signature",  # from seal to boot

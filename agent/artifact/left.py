@@ -114,7 +114,7 @@ def _enter(parent: int, name: str, path: str, device: int, found: list[LoadedFil
 
 
 def _check(status: os.stat_result, device: int, writable: int) -> None:
-    # refusal: test_a_mount_inside_the_model_is_refused
+    # refusal: test_commands_exec.py::test_a_mount_inside_the_model_is_refused
     if status.st_dev != device:  # mounted over it
         raise ReceiptError(ReceiptProblem.FILES)
     # refusal: test_a_model_that_may_be_written_is_refused
