@@ -111,6 +111,7 @@ def _long_path(model: Path) -> None:
         model /= "x" * 200
         model.mkdir(mode=0o750)
     assert len(str(model)) > MAX_PATH_BYTES
+    (model / "file").touch(0o440)
 
 
 def _linked_model(model: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import cbor2
 import pytest
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 
 from agent import cose, receipt
@@ -233,6 +233,17 @@ def _parts(**changes: Any) -> bytes:
     return cbor2.dumps(cbor2.CBORTag(18, list(parts.values())), canonical=True)
 
 
+def _headed(header: dict[int, Any]) -> bytes:
+    """Another header, and the key's signature over it."""
+    protected, payload = cbor2.dumps(header, canonical=True), RECEIPT.pack()
+    structure = cbor2.dumps(["Signature1", protected, b"", payload], canonical=True)
+    return _parts(protected=protected, payload=payload, signature=raw_ecdsa(structure, KEY))
+
+
+def _of_key(key: cose.PrivateKey) -> bytes:
+    return cose.sign(dataclasses.replace(RECEIPT, key=cose.spki(key.public_key())).pack(), key)
+
+
 def _compressed() -> bytes:
     """The same key, in the shorter of its two encodings."""
     numbers = KEY.public_key()
@@ -240,33 +251,18 @@ def _compressed() -> bytes:
     return b"\x30\x39\x30\x13\x06\x07\x2a\x86\x48\xce\x3d\x02\x01\x06\x08\x2a\x86\x48\xce\x3d\x03\x01\x07\x03\x22\x00" + short
 
 
-P384 = ec.generate_private_key(ec.SECP384R1())
 DEFECTS: dict[str, tuple[Callable[[], bytes], ReceiptProblem]] = {
     "another key's signature": (_swapped_key, ReceiptProblem.SIGNATURE),
-    "a key id of another key": (
-        lambda: _parts(protected=cbor2.dumps({1: -7, 4: cose.key_id(OTHER.public_key())}, canonical=True)),
-        ReceiptProblem.SIGNATURE,
-    ),
-    "another algorithm": (
-        lambda: _parts(protected=cbor2.dumps({1: -35, 4: cose.key_id(KEY.public_key())}, canonical=True)),
-        ReceiptProblem.SIGNATURE,
-    ),
+    "a key id of another key": (lambda: _headed({1: -7, 4: cose.key_id(OTHER.public_key())}), ReceiptProblem.SIGNATURE),
+    "another algorithm": (lambda: _headed({1: -35, 4: cose.key_id(KEY.public_key())}), ReceiptProblem.SIGNATURE),
     "a signature of zeros": (lambda: _parts(signature=bytes(64)), ReceiptProblem.SIGNATURE),
     "a signature without its structure": (
         lambda: _parts(signature=raw_ecdsa(cbor2.loads(sign_receipt(RECEIPT, KEY)).value[2], KEY)),
         ReceiptProblem.SIGNATURE,
     ),
     "an unprotected header": (lambda: _parts(unprotected={1: -7}), ReceiptProblem.MALFORMED),
-    "a key of another curve": (
-        lambda: signed_payload(
-            cbor2.dumps(
-                payload_of(sign_receipt(RECEIPT, KEY)) | {"key": cose.spki(P384.public_key())},
-                canonical=True,
-            ),
-            P384,
-        ),
-        ReceiptProblem.MALFORMED,
-    ),
+    "a key of another curve": (lambda: _of_key(ec.generate_private_key(ec.SECP384R1())), ReceiptProblem.MALFORMED),
+    "a key of another kind": (lambda: _of_key(ed25519.Ed25519PrivateKey.generate()), ReceiptProblem.MALFORMED),
     "a key in another form": (lambda: with_member("key", _compressed()), ReceiptProblem.MALFORMED),
     "another schema": (lambda: with_member("schema", "keyturn/v2/receipt"), ReceiptProblem.MALFORMED),
     "no files": (lambda: with_member("statement.files", 0), ReceiptProblem.MALFORMED),

@@ -96,7 +96,7 @@ def _enter(parent: int, name: str, path: str, device: int, found: list[LoadedFil
             raise ReceiptError(ReceiptProblem.FILES)
         for entry in names:
             below = f"{path}{entry}"
-            # refusal: test_what_no_model_has_is_refused
+            # refusal: test_what_no_model_has_is_refused test_there_are_not_more_files_than_a_model_may_have
             if len(os.fsencode(below)) > MAX_PATH_BYTES or len(found) >= MAX_FILES:
                 raise ReceiptError(ReceiptProblem.FILES)
             status = os.stat(entry, dir_fd=folder, follow_symlinks=False)

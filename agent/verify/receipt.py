@@ -117,7 +117,7 @@ def check_same_guest(receipt: Receipt, here: Evidence) -> None:
         EvidenceVerificationError: the log of `here` does not replay to its registers.
     """
     there = receipt.evidence
-    # refusal: test_a_receipt_of_another_guest_is_refused
+    # refusal: test_evidence_of_another_kind_is_of_another_guest
     if there.tee is not here.tee:
         raise ReceiptError(ReceiptProblem.GUEST)
     match here.tee:
