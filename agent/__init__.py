@@ -17,6 +17,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     doctor.py        what a boot would meet here, check by check, without a boot;  examination.py  findings, and their order
     fitness.py       kernel, driver and clock: is this guest one that a boot can use?
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
+    receipts.py      the notary of a boot: makes its receipt;  receipt.py  what stands in one;  cose.py  signatures
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
     proxy.py         an HTTP proxy on the way, and what is said to it
     http_policy.py   the one TLS context and redirect rule for HTTP

@@ -7,7 +7,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from typing import Any
 import pytest
 
 from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
-from tests.world import DEADLINE_S, World
+from agent.closed import Ident
+from agent.errors import DeviceError
+from agent.evidence import Attester, Evidence, ReportData
+from tests.world import DEADLINE_S, KEY_URI, World
 
 
 @pytest.fixture
@@ -100,6 +103,33 @@ def test_a_failure_leaves_nothing_there(world: World, out: Path) -> None:
     status, events, _ = load(world, out)
     assert (status, events[-1]["event"]) == (19, "stopped")
     assert "wiped" in [event["event"] for event in events]
+    assert os.listdir(out) == []
+
+
+class Failing:
+    """A CPU TEE that fails once `when` says so."""
+
+    def __init__(self, attester: Attester, when: Callable[[], bool]) -> None:
+        self.tee, self.interface = attester.tee, attester.interface
+        self.launch_digest = attester.launch_digest
+        self._attester, self._when = attester, when
+
+    def collect(self, report_data: ReportData) -> Evidence:
+        if self._when():
+            raise DeviceError(self.interface, Ident("report"), 5)
+        return self._attester.collect(report_data)
+
+
+def test_a_model_for_which_nobody_vouches_is_not_left_there(world: World, out: Path) -> None:
+    """The TEE fails after the key was released, while the model is opened: there would be no receipt."""
+    components = world.key_from_cdh()
+    assert components.attester
+    resource = f"/cdh/resource/{KEY_URI.removeprefix('kbs:///')}"
+    components.attester = Failing(components.attester, lambda: resource in components.asked)
+    status, events, _ = load(world, out)
+    assert status == 12
+    assert [event["class"] for event in events if event["event"] == "failed"] == ["DeviceError"]
+    assert resource in components.asked
     assert os.listdir(out) == []
 
 

@@ -131,6 +131,16 @@ class Rule(enum.Enum):
         "a container can write into the folder with the model: in this mode nothing else seals it",
         "set readOnly: true on the mount",
     )
+    RECEIPT = (
+        "receipt",
+        "this server takes the model for what lies in the folder: it may be started without the init container",
+        "start it with `keyturn exec -- SERVER …`, which looks at the receipt first",
+    )
+    DIR = (
+        "dir",
+        "--dir of `keyturn exec` is not where the folder with the model is mounted",
+        "write the path of the mount, or mount the folder at artifact.directory",
+    )
     GPU_LIMIT = (
         "gpu-limit",
         (

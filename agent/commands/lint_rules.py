@@ -164,7 +164,7 @@ def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_byte
         elif agent.verb == "run":
             yield from _entrypoint(pod, agent, cfg, model_bytes)
         else:
-            yield from _load(pod, agent, cfg, model_bytes)
+            yield from _load(pod, agent, documents, launch, model_bytes)
     yield from _gpus(pod, agents, cfg)
 
 
@@ -219,7 +219,8 @@ def _entrypoint(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, m
             yield startup.at("failureThreshold"), Rule.STARTUP
 
 
-def _load(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, model_bytes: int | None) -> Found:
+def _load(pod: Pod, agent: Container, documents: list[Setting], launch: Launch | None, model_bytes: int | None) -> Found:
+    cfg = launch.configuration if launch else None
     out = agent.option("--out")
     folder = ((out.text if out else None) or "").rstrip("/")
     if cfg is not None and (cfg.server is not None or cfg.artifact.destination != "directory"):
@@ -239,6 +240,14 @@ def _load(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, model_b
     for server, place in servers:
         if place.at("readOnly").value is not True:
             yield place.at("readOnly"), Rule.READ_ONLY
+        if server.verb == "exec":
+            yield from _source(pod, server, documents, launch)
+            given = server.option("--dir")
+            directory = (given.text or "") if given else folder  # which is artifact.directory, or said above
+            if directory.rstrip("/") != (place.at("mountPath").text or "").rstrip("/"):
+                yield given or server.setting.at("command"), Rule.DIR
+        elif not server.init:
+            yield server.setting.at("command"), Rule.RECEIPT
         for probe in _probes(server) if not server.init else ():
             if probe.value is None:
                 yield probe, Rule.PROBE

@@ -194,7 +194,7 @@ def serve(here: Site) -> dict[str, Any]:
     assert peak_kib <= MAX_WORKER_KIB and supervisor_kib <= MAX_SUPERVISOR_KIB, "the agent needs more memory than it should"
     same("status", (status["phase"], status["simulated"]), ("serving", True))
     same("audit", here.world.audit(), [("attest", "allowed", None), ("release", "allowed", None)])
-    same("reports asked of the firmware", here.firmware.requests, 2)
+    same("reports asked of the firmware", here.firmware.requests, 3)
     return status
 
 
