@@ -48,6 +48,7 @@ _MEANING = {
     "secure": "set the GPU ready, once",
     "unwrap": "open the key, in locked memory",
     "load": "fetch and open every segment",
+    "receipt": "sign what was opened, with a key that the TEE vouches for",
     "publish": "make the weights read-only, mount them for the server",
     "server": "start the model server, ask it once",
 }
