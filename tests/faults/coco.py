@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from agent.artifact import left
 from agent.errors import (
     Absence,
     AgentError,
@@ -23,6 +24,8 @@ from agent.errors import (
     KeyUnwrapError,
     LeaseUnsupervisedError,
     NoAttesterError,
+    ReceiptError,
+    ReceiptProblem,
     SimulationRefusedError,
     TokenCheck,
     TokenError,
@@ -148,6 +151,14 @@ def load(world: FaultWorld) -> str:
     return text.replace("step: ", "step ", 1)  # as on a console's last line
 
 
+def nothing_left(world: FaultWorld) -> None:
+    """What `keyturn exec` finds where the host has left the init container out."""
+    out = world.undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+    folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    world.undo.callback(os.close, folder)
+    left.read_receipt(folder)
+
+
 ROWS = [
     # Before anything is asked for.
     _evidence("nobody at tee.coco_url", NoAttesterError, nobody_listens, {"reason": Absence.NO_GUEST_API}),
@@ -186,6 +197,7 @@ ROWS = [
         elsewhere,
         {"problem": ConfigProblem.BAD_VALUE, "key": "tee.coco_url"},
     ),
+    Fault("server without its init container", ReceiptError, fields={"problem": ReceiptProblem.MISSING}, drive=nothing_left),
     # In the handshake.
     _evidence("GPU left out by the attestation-agent", GpuCountError, gpu_without_evidence, {"got": 0}, attempts=ONCE),
     _evidence(

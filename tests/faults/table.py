@@ -23,7 +23,7 @@ ATTESTED: Audit = ("attest", "allowed", None)
 RELEASED: Audit = ("release", "allowed", None)
 SERVED = [ATTESTED, RELEASED]
 
-WRITTEN = frozenset({"status/status.json", "termination", "audit.jsonl"})
+WRITTEN = frozenset({"status/status.json", "status/receipt.cbor", "termination", "audit.jsonl"})
 """What a boot is meant to leave in the world's folder."""
 
 
