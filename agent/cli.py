@@ -39,6 +39,7 @@ INTERFACES = {
     "config": "keyturn/v1",
     "protocol": "1",
     "format": "1",
+    "receipt": "1",
     "status": "keyturn.status/v1",
     "events": "1",
     "exit_table": "1",

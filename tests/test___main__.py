@@ -7,6 +7,7 @@ import time
 import pytest
 
 from agent.__main__ import _FIXED as CLEAN
+from agent.__main__ import _keep
 
 
 def environment_of_the_agent(environment: dict[str, str], *isolated: str) -> dict[str, str]:
@@ -75,3 +76,19 @@ def test_however_it_is_started_the_command_line_is_reached(isolated: list[str]) 
         timeout=20,
     )
     assert "interfaces" in json.loads(done.stdout)
+
+
+def kept(found: dict[str, str], *, bundled: bool) -> set[bytes]:
+    with open(int(_keep(found, bundled=bundled)), "rb") as file:
+        file.seek(0)
+        return set(file.read().split(b"\0")[:-1])
+
+
+def test_what_exec_keeps_is_what_the_container_was_given() -> None:
+    assert kept({"A": "1=2", "LD_LIBRARY_PATH": "/opt"}, bundled=False) == {b"A=1=2", b"LD_LIBRARY_PATH=/opt"}
+
+
+def test_of_a_bundle_the_variables_of_its_loader_are_taken_back() -> None:
+    loaded = {"A": "1", "_PYI_ARCHIVE_FILE": "x", "LD_LIBRARY_PATH": "/bundle:/opt", "LD_LIBRARY_PATH_ORIG": "/opt"}
+    assert kept(loaded, bundled=True) == {b"A=1", b"LD_LIBRARY_PATH=/opt"}
+    assert kept({"A": "1", "LD_LIBRARY_PATH": "/bundle"}, bundled=True) == {b"A=1"}

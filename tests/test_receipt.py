@@ -3,7 +3,9 @@
 import dataclasses
 import enum
 import hashlib
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import cbor2
@@ -124,6 +126,24 @@ def test_the_files_digest_is_over_paths_and_sizes_in_the_order_of_utf_8() -> Non
 
 def test_everything_that_is_not_held_is_told_in_words() -> None:
     assert NOT_HELD.keys() == set(NotHeld)
+
+
+def test_the_document_names_every_member_and_every_word() -> None:
+    text = (Path(__file__).resolve().parents[1] / "protos" / "RECEIPT.md").read_text()
+    _, payload, statement = re.split(r"^\| member \| type \| \|$", text, flags=re.MULTILINE)
+    members = payload_of(sign_receipt(RECEIPT, KEY))
+
+    def named(table: str) -> list[str]:
+        rows = [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| `")]
+        return [name for row in rows for name in re.findall(r"`([a-z_0-9]+)`", row)]
+
+    assert set(named(payload)) == members.keys()
+    assert named(statement) == [field.name for field in dataclasses.fields(Statement)]
+    (row,) = [row for row in statement.splitlines() if row.startswith("| `not_held`")]
+    assert re.findall(r"`([a-z-]+)`", row) == [item.value for item in NotHeld]
+    (row,) = [row for row in payload.splitlines() if row.startswith("| `unmeasured`")]
+    assert set(re.findall(r"`([a-z-]+)`", row)) - {"unmeasured"} == {item.value for item in Unsupported}
+    assert "keyturn/v1/receipt-key" in text
 
 
 # --- defects ----------------------------------------------------------------------------------------------------------
