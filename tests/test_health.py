@@ -42,6 +42,8 @@ def ask(report: BootReport, *chunks: bytes) -> bytes:
 
 
 REPORT = BootReport("0.1.0", "run")
+MAX_EXPECTED_BYTES = 128 << 10
+"""A receipt with the longest event log that was ever seen, twice over."""
 
 
 @pytest.mark.parametrize(
@@ -88,3 +90,17 @@ def test_idle_callers_keep_nobody_out_and_those_who_leave_are_forgotten() -> Non
             caller.close()
         turn(selector)
         assert len(selector.get_map()) == 1
+
+
+def test_a_receipt_is_given_whole_once_there_is_one() -> None:
+    report = BootReport("0.1.0", "run")
+    assert ask(report, b"GET /receipt HTTP/1.1\r\n\r\n").startswith(b"HTTP/1.1 404")
+    report.receipt = bytes(range(256)) * (MAX_EXPECTED_BYTES // 256)
+    with port_of(report) as (selector, address), socket.create_connection(address, 5) as caller:
+        turn(selector)
+        caller.sendall(b"GET /receipt HTTP/1.1\r\n\r\n")
+        turn(selector)
+        answer = b"".join(iter(lambda: caller.recv(65536), b""))
+    head, body = answer.split(b"\r\n\r\n", 1)
+    assert b'Content-Type: application/cose; cose-type="cose-sign1"' in head
+    assert body == report.receipt
