@@ -133,11 +133,11 @@ def check_model(source: LayoutSource, config: m.ModelConfig, key: bytes, progres
     segments = _segments(config, key)
     lock = threading.Lock()
     stop = threading.Event()
-    done = 0
+    done, total = 0, config.total_plaintext_bytes
 
     def work() -> None:
         nonlocal done
-        buffers = memoryview(bytearray(SEGMENT_BYTES)), memoryview(bytearray(SEGMENT_BYTES))
+        buffers = memoryview(bytearray(SEGMENT_BYTES + 1)), memoryview(bytearray(SEGMENT_BYTES))
         while not stop.is_set():
             with lock:  # a generator runs in one thread at a time
                 item = next(segments, None)
@@ -146,7 +146,7 @@ def check_model(source: LayoutSource, config: m.ModelConfig, key: bytes, progres
             _check_segment(source, item, *buffers)
             with lock:
                 done += item.file.layout.plaintext_range(item.segment)[1]
-                progress(done, config.total_plaintext_bytes)
+                progress(done, total)
 
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -169,12 +169,11 @@ def _check_segment(source: LayoutSource, item: _Segment, ciphertext: memoryview,
     file, layout = item.file, item.file.layout
     start, length = layout.ciphertext_range(item.segment)
     lead = HEADER_BYTES if item.segment == 0 else 0  # segment 0 is read with the header before it
-    got = source.read_range(file.blob_digest, start - lead, ciphertext[: lead + length])
-    if got < lead + length:
-        raise TruncatedArtifactError(item.index, start - lead + got, layout.ciphertext_bytes)
     # Nothing would read a byte after the last segment; that it is there says that the copy is not the original.
-    if item.segment == layout.segments - 1 and source.read_range(file.blob_digest, start + length, plaintext[:1]):
-        raise TruncatedArtifactError(item.index, start + length + 1, layout.ciphertext_bytes)
+    beyond = 1 if item.segment == layout.segments - 1 else 0
+    got = source.read_range(file.blob_digest, start - lead, ciphertext[: lead + length + beyond])
+    if got != lead + length:
+        raise TruncatedArtifactError(item.index, start - lead + got, layout.ciphertext_bytes)
     if ciphertext[:lead] != file.header[:lead]:
         raise MalformedHeaderError(item.index)
     item.opener.open(item.segment, ciphertext[lead : lead + length], plaintext[: length - TAG_BYTES])
