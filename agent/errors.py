@@ -21,7 +21,7 @@ AgentError
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
-│       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError
+│       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError · ManifestTooLargeError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
 ├── ServerError                                                           developer × server
@@ -1051,6 +1051,23 @@ class SealError(ArtifactError):
         return f"seal{at}: {self.problem.value}" + (f" (errno {self.code})" if self.code else "")
 
 
+@dataclasses.dataclass(eq=False)
+class ManifestTooLargeError(ArtifactError):
+    """For a registry; nothing was uploaded."""
+
+    next_step = "keep this model in a folder, behind https or in an S3 bucket (keyturn seal --to DIR), or in fewer files"
+    files: int
+    manifest_bytes: int
+    max_bytes: int
+
+    def what(self) -> str:
+        about = self.max_bytes * self.files // max(self.manifest_bytes, 1)
+        return (
+            f"manifest of {self.files} files has {self.manifest_bytes} bytes, registries take {self.max_bytes}: "
+            f"about {about} files with paths like these"
+        )
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -1076,6 +1093,7 @@ class InsufficientMemoryError(AgentError):
 class DestinationProblem(enum.Enum):
     NOT_MEMORY = "file system is not tmpfs"
     NOT_EMPTY = "directory is not empty"
+    INODES = "file system has fewer inodes left than the model has files and folders"
     IN_USE = "directory is in use by another agent"
     MANY_FILES = "a memfd holds one file, the model has more"
     HELD = "a memfd stays while its server lives, and cannot be released"

@@ -1078,6 +1078,22 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The path is told here, because this text stays with the provider. The key is never shown, and its file is "
         "readable by its owner only.",
     ),
+    errors.ManifestTooLargeError: Explanation(
+        "This model has more files than a registry takes. Each is a layer, a row of the manifest, and registries refuse a "
+        "manifest above 4 MiB: about 16,000 files with paths of 40 characters. Nothing was uploaded. In a folder, behind https "
+        "and in a bucket a model may have 100,000.",
+        (
+            (
+                "Seal into a folder (`keyturn seal --to DIR`), copy it to where guests can read it, and put its path, https or "
+                "s3 URL into `artifact.source`."
+            ),
+            (
+                "Or pack small files into large ones before sealing, as the server reads them: shards of a dataset into one "
+                "archive, tokenizer parts into one file."
+            ),
+        ),
+        "Number of files and size of the manifest are told; both are visible to whoever stores the model.",
+    ),
     # --- memory -------------------------------------------------------------------------------------------------------
     errors.InsufficientMemoryError: Explanation(
         "The model and `artifact.headroom_mib` beside it do not fit into guest memory, and the text says which limit "
@@ -1115,7 +1131,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Not tmpfs or not empty: mount a fresh memory volume (`emptyDir` with `medium: Memory`) at "
-                "`artifact.directory` and share it with nobody."
+                "`artifact.directory` and share it with nobody. Few inodes: by default a tmpfs has one for two pages of the "
+                "machine's memory; give it more with `nr_inodes=`."
             ),
             (
                 "In use by another agent: it lives, and wipes its model when it ends. What a killed one left is wiped by the "
