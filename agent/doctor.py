@@ -319,24 +319,25 @@ def _stay_offline(guest: Guest) -> None:
 
 
 def _memory(guest: Guest) -> None:
-    from agent.artifact.memory import check_memory
+    from agent.artifact.memory import check_memory, demand_of
 
     headroom_bytes = guest.config.artifact.headroom_mib << 20
     model = needed(guest.model, Skip.NO_MANIFEST)
-    check_memory([file.size for file in model.files], headroom_bytes, MACHINE)
+    check_memory(demand_of({file.path: file.size for file in model.files}), headroom_bytes, MACHINE)
 
 
 def _destination(guest: Guest) -> None:
     """Swap included. Without the manifest for one empty file, without a configuration for its default."""
-    from agent.artifact.memory import check_destination
+    from agent.artifact.memory import check_destination, demand_of
 
+    nothing = demand_of({"model": 0})
     if guest.measured is None:
-        check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
+        check_destination("auto", None, nothing, None, allow_swap=False, memory=MACHINE)
         return
     config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
-    sizes = [file.size for file in guest.model.files] if guest.model else [0]
+    demand = demand_of({file.path: file.size for file in guest.model.files}) if guest.model else nothing
     allow_swap = config.unsafe_allow_swap
-    check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
+    check_destination(config.destination, config.directory, demand, gid, allow_swap=allow_swap, memory=MACHINE)
 
 
 def _server_program(guest: Guest) -> None:

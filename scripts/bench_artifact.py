@@ -17,7 +17,7 @@ from pathlib import Path
 
 from agent.artifact.load import CONNECTIONS, OPEN_THREADS, load, prepare
 from agent.artifact.manifest import parse_manifest
-from agent.artifact.memory import choose_destination
+from agent.artifact.memory import choose_destination, demand_of
 from agent.artifact.seal import seal_model
 from agent.artifact.sources import open_source
 from agent.artifact.sources.directory import DirectorySource
@@ -152,7 +152,9 @@ def in_threads(work: Callable[[int], None], pieces: range, count: int) -> float:
 def copy_once(model: Model) -> float:
     """Seconds that a copy of the plaintext takes, done as `load` does it."""
     source = open_source(str(model.layout), None, 30)
-    destination = choose_destination(destination_kind(), None, [MODEL_BYTES], None, allow_swap=True, memory=MACHINE)
+    destination = choose_destination(
+        destination_kind(), None, demand_of({"weights": MODEL_BYTES}), None, allow_swap=True, memory=MACHINE
+    )
     destination.create("weights", MODEL_BYTES)
 
     def copy(start: int) -> None:

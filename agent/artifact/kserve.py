@@ -31,7 +31,7 @@ from agent.artifact.compact_jwe import (
     JweOpener,
     parse_compact,
 )
-from agent.artifact.memory import Destination, check_memory, choose_destination, swap_is_active
+from agent.artifact.memory import Destination, check_memory, choose_destination, demand_of, swap_is_active
 from agent.artifact.sources import BlobSource
 from agent.artifact.sources.patient import PatientSource
 from agent.closed import Ident
@@ -123,16 +123,17 @@ def prepare(
     plain = {path: _read_plain(patient, path, digest) for path, digest in config.plain_files.items()}
     files = [_find(patient, index, name) for index, name in enumerate(config.jwe_files)]
     # 2. It fits, into memory that stays memory.
-    sizes = [file.jwe.plaintext_bytes for file in files] + [len(content) for content in plain.values()]
-    check_memory(sizes, config.headroom_mib << 20, memory)
-    destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
+    sizes = {file.path: file.jwe.plaintext_bytes for file in files} | {path: len(content) for path, content in plain.items()}
+    demand = demand_of(sizes)
+    check_memory(demand, config.headroom_mib << 20, memory)
+    destination = choose_destination(config.destination, config.directory, demand, gid, allow_swap=allow_swap, memory=memory)
     prepared = PreparedJwe(source, config, files, plain, destination)
     undo.callback(prepared.close)
     # refusal: test_a_model_that_shall_be_released_does_not_go_into_a_memfd
     if config.after_ready == "release" and destination.kind is DestinationKind.MEMFD:
         raise DestinationError(DestinationProblem.HELD)
     prepared.swap_active, prepared.allow_swap = swap_is_active(memory), allow_swap
-    for path, size in zip([*(file.path for file in files), *plain], sizes, strict=True):
+    for path, size in sizes.items():
         destination.create(path, size)
     return prepared
 
