@@ -338,6 +338,16 @@ def test_a_path_that_is_not_clean_is_refused(path: str) -> None:
     assert field_of(caught) == "files[0].path"
 
 
+def test_folders_are_counted() -> None:
+    """Each once, however many files are in it; 250 above every file here."""
+    paths = [f"{i:03}{'/b' * 249}/{name}" for i in range(m.MAX_FOLDERS // 250) for name in "fg"]
+    m.check_paths(paths)
+    m.check_paths([*paths, "file"])
+    with pytest.raises(MalformedManifestError) as caught:
+        m.check_paths([*paths, "one/more"])
+    assert field_of(caught) == "folders"
+
+
 @pytest.mark.parametrize(
     "paths",
     [
