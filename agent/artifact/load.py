@@ -6,9 +6,11 @@ straight into the destination. Does not know formats (`stream.py`, `manifest.py`
 memory (`memory.py`).
 
 Ciphertext fetched ahead lies in the destination itself, at the place of the plaintext it becomes: what is fetched ahead
-takes no further memory, and its pages are present when the key comes. Descriptors, mappings and threads are as many for 100,000
-files as for four; the file table takes 1.1 KiB a file while it is parsed, half of that later. A store's bytes always pass through a buffer of
+takes no further memory, and its pages are present when the key comes. A store's bytes always pass through a buffer of
 ours before they are opened: GCM reads them twice, and a page the host can still write could change in between.
+
+Descriptors, mappings and threads are as many for 100,000 files as for a few. Beside the model the worker holds their table,
+1.1 KiB a file while it is parsed and half of that later.
 """
 
 import hmac
