@@ -9,17 +9,19 @@ MRCONFIGID (TDX) of the guest's own report (`evidence/collect.py` checks it).
 import hashlib
 import ipaddress
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from agent.closed import Ident
 from agent.config_source import MAX_CONFIG_BYTES
-from agent.errors import ConfigError, ConfigProblem
+from agent.errors import Asked, ConfigError, ConfigNotMeasuredError, ConfigProblem
 
 SCHEMA = "keyturn/v1"
 GPUS_OF_PROTECTED_PCIE = 8
+MAX_ALLOWED = 64
+"""Entries of `artifact.allowed`."""
 
 _Parsed = TypeVar("_Parsed")
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -53,6 +55,7 @@ _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){
 _FILE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}){0,7}"
 _FileName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\Z", max_length=512)]
 _JweName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\.jwe\Z", max_length=512)]
+_StorageUri = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]{0,31}://[!-~]+\Z", max_length=2048)]
 _Mirror = Annotated[str, msgspec.Meta(pattern=r"^(/|https?://|oci(\+http)?://)[^\s\x00]+\Z", max_length=2048)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
@@ -125,6 +128,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     model_signature: _FileName | None = None
     model_signature_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
     format: Literal["keyturn", "kserve-jwe"] = "keyturn"
+    uri: _StorageUri | None = None  # of an entry of artifact.allowed, and of nothing else
     jwe_files: Annotated[tuple[_JweName, ...], msgspec.Meta(max_length=1024)] = ()
     plain_files: Annotated[dict[_FileName, _Digest], msgspec.Meta(max_length=1024)] = {}
     ca_pem: _Certificate | None = None
@@ -179,15 +183,62 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """What whoever started the agent asks for, in KServe's words: a hint that has to match what is measured.
+
+    Attributes:
+        uri: the storage URI.
+        resource_id: of the key, where it is said.
+        confidential: whether the model is to be sealed, where it is said: `true`.
+    """
+
+    uri: str
+    resource_id: str | None = None
+    confidential: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A configuration, what HOST_DATA or MRCONFIGID must equal once fitted, and the initdata document at hand.
 
     The last two are `config_source.FoundConfig`'s.
+
+    Attributes:
+        config: with `artifact.allowed`, that of its first entry: what is not of `[artifact]` is the same in all of them.
+        allowed: with `artifact.allowed`, one configuration for each entry.
     """
 
     config: MeasuredConfig
     digest: bytes
     initdata: bytes | None = field(default=None, repr=False)
+    allowed: tuple[MeasuredConfig, ...] = ()
+
+    def select(self, asked: Selection | None) -> "Measured":
+        """The one configuration that a boot goes by.
+
+        Args:
+            asked: None where nobody asked: then there must be nothing to choose.
+
+        Raises:
+            ConfigNotMeasuredError: no entry of `artifact.allowed` is what was asked for.
+            ConfigError: there are several, and nobody asked.
+        """
+        if asked is None:
+            # refusal: test_where_several_models_are_allowed_one_has_to_be_asked_for
+            if len(self.allowed) > 1:
+                raise ConfigError(ConfigProblem.UNSELECTED, Ident("artifact.allowed"))
+            return self
+        config = next((config for config in self.allowed if config.artifact.uri == asked.uri), None)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if config is None:
+            raise ConfigNotMeasuredError(Asked.URI)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if asked.resource_id not in (None, config.broker.resource_uri or config.broker.key_uri):
+            raise ConfigNotMeasuredError(Asked.RESOURCE_ID)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if asked.confidential is not None and asked.confidential.lower() != "true":
+            raise ConfigNotMeasuredError(Asked.CONFIDENTIAL)
+        return replace(self, config=config, allowed=(config,))
 
 
 def parse(data: bytes, digest: bytes | None = None, initdata: bytes | None = None) -> Measured:
@@ -201,9 +252,63 @@ def parse(data: bytes, digest: bytes | None = None, initdata: bytes | None = Non
     Raises:
         ConfigError: with the key concerned; never with its value, which may be a secret.
     """
-    config = parse_toml(data, MeasuredConfig, SCHEMA)
+    tree = _tree(data, SCHEMA)
+    digest = hashlib.sha256(data).digest() if digest is None else digest
+    artifact = tree.get("artifact")
+    if not isinstance(artifact, dict) or "allowed" not in artifact:
+        return Measured(_checked(tree), digest, initdata)
+    allowed = _allowed(tree, artifact)
+    return Measured(allowed[0], digest, initdata, allowed)
+
+
+def _allowed(tree: dict[str, Any], artifact: dict[str, Any]) -> tuple[MeasuredConfig, ...]:
+    """Each entry laid over what is common to all, as a configuration of its own that has to hold alone."""
+    entries = artifact["allowed"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(ConfigProblem.WRONG_TYPE, Ident("artifact.allowed"))
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if not 0 < len(entries) <= MAX_ALLOWED:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.allowed"))
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if "uri" in artifact:
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.uri"))
+    common = {key: value for key, value in artifact.items() if key != "allowed"}
+    configs: list[MeasuredConfig] = []
+    for index, entry in enumerate(entries):
+        own = {key: value for key, value in entry.items() if key not in _OF_BROKER}
+        laid = tree | {"artifact": common | own}
+        if isinstance(tree.get("broker"), dict):
+            laid["broker"] = tree["broker"] | {key: entry[key] for key in _OF_BROKER if key in entry}
+        try:
+            config = _checked(laid, entry=True)
+            # refusal: test_every_mistake_in_an_entry_names_it
+            if any(config.artifact.uri == other.artifact.uri for other in configs):
+                raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.uri"))
+        except ConfigError as error:
+            section, _, key = str(error.key).partition(".")
+            if key.partition(".")[0].partition("[")[0] in entry or (section, key) == ("artifact", "uri"):
+                raise ConfigError(error.problem, Ident(f"artifact.allowed[{index}].{key}")) from None
+            raise
+        configs.append(config)
+    return tuple(configs)
+
+
+_OF_BROKER = ("key_uri", "resource_uri")
+"""Keys of `[broker]` that an entry of `artifact.allowed` may have: another model, another key."""
+
+
+def _checked(tree: dict[str, Any], *, entry: bool = False) -> MeasuredConfig:
+    config = _convert(tree, MeasuredConfig)
+    artifact = config.artifact
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if entry != (artifact.uri is not None):
+        raise ConfigError(ConfigProblem.MISSING_KEY if entry else ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.uri"))
+    # What KServe asks for is left in KServe's folder, for KServe's server.
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if entry and (config.server is not None or artifact.destination != "directory"):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.allowed"))
     _check_together(config)
-    return Measured(config, hashlib.sha256(data).digest() if digest is None else digest, initdata)
+    return config
 
 
 def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
@@ -212,6 +317,10 @@ def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
     Raises:
         ConfigError: with the key concerned; never with its value.
     """
+    return _convert(_tree(data, schema), cls)
+
+
+def _tree(data: bytes, schema: str) -> dict[str, Any]:
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(ConfigProblem.TOO_LARGE)
     import tomllib  # only the worker and `config check` pay for it
@@ -227,6 +336,10 @@ def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
         raise ConfigError(ConfigProblem.NOT_TOML) from None
     if tree.get("schema") != schema:
         raise ConfigError(ConfigProblem.WRONG_SCHEMA, Ident("schema"))
+    return tree
+
+
+def _convert(tree: dict[str, Any], cls: type[_Parsed]) -> _Parsed:
     try:
         return msgspec.convert(tree, cls)
     except msgspec.ValidationError as error:
@@ -493,6 +606,13 @@ EXPLAIN = {
     "artifact.model_signature_keys": "public keys (PEM; P-256, P-384) of which one must have signed artifact.model_signature",
     "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
     "artifact.source. It has no manifest and no version, so all its files are listed here. Default: keyturn, FORMAT.md",
+    "artifact.allowed": "[[artifact.allowed]], for `keyturn load` as KServe's storage initializer: the models that a pod may "
+    "ask for, 1..64. An entry has uri, any other keys of [artifact], and key_uri and resource_uri of [broker]; they take the "
+    "place of what stands there. What is asked for and is no entry is refused. Only with destination = directory and without "
+    "[server]",
+    "artifact.uri": "only in an entry of artifact.allowed: the storageUri by which KServe asks for this model, such as "
+    "keyturn://my-model; compared whole. It opens nothing: source says where the model lies. The files then lie in "
+    "artifact.directory itself, where KServe's servers look for them",
     "artifact.jwe_files": "with format = kserve-jwe: the sealed files, such as weights/model.gguf.jwe; they are loaded without "
     "the .jwe",
     "artifact.plain_files": "with format = kserve-jwe: the files in clear and their SHA-256, path = sha256:…",
@@ -545,4 +665,4 @@ def keys() -> list[str]:
                 break
         else:
             found.append(section.name)
-    return found
+    return [*found, "artifact.allowed"]

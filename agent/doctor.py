@@ -70,7 +70,7 @@ def _configuration(guest: Guest) -> None:
     found = guest.find_config()
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
-    guest.measured = parse(found.data, found.digest)
+    guest.measured = parse(found.data, found.digest).select(guest.asked)
     guest.plan = plan_of(guest.config)
     token_keys(guest.config.broker.token_keys or ())
     if guest.proxy is not None:

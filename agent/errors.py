@@ -134,6 +134,7 @@ class ConfigProblem(enum.Enum):
     BAD_VALUE = "value is out of range or malformed"
     ADDRESS = "address cannot be listened on"
     NEEDS_OTHER_KEY = "value needs another key that is missing, or excludes one that is set"
+    UNSELECTED = "several models are allowed, and none of them was asked for"
 
 
 @dataclasses.dataclass(eq=False)
@@ -152,17 +153,31 @@ class ConfigError(AgentError):
         return f"configuration {self.key}: {self.problem.value}{at}" if self.key else f"configuration: {self.problem.value}{at}"
 
 
+class Asked(enum.Enum):
+    """What KServe asks of its storage initializer, in its own names."""
+
+    URI = "storage URI"
+    RESOURCE_ID = "CONFIDENTIAL_RESOURCE_ID"
+    CONFIDENTIAL = "CONFIDENTIAL_ENABLED"
+
+
 @dataclasses.dataclass(eq=False)
 class ConfigNotMeasuredError(AgentError):
-    """The digest of the configuration is not the one this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX)."""
+    """What is to decide is not what this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX): the digest of the
+    configuration is another, or, with `asked`, this word of KServe's has a value that stands in no entry of `artifact.allowed`.
+    """
 
     owner = Owner.OPERATOR
     step = Step.CONFIG
     next_step = (
-        "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with"
+        "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with; "
+        "what a pod asks for must be an entry of artifact.allowed there"
     )
+    asked: Asked | None = None
 
     def what(self) -> str:
+        if self.asked is not None:
+            return f"{self.asked.value}: the value asked for is in no entry of artifact.allowed"
         return "configuration digest differs from HOST_DATA or MRCONFIGID of this guest's own report"
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from agent.config import Measured, MeasuredConfig
+from agent.config import Measured, MeasuredConfig, Selection
 from agent.config_source import FoundConfig
 from agent.errors import EXIT_SERVED, AgentError, InternalError, error_to_record
 from agent.evidence import Attester, GpuInventory, GpuSystem
@@ -82,6 +82,7 @@ class Guest:
         open_gpus: likewise the GPUs.
         offline: nothing is sent to anybody.
         proxy: through which https servers are reached.
+        asked: which of the allowed models is looked at.
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
         inventory: what the GPUs and NVSwitches say of themselves.
@@ -93,6 +94,7 @@ class Guest:
     open_gpus: Callable[[MeasuredConfig], GpuSystem | None]
     offline: bool
     proxy: Proxy | None = None
+    asked: Selection | None = None
     places: Places = field(default_factory=Places)
     measured: Measured | None = None
     plan: ServerPlan | None = None

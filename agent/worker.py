@@ -19,7 +19,7 @@ from agent import unhandled
 from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
-from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
+from agent.config import BrokerConfig, Measured, MeasuredConfig, Selection, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
 from agent.events import (
@@ -71,6 +71,7 @@ def work(
     served: ServedModel | None = None,
     out: str | None = None,
     proxy: Proxy | None = None,
+    asked: Selection | None = None,
 ) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
@@ -81,6 +82,7 @@ def work(
         served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
         proxy: a hint of the command line, on the way to https servers.
+        asked: which of the allowed models; None: there must be one only.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -96,7 +98,7 @@ def work(
         try:
             if served is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy))
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy, asked))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
@@ -123,12 +125,13 @@ async def _boot(
     announce: Callable[[str], None],
     out: str | None,
     proxy: Proxy | None,
+    asked: Selection | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
-        measured = parse(found.data, found.digest, found.initdata)
+        measured = parse(found.data, found.digest, found.initdata).select(asked)
         check_out(measured.config, out)
         if proxy is not None:
             proxy.check_use(measured.config)

@@ -2,19 +2,22 @@
 
 A given directory is somebody else's tmpfs: the kernel frees nothing there when an agent is killed. So an agent makes the folder
 `.keyturn` first and holds a lock on it for as long as it or its supervisor lives. A mark that nobody has locked is a dead
-agent's, and so are the plaintext in it and the `model` beside it. Standard library only, because the supervisor imports it.
+agent's, and so are the plaintext in it and the `model` beside it; or, where the mark says that the folder is `spread`,
+whatever lies beside it: it was empty when the agent came. Standard library only, because the supervisor imports it.
 """
 
 import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from contextlib import suppress
 
 MARK_NAME = ".keyturn"
 """In it lies the model until it is complete. Mode 0700."""
 PUBLISHED_NAME = "model"
+_SPREAD_NAME = "spread"
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 20
@@ -80,6 +83,32 @@ def wipe(path: str) -> None:
         os.close(folder)
 
 
+def spread(folder: int, mark: int) -> None:
+    """Publish the complete model file by file, in the folder itself, where its readers look once they may.
+
+    Raises:
+        OSError: the kernel refused; what was moved is the mark's all the same.
+    """
+    os.mkdir(_SPREAD_NAME, 0o700, dir_fd=mark)
+    model = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=mark)
+    try:
+        for name in os.listdir(model):
+            os.rename(name, name, src_dir_fd=model, dst_dir_fd=folder)
+    finally:
+        os.close(model)
+    os.rmdir(PUBLISHED_NAME, dir_fd=mark)
+
+
+def strangers(folder: int) -> set[str]:
+    """What lies in the folder and is no agent's."""
+    names = set(os.listdir(folder))
+    if MARK_NAME not in names:
+        return names
+    if _is_there(f"{MARK_NAME}/{_SPREAD_NAME}", folder):
+        return set()
+    return names - {MARK_NAME, PUBLISHED_NAME}
+
+
 def is_held(folder: int) -> bool:
     """Is the mark in this directory a living agent's?"""
     mark = _locked(folder)
@@ -108,7 +137,22 @@ def _locked(folder: int) -> int | None:
     return None
 
 
+def _is_there(path: str, folder: int) -> bool:
+    try:
+        os.stat(path, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def _empty(folder: int, mark: int) -> None:
+    if _is_there(_SPREAD_NAME, mark):
+        for name in set(os.listdir(folder)) - {MARK_NAME}:
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
+        os.rmdir(_SPREAD_NAME, dir_fd=mark)  # last: until then everything is the mark's
     for parent in (folder, mark):
         with suppress(FileNotFoundError):
             shutil.rmtree(PUBLISHED_NAME, dir_fd=parent)

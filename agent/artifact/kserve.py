@@ -125,7 +125,15 @@ def prepare(
     # 2. It fits, into memory that stays memory.
     sizes = [file.jwe.plaintext_bytes for file in files] + [len(content) for content in plain.values()]
     check_memory(sizes, config.headroom_mib << 20, memory)
-    destination = choose_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=memory)
+    destination = choose_destination(
+        config.destination,
+        config.directory,
+        sizes,
+        gid,
+        allow_swap=allow_swap,
+        memory=memory,
+        spread=config.uri is not None,
+    )
     prepared = PreparedJwe(source, config, files, plain, destination)
     undo.callback(prepared.close)
     # refusal: test_a_model_that_shall_be_released_does_not_go_into_a_memfd

@@ -64,6 +64,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--initdata", metavar="FILE", help="initdata document that guests are launched with")
     source.add_argument("--config", metavar="FILE", help="configuration that guests are launched with, without initdata")
+    parser.add_argument("--uri", metavar="URI", help="which entry of artifact.allowed, where there are several")
     parser.add_argument("--model", metavar="LAYOUT", required=True, help="folder, URL, oci:// or s3:// of the sealed model")
     parser.add_argument(
         "--gpu",
@@ -210,7 +211,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     devices = [parse_gpu(_read(file, "gpu")) for file in args.gpu]
     gpus = tuple(device for device in devices if isinstance(device, GpuVersions))
     found: FoundConfig = from_file(args.config) if args.initdata is None else from_initdata_file(args.initdata)
-    measured = config.parse(found.data).config
+    measured = config.parse(found.data).select(config.Selection(args.uri) if args.uri else None).config
     _check_tee(image, measured)
     # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
