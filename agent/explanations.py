@@ -92,6 +92,12 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "On the host: QEMU's `host-data` of `sev-snp-guest` is base64 of the raw 32 bytes, `mrconfigid` of "
                 "`tdx-guest` of the raw 48, not of their hexadecimal form."
             ),
+            (
+                "With `asked` the digest is not the question. KServe started `keyturn load` with this storage URI, "
+                "`CONFIDENTIAL_RESOURCE_ID` or `CONFIDENTIAL_ENABLED`, and no entry of `artifact.allowed` says the same: "
+                "the URI is compared whole, the resource id with the entry's `resource_uri` or else `key_uri`, and the last "
+                "must be `true`. A pod cannot choose what the configuration does not name."
+            ),
         ),
         "Neither digest is printed. The one in the report is a measured value, and whoever runs the guest has the "
         "configuration and can compute the other.",

@@ -29,6 +29,7 @@ WHOLE = {
     "test_heavy_servers",
     "test_heavy_stores",
     "test_initrd",
+    "test_kserve_initializer",
     "test_layout",
     "test_rcar_with_trustee",
     "test_refusals",

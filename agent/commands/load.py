@@ -2,12 +2,8 @@
 
 It is also KServe's storage initializer: called with pairs of a storage URI and a folder, as the container of a
 ClusterStorageContainer is, and with the variables that KServe sets for a confidential model. All of these are the host's
-words: they choose among the entries of `artifact.allowed`. Follows kserve 0.20, `pkg/webhook/admission/pod` and
-`python/storage-initializer/scripts`.
-
-What `run` promises after the key is not promised here: nobody of ours watches the server, wipes the model, or obeys a lease,
-so a key that comes with one is refused. The model ends with the pod. Imports nothing heavy: this process becomes the
-supervisor.
+words: they choose among the entries of `artifact.allowed`. Follows KServe of June 2026 (0217bdab),
+`pkg/webhook/admission/pod` and `python/storage-initializer/scripts`.
 """
 
 import argparse
@@ -48,7 +44,7 @@ def add_parser(verbs: Any, summary: str) -> None:
 def run(args: argparse.Namespace) -> int:
     if (args.out is None) == (not args.pair):
         args.usage_error("either --out DIR or URI DIR")
-    # refusal: test_several_models_are_refused_as_are_words_that_are_no_pair
+    # refusal: test_kserve_initializer.py::test_several_models_are_refused_as_are_words_that_are_no_pair
     if len(args.pair) not in (0, 2):
         args.usage_error("one URI and one DIR: a guest asks for one key")
     uri, out = args.pair or (None, args.out)

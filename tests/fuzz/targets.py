@@ -1193,11 +1193,16 @@ SIMULATED = CONFIG.replace(b'"snp" ', b'"simulated-snp" ') + b'[simulation]\nmac
 
 
 def config(data: bytes) -> None:
-    measured.parse(data)
+    for allowed in measured.parse(data).allowed:
+        assert allowed.artifact.uri
 
 
 def config_seeds() -> list[bytes]:
-    return [CONFIG, SIMULATED]
+    artifact, server = CONFIG.index(b"[artifact]"), CONFIG.index(b"[server]")
+    common = CONFIG[:artifact] + b'[artifact]\ndestination = "directory"\ndirectory = "/m"\n'
+    entries = [CONFIG[artifact:server].replace(b"[artifact]", b'[[artifact.allowed]]\nuri = "x://%d"' % i) for i in range(2)]
+    entries = [entry.replace(b"destination =", b'key_uri = "kbs:///a/b/c"  # ') for entry in entries]
+    return [CONFIG, SIMULATED, common + b"".join(entries)]
 
 
 def initdata(data: bytes) -> None:
