@@ -864,7 +864,7 @@ def kserve_jwe(data: bytes) -> None:
     out = bytearray(jwe.plaintext_bytes)
     with suppress(ValueError, AgentError):
         opener = compact_jwe.JweOpener(jwe, memoryview(bytes(32)))
-        opener.update(text, memoryview(out))
+        opener.update(compact_jwe.decode(text), memoryview(out))
         opener.finish()
 
 
