@@ -290,9 +290,11 @@ def _simulation(guest: Guest) -> None:
         raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)  # as the boot says of the verdict
 
 
-def _store(guest: Guest) -> None:
+def _store(guest: Guest) -> Seen | None:
+    """Of KServe's files all but the ciphertext is looked at: whether a key opens them, nothing tells without it."""
     import threading
 
+    from agent.artifact import kserve
     from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
     from agent.artifact.sources import open_configured
@@ -300,12 +302,16 @@ def _store(guest: Guest) -> None:
     config = guest.config
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
-    if config.artifact.format == "kserve-jwe":
-        raise SkippedError(Skip.NO_MANIFEST)
     store = open_configured(config.artifact, LOOK_S, guest.proxy)
     try:
+        if config.artifact.format == "kserve-jwe":
+            plain = kserve.read_plain(store, config.artifact)
+            files = kserve.find(store, config.artifact.jwe_files, threading.Event())
+            guest.sizes = [*(file.jwe.plaintext_bytes for file in files), *map(len, plain.values())]
+            return {"jwe": Ident(f"{len(files)}-files"), "plain": Ident(f"{len(plain)}-files")}
         artifact = find_manifest(store, config.artifact, threading.Event())
-        guest.model = read_model(store, artifact, config.broker.key_uri)
+        guest.sizes = [file.size for file in read_model(store, artifact, config.broker.key_uri).files]
+        return None
     finally:
         store.close()
 
@@ -322,8 +328,7 @@ def _memory(guest: Guest) -> None:
     from agent.artifact.memory import check_memory
 
     headroom_bytes = guest.config.artifact.headroom_mib << 20
-    model = needed(guest.model, Skip.NO_MANIFEST)
-    check_memory([file.size for file in model.files], headroom_bytes, MACHINE)
+    check_memory(needed(guest.sizes, Skip.NO_MANIFEST), headroom_bytes, MACHINE)
 
 
 def _destination(guest: Guest) -> None:
@@ -334,7 +339,7 @@ def _destination(guest: Guest) -> None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
     config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
-    sizes = [file.size for file in guest.model.files] if guest.model else [0]
+    sizes = [0] if guest.sizes is None else guest.sizes
     allow_swap = config.unsafe_allow_swap
     check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
 

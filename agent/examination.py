@@ -4,9 +4,9 @@ Owns no check: those are `doctor.py`'s.
 """
 
 import enum
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from agent.config import Measured, MeasuredConfig, Selection
 from agent.config_source import FoundConfig
@@ -15,9 +15,6 @@ from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.fitness import Places, Seen
 from agent.proxy import Proxy
 from agent.server import ServerPlan
-
-if TYPE_CHECKING:
-    from agent.artifact.manifest import ModelConfig
 
 _T = TypeVar("_T")
 
@@ -86,7 +83,7 @@ class Guest:
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
         inventory: what the GPUs and NVSwitches say of themselves.
-        model: the model, once its manifest is authenticated.
+        sizes: of the model's files in bytes, once they are known.
     """
 
     find_config: Callable[[], FoundConfig | None]
@@ -101,7 +98,7 @@ class Guest:
     tee: Attester | None = None
     gpus: GpuSystem | None = None
     inventory: GpuInventory | None = None
-    model: "ModelConfig | None" = None
+    sizes: Sequence[int] | None = None
 
     @property
     def config(self) -> MeasuredConfig:

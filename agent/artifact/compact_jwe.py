@@ -50,6 +50,11 @@ class CompactJwe:
     text_bytes: int
 
     @property
+    def algorithm(self) -> str:
+        """How the content key comes: `A256KW` or `dir`."""
+        return "A256KW" if self.wrapped_key else "dir"
+
+    @property
     def plaintext_bytes(self) -> int:
         return self.text_bytes * 3 // 4
 

@@ -18,7 +18,8 @@ buffer of 1 MiB a thread: memory beside the model is constant, where KServe's ow
 import hashlib
 import hmac
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack
 
 import rfc8785
@@ -76,8 +77,8 @@ def list_digest(config: ArtifactConfig) -> str:
     return f"sha256:{hashlib.sha256(rfc8785.dumps({'schema': 'keyturn/v1/kserve', **listed})).hexdigest()}"
 
 
-class _JweFile:
-    """One sealed file on its way: which of its chunks lie in the destination, as ciphertext."""
+class JweFile:
+    """One sealed file on its way: which of its chunks lie in the destination, as ciphertext. Only `find` makes one."""
 
     def __init__(self, index: int, name: str, jwe: CompactJwe) -> None:
         self.index = index
@@ -96,6 +97,16 @@ class _JweFile:
         """Offset and length of what successive chunks become."""
         start, (done, length) = chunks[0] * CHUNK_BYTES, self.text_range(chunks[-1])
         return start * 3 // 4, (done + length - start) * 3 // 4
+
+    def read(self, chunk: int, source: BlobSource | PatientSource, buffer: memoryview) -> memoryview:
+        """Fill the front of `buffer` with the text of one chunk, from the store. Raises TruncatedArtifactError."""
+        done, length = self.text_range(chunk)
+        text = buffer[:length]
+        got = source.read_range(_named(self.name), self.jwe.start + done, text)
+        # refusal: test_a_file_that_shrinks_is_truncated
+        if got != length:
+            raise TruncatedArtifactError(self.index, done + got, self.jwe.text_bytes)
+        return text
 
 
 class _Fetching:
@@ -128,13 +139,8 @@ class _Fetching:
                     if not file.fetched[chunk]:
                         self._fetch(file, chunk, window, buffer)
 
-    def _fetch(self, file: _JweFile, chunk: int, window: Window, buffer: memoryview) -> None:
-        done, length = file.text_range(chunk)
-        text = buffer[:length]
-        got = self._source.read_range(_named(file.name), file.jwe.start + done, text)
-        # refusal: test_a_file_that_shrinks_is_truncated
-        if got != length:
-            raise TruncatedArtifactError(file.index, done + got, file.jwe.text_bytes)
+    def _fetch(self, file: JweFile, chunk: int, window: Window, buffer: memoryview) -> None:
+        text = file.read(chunk, self._source, buffer)
         try:
             ciphertext = decode(text)
         except ValueError:
@@ -157,7 +163,7 @@ class PreparedJwe:
         self,
         source: BlobSource,
         config: ArtifactConfig,
-        files: list[_JweFile],
+        files: list[JweFile],
         plain: dict[str, bytes],
         destination: Destination,
     ) -> None:
@@ -213,10 +219,10 @@ def prepare(
         MalformedHeaderError: a file is no JWE of KServe's kind; its number is that in `artifact.jwe_files`.
         AgentError: as `load.prepare`.
     """
-    patient = PatientSource(source, config.timeout_s, stop)
     # 1. What is in clear is small and complete before anything else.
-    plain = {path: _read_plain(patient, path, digest) for path, digest in config.plain_files.items()}
-    files = [_find(patient, index, name) for index, name in enumerate(config.jwe_files)]
+    patient = PatientSource(source, config.timeout_s, stop)
+    plain = read_plain(patient, config)
+    files = find(patient, config.jwe_files, stop)
     # 2. It fits, into memory that stays memory.
     sizes = [file.jwe.plaintext_bytes for file in files] + [len(content) for content in plain.values()]
     check_memory(sizes, config.headroom_mib << 20, memory)
@@ -333,7 +339,7 @@ class _Opening:
             with self._lock:
                 self._left -= 1
 
-    def _open(self, file: _JweFile, chunk: int, buffer: memoryview) -> bool:
+    def _open(self, file: JweFile, chunk: int, buffer: memoryview) -> bool:
         """False: nobody wants it any more, or it will not come."""
         with self._fetching.arrived:
             while not file.fetched[chunk]:
@@ -350,7 +356,42 @@ class _Opening:
         return True
 
 
-def _read_plain(source: PatientSource, path: str, digest: str) -> bytes:
+def read_plain(source: BlobSource | PatientSource, config: ArtifactConfig) -> dict[str, bytes]:
+    """The files in clear, by their paths.
+
+    Raises:
+        ManifestDigestError: one is not the listed one.
+        ArtifactUnavailableError: the store does not deliver.
+    """
+    return {path: _read_plain(source, path, digest) for path, digest in config.plain_files.items()}
+
+
+def find(source: BlobSource | PatientSource, names: Sequence[str], stop: threading.Event) -> list[JweFile]:
+    """What of sealed files can be seen without a key, of several at a time. `stop` ends it, and is set at its end.
+
+    Raises:
+        MalformedHeaderError: one is no JWE of KServe's kind; its number is that among `names`.
+        ArtifactUnavailableError, TruncatedArtifactError: the store does not deliver.
+    """
+    found: dict[int, JweFile] = {}
+    left = iter(enumerate(names))
+    lock = threading.Lock()
+
+    def work() -> None:
+        while not stop.is_set():
+            with lock:
+                index, name = next(left, (0, None))
+            if name is None:
+                return
+            found[index] = _find(source, index, name)
+
+    Crew(work, min(FETCH_THREADS, len(names)), stop, "headers").run()
+    if len(found) < len(names):  # stopped
+        raise CancelledError
+    return [found[index] for index in range(len(names))]
+
+
+def _read_plain(source: BlobSource | PatientSource, path: str, digest: str) -> bytes:
     content = source.read_blob(_named(path), MAX_PLAIN_BYTES)
     # refusal: test_a_plain_file_that_is_not_the_listed_one_is_refused
     if not hmac.compare_digest(f"sha256:{hashlib.sha256(content).hexdigest()}", digest):
@@ -358,7 +399,7 @@ def _read_plain(source: PatientSource, path: str, digest: str) -> bytes:
     return content
 
 
-def _find(source: PatientSource, index: int, name: str) -> _JweFile:
+def _find(source: BlobSource | PatientSource, index: int, name: str) -> JweFile:
     size = _size(source, name)
     head, tail = bytearray(min(MAX_HEAD_BYTES, size)), bytearray(min(TAIL_BYTES, size))
     for offset, part in ((0, head), (size - len(tail), tail)):
@@ -366,12 +407,12 @@ def _find(source: PatientSource, index: int, name: str) -> _JweFile:
         if part and source.read_range(_named(name), offset, memoryview(part)) != len(part):
             raise TruncatedArtifactError(index, 0, size)
     try:
-        return _JweFile(index, name, parse_compact(bytes(head), bytes(tail), size))
+        return JweFile(index, name, parse_compact(bytes(head), bytes(tail), size))
     except ValueError:
         raise MalformedHeaderError(index) from None
 
 
-def _size(source: PatientSource, name: str) -> int:
+def _size(source: BlobSource | PatientSource, name: str) -> int:
     """By bisection, since a source answers for ranges only: some 40 requests of one byte, and whatever a store says, an end."""
     low, high = 0, _MAX_JWE_BYTES + 1
     probe = memoryview(bytearray(1))
