@@ -60,7 +60,7 @@ SUFFIX = ".jwe"
 MAX_PLAIN_BYTES = 64 << 20
 """Of one file in clear: tokenizers and configurations, not weights."""
 FETCH_THREADS = 8
-"""As many requests are on their way. Base64 is decoded by one of them at a time in Python."""
+"""As many requests are on their way."""
 OPEN_THREADS = 4
 """Files that are opened at a time."""
 
@@ -123,6 +123,7 @@ class _Fetching:
             for first in range(0, file.chunks, _RUN_CHUNKS)
         )
         self._lock = threading.Lock()
+        self._decoding = threading.Lock()  # Python does one at a time; the others must not stand before whoever attests
         self.arrived = threading.Condition()
         self._crew = Crew(self._work, min(FETCH_THREADS, sum(file.chunks for file in prepared.files)), stop, "ciphertext")
         self.errors, self.start, self.join = self._crew.errors, self._crew.start, self._crew.join
@@ -142,7 +143,8 @@ class _Fetching:
     def _fetch(self, file: JweFile, chunk: int, window: Window, buffer: memoryview) -> None:
         text = file.read(chunk, self._source, buffer)
         try:
-            ciphertext = decode(text)
+            with self._decoding:
+                ciphertext = decode(text)
         except ValueError:
             raise SegmentAuthenticationError(file.index, 0) from None
         offset, size = file.plaintext_range(range(chunk, chunk + 1))
