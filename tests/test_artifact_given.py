@@ -61,7 +61,7 @@ def spread(folder: int) -> int:
 
 def test_a_spread_model_lies_in_the_folder_and_goes_with_everything_that_came_to_it(folder: int) -> None:
     mark = spread(folder)
-    assert sorted(os.listdir(folder)) == [given.MARK_NAME, "link", "tokenizer", "weights"]
+    assert sorted(os.listdir(folder)) == [given.SPREAD_NAME, "link", "tokenizer", "weights"]
     assert (path_of(folder) / "tokenizer" / "vocab").read_bytes() == b"plaintext"
     assert given.strangers(folder) == set()
     (path_of(folder) / "cache").mkdir()
@@ -70,14 +70,21 @@ def test_a_spread_model_lies_in_the_folder_and_goes_with_everything_that_came_to
     assert os.listdir(folder) == []
 
 
-def test_a_dead_agents_spread_model_is_removed_also_where_it_died_half_way(folder: int) -> None:
+@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("by", ["acquire", "wipe"])
+def test_a_dead_agents_spread_model_is_removed_also_where_it_died_half_way(folder: int, half_way: bool, by: str) -> None:
     in_child(lambda: spread(folder) and None)
-    (path_of(folder) / "weights").rename(path_of(folder) / given.MARK_NAME / "weights")  # moving or removing had begun
-    (path_of(folder) / given.MARK_NAME / given.PUBLISHED_NAME).mkdir()
-    (path_of(folder) / given.MARK_NAME / "weights").rename(path_of(folder) / given.MARK_NAME / given.PUBLISHED_NAME / "weights")
+    path = path_of(folder)
+    if half_way:
+        model = path / given.MARK_NAME / given.PUBLISHED_NAME
+        model.mkdir(parents=True)
+        (path / "weights").rename(model / "weights")
+    if by == "wipe":
+        given.wipe(str(path))
+        assert os.listdir(folder) == []
+        return
     mark = given.acquire(folder)
-    assert os.listdir(folder) == [given.MARK_NAME]
-    assert os.listdir(mark) == []
+    assert (os.listdir(folder), os.listdir(mark)) == ([given.MARK_NAME], [])
     os.close(mark)
 
 

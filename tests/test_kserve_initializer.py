@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from agent.artifact.given import MARK_NAME
+from agent.artifact.given import SPREAD_NAME
 from agent.commands.lint_findings import Finding
 from agent.commands.lint_rules import lint_pod
 from agent.commands.manifests import Setting, pods
@@ -149,7 +149,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
     return {
         path.relative_to(folder).as_posix(): path.read_bytes()
         for path in folder.rglob("*")
-        if path.is_file() and MARK_NAME not in path.parts
+        if path.is_file() and path.name != SPREAD_NAME
     }
 
 
@@ -159,7 +159,7 @@ def test_the_models_files_lie_where_kserves_server_looks(world: World, out: Path
     assert (done.returncode, done.stdout) == (0, b""), done.stderr
     assert files_in(out) == world.model
     assert {stat.S_IMODE((out / name).stat().st_mode) for name in world.model} == {0o440}
-    assert sorted(os.listdir(out)) == [MARK_NAME, "config.json", "model.safetensors", "tokenizer"]
+    assert sorted(os.listdir(out)) == [SPREAD_NAME, "config.json", "model.safetensors", "tokenizer"]
     # KServe shows this text in the status of the InferenceService.
     assert (world.folder / "termination").read_text().startswith("keyturn: stopped")
 

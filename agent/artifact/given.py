@@ -2,8 +2,11 @@
 
 A given directory is somebody else's tmpfs: the kernel frees nothing there when an agent is killed. So an agent makes the folder
 `.keyturn` first and holds a lock on it for as long as it or its supervisor lives. A mark that nobody has locked is a dead
-agent's, and so are the plaintext in it and the `model` beside it; or, where the mark says that the folder is `spread`,
-whatever lies beside it: it was empty when the agent came. Standard library only, because the supervisor imports it.
+agent's, and so are the plaintext in it and the `model` beside it.
+
+A model may also be spread: its files lie in the folder itself, and in the end without a mark, because a server that looks there
+may take any folder for a model. Then the file `.keyturn-spread` says that all of them are an agent's: the folder was empty when it
+came. Standard library only, because the supervisor imports it.
 """
 
 import errno
@@ -17,7 +20,7 @@ from contextlib import suppress
 MARK_NAME = ".keyturn"
 """In it lies the model until it is complete. Mode 0700."""
 PUBLISHED_NAME = "model"
-_SPREAD_NAME = "spread"
+SPREAD_NAME = ".keyturn-spread"
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 20
@@ -59,7 +62,8 @@ def release(folder: int, mark: int) -> None:
         OSError: something cannot be removed; then the mark stays.
     """
     _empty(folder, mark)
-    os.rmdir(MARK_NAME, dir_fd=folder)
+    with suppress(FileNotFoundError):  # a spread model has none
+        os.rmdir(MARK_NAME, dir_fd=folder)
 
 
 def wipe(path: str) -> None:
@@ -74,6 +78,8 @@ def wipe(path: str) -> None:
         return
     try:
         mark = _locked(folder)
+        if mark is None and {MARK_NAME, SPREAD_NAME} & set(os.listdir(folder)) == {SPREAD_NAME}:
+            mark = acquire(folder)
         if mark is not None:
             try:
                 release(folder, mark)
@@ -87,9 +93,9 @@ def spread(folder: int, mark: int) -> None:
     """Publish the complete model file by file, in the folder itself, where its readers look once they may.
 
     Raises:
-        OSError: the kernel refused; what was moved is the mark's all the same.
+        OSError: the kernel refused; what was moved is the agent's all the same.
     """
-    os.mkdir(_SPREAD_NAME, 0o700, dir_fd=mark)
+    os.close(os.open(SPREAD_NAME, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=folder))
     model = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=mark)
     try:
         for name in os.listdir(model):
@@ -97,16 +103,15 @@ def spread(folder: int, mark: int) -> None:
     finally:
         os.close(model)
     os.rmdir(PUBLISHED_NAME, dir_fd=mark)
+    os.rmdir(MARK_NAME, dir_fd=folder)
 
 
 def strangers(folder: int) -> set[str]:
     """What lies in the folder and is no agent's."""
     names = set(os.listdir(folder))
-    if MARK_NAME not in names:
-        return names
-    if _is_there(f"{MARK_NAME}/{_SPREAD_NAME}", folder):
+    if SPREAD_NAME in names:
         return set()
-    return names - {MARK_NAME, PUBLISHED_NAME}
+    return names - {MARK_NAME, PUBLISHED_NAME} if MARK_NAME in names else names
 
 
 def is_held(folder: int) -> bool:
@@ -137,22 +142,15 @@ def _locked(folder: int) -> int | None:
     return None
 
 
-def _is_there(path: str, folder: int) -> bool:
-    try:
-        os.stat(path, dir_fd=folder, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _empty(folder: int, mark: int) -> None:
-    if _is_there(_SPREAD_NAME, mark):
-        for name in set(os.listdir(folder)) - {MARK_NAME}:
+    names = set(os.listdir(folder))
+    if SPREAD_NAME in names:
+        for name in names - {MARK_NAME, SPREAD_NAME}:
             if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
                 shutil.rmtree(name, dir_fd=folder)
             else:
                 os.unlink(name, dir_fd=folder)
-        os.rmdir(_SPREAD_NAME, dir_fd=mark)  # last: until then everything is the mark's
+        os.unlink(SPREAD_NAME, dir_fd=folder)  # last: until then everything is an agent's
     for parent in (folder, mark):
         with suppress(FileNotFoundError):
             shutil.rmtree(PUBLISHED_NAME, dir_fd=parent)
