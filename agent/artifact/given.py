@@ -5,8 +5,8 @@ A given directory is somebody else's tmpfs: the kernel frees nothing there when 
 agent's, and so are the plaintext in it and the `model` beside it.
 
 A model may also be spread: its files lie in the folder itself, and in the end without a mark, because a server that looks there
-may take any folder for a model. Then the file `.keyturn-spread` says that all of them are an agent's: the folder was empty when it
-came. Standard library only, because the supervisor imports it.
+may take any folder for a model. Then the file `.keyturn-spread` says that all of them are an agent's: the folder was empty when
+it came. Standard library only, because the supervisor imports it.
 """
 
 import errno
