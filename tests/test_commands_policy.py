@@ -121,6 +121,19 @@ def test_a_model_of_kserve_is_pinned_by_its_list(site: Site, capsys: pytest.Capt
     assert ([each.value for each in row.manifest_digests], row.min_model_version) == ([list_digest(artifact)], 0)
 
 
+def test_of_several_allowed_models_one_is_asked_for(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = site.text[site.text.index("[artifact]") : site.text.index("[server]")].replace("destination =", "#")
+    entry = artifact.replace("[artifact]", '[[artifact.allowed]]\nuri = "keyturn://a"')
+    other = entry.replace("//a", "//b") + 'key_uri = "kbs:///models/other/1"\n'
+    shared = '[artifact]\ndestination = "directory"\ndirectory = "/mnt/models"\n'
+    site.text = site.text[: site.text.index("[artifact]")] + shared + other + entry
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END, "--uri=keyturn://a")).encode()).rows.values()
+    assert row.key_uri == URI
+    for more in ((), ("--uri=keyturn://b",), ("--uri=keyturn://c",)):
+        assert main(site.words(END, *more)) == 10
+
+
 def test_a_configuration_without_initdata_is_pinned_by_its_own_digest(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     words = [word.replace("--initdata=", "--config=").replace("/initdata", "/keyturn.toml") for word in site.words(END)]
     (row,) = parse_policy(printed(capsys, words).encode()).rows.values()

@@ -1,5 +1,6 @@
 """`keyturn load` as KServe's storage initializer: called as the pod that KServe makes calls it, and what comes of it."""
 
+import base64
 import json
 import os
 import stat
@@ -14,10 +15,12 @@ from typing import Any
 import pytest
 
 from agent.artifact.given import SPREAD_NAME
+from agent.commands.initdata import ANNOTATION
 from agent.commands.lint_findings import Finding
 from agent.commands.lint_rules import lint_pod
 from agent.commands.manifests import Setting, pods
-from agent.errors import DestinationProblem
+from agent.errors import ConfigError, DestinationProblem
+from agent.guest.initdata import pack_gzip, unpack_gzip
 from tests.kserve_pod import INITIALIZER, SERVER, VOLUME, Object, initializer, make_pod, objects_in, supports
 from tests.test_commands_load import loads
 from tests.test_commands_load import out as out  # noqa: PLC0414  a fixture
@@ -97,6 +100,25 @@ def test_what_a_pod_asks_for_is_linted_against_its_configuration(change: Object,
     objects = cluster()
     predictor(objects)["model"] |= change
     assert [finding.rule.id for finding in linted(make_pod(objects), objects)] == expected
+
+
+def test_a_pod_that_asks_for_nothing_must_have_nothing_to_choose() -> None:
+    objects = cluster()
+    pod = make_pod(objects)
+    container = initializer(pod)
+    container["command"].append(f"--out={container['args'].pop()}")
+    container["args"].clear()
+    assert linted(pod, objects) == []
+    annotations = pod["metadata"]["annotations"]
+    document = unpack_gzip(base64.b64decode(annotations[ANNOTATION])).replace(
+        b"[[artifact.allowed]]",
+        b'[[artifact.allowed]]\nuri = "x://y"\nsource = "/y"\nmanifest_digest = "sha256:%s"\n' % (b"0" * 64)
+        + b"[[artifact.allowed]]",
+    )
+    annotations[ANNOTATION] = base64.b64encode(pack_gzip(document)).decode()
+    of(objects, "ConfigMap")["data"]["initdata.toml"] = document.decode()
+    (finding,) = linted(pod, objects)
+    assert (finding.rule.id, isinstance(finding.error, ConfigError)) == ("asked", True)
 
 
 def test_kserve_takes_the_container_for_its_scheme_alone_and_for_one_model() -> None:
