@@ -300,6 +300,8 @@ def _store(guest: Guest) -> Seen | None:
     from agent.artifact.sources import open_configured
 
     config = guest.config
+    if config.artifact.credentials_uri is not None:
+        raise SkippedError(Skip.NO_CREDENTIALS)
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
     store = open_configured(config.artifact, LOOK_S, guest.proxy)

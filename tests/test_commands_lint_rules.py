@@ -269,9 +269,12 @@ def broken(name: str, value: object) -> list[Finding]:
         (base64.b64encode(b"version").decode(), InitdataProblem.GZIP),
         (base64.b64encode(gzip.compress(b"[", mtime=0)).decode(), InitdataProblem.NOT_TOML),
         (base64.b64encode(gzip.compress(b"a", mtime=0) + gzip.compress(b"b", mtime=0)).decode(), InitdataProblem.GZIP),
-        (base64.b64encode(gzip.compress(bytes(5 << 20))).decode(), InitdataProblem.TOO_LARGE),
+        (base64.b64encode(gzip.compress(bytes(5 << 20), mtime=0)).decode(), InitdataProblem.TOO_LARGE),
         (base64.b64encode(bytes(2 << 20)).decode(), InitdataProblem.LENGTH),
-        (base64.b64encode(gzip.compress(b'version = "0.1.0"\nalgorithm = "md5"\n[data]', mtime=0)).decode(), InitdataProblem.ALGORITHM),
+        (
+            base64.b64encode(gzip.compress(b'version = "0.1.0"\nalgorithm = "md5"\n[data]', mtime=0)).decode(),
+            InitdataProblem.ALGORITHM,
+        ),
     ],
 )
 def test_an_annotation_that_no_guest_reads_is_found_with_its_reason(value: object, problem: InitdataProblem | None) -> None:
