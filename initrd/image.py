@@ -8,7 +8,6 @@ manifest.md ("Guidelines for Artifact Usage" for the SBOM).
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,7 +123,7 @@ def tar_of(folder: Path, epoch: int) -> bytes:
     """The content of `folder`, everybody's root; modes are the files' own."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for path in sorted(folder.rglob("*"), key=lambda path: os.fsencode(path.relative_to(folder))):
+        for path in sorted(folder.rglob("*")):  # by its parts: a folder's content follows it
             entry = tar.gettarinfo(path, str(path.relative_to(folder)))
             entry.uid = entry.gid = 0
             entry.uname = entry.gname = ""

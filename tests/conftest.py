@@ -9,6 +9,7 @@ import pytest
 from agent.sim.machine import SimulatedMachine, create_silicon
 from tests import nscq_emulation, nvml_emulation
 from tests.gpus import gpu_machine
+from tests.products import build
 
 # gRPC restarts its poller in whatever a test forks. Between fork and exec that thread meets closed descriptors, and says so on
 # what is already the child's stderr, among its JSON lines. Nothing of ours uses gRPC on both sides of a fork.
@@ -44,6 +45,12 @@ def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("silicon")
     create_silicon(directory, gpus=8, switches=4)
     return directory
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with everything that is shipped, built quickly. For tests of the group `initrd`, which one process runs."""
+    return build(tmp_path_factory.mktemp("products"))
 
 
 @pytest.fixture(scope="session")
