@@ -30,7 +30,10 @@ class Unheld(Enum):
     WIPE = "wipe", "the model stays when the agent has ended, and ends with the pod"
     SERVER = "server", "nobody of ours starts, confines, watches or stops the server, and the host can start it without this"
     LEASE = "lease", "nobody would obey a lease, so a key that comes with one is refused (exit 22)"
-    SCRATCH = "scratch", "without CAP_SYS_ADMIN the server's scratch folder lies in the pod's /dev/shm, and its /tmp is the image's"
+    SCRATCH = (
+        "scratch",
+        "without CAP_SYS_ADMIN the server's scratch folder lies in the pod's /dev/shm, and its /tmp is the image's",
+    )
 
     def __init__(self, label: str, text: str) -> None:
         self.label = label

@@ -1,4 +1,4 @@
-"""Builds what is shipped: the bundle (agent and interpreter in one folder), and the initrd and the container image made from it.
+"""Builds what is shipped: the bundle (agent and interpreter in one folder), and initrd and container image made from it.
 
 The same commit gives the same bytes, whatever machine, user and folder: Debian packages and wheels are locked by hash
 (`locks/guest.debs`, `locks/build.debs`, `locks/image.txt`), the bundler runs in a root made of them, every time is one
@@ -53,7 +53,9 @@ BUNDLER_ENVIRONMENT = {
 
 def main() -> None:
     """Build everything into one folder and print digests and sizes."""
-    parser = argparse.ArgumentParser(prog="build-initrd", description="Build bundle, initrd, container image and SBOMs.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="build-initrd", description="Build bundle, initrd, container image and SBOMs.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR", help="where results go; default build/")
     parser.add_argument("--fast", action="store_true", help="compress badly and quickly, for a look; not what is shipped")
     args = parser.parse_args()

@@ -8,7 +8,6 @@ of a pod share the guest's: CoCo's API is on its loopback. Needs root, crun and 
 import json
 import os
 import shutil
-import subprocess
 import time
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack
@@ -103,7 +102,7 @@ class Pod:
                     "gid": security.get("runAsGroup", 0),
                     "additionalGids": [self.spec.get("securityContext", {}).get("fsGroup", 0)],
                 },
-                "capabilities": {name: kept for name in ("bounding", "effective", "permitted")},
+                "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), kept),
                 "noNewPrivileges": not security.get("allowPrivilegeEscalation", True),
             },
             "mounts": mounts,

@@ -1,7 +1,8 @@
 """The container image as it is shipped: its layout, and containers of it as the manifests of deploy/ start them.
 
-Nothing of a TEE is in these containers: no configfs, no device, no GPU. CoCo's API is the stand-in of `agent/sim`, on the loopback
-of the pod. What a mode does not hold (`agent/modes.py`) is shown here as a fact. Builds, so it runs where KEYTURN_BUILD is set.
+Nothing of a TEE is in these containers: no configfs, no device, no GPU. CoCo's API is the stand-in of `agent/sim`, on the
+loopback of the pod. What a mode does not hold (`agent/modes.py`) is shown here as a fact. Builds, so it runs where
+KEYTURN_BUILD is set.
 """
 
 import hashlib
@@ -12,7 +13,6 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -22,8 +22,8 @@ from typing import Any
 import pytest
 
 from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
-from agent.guest.memory_info import MACHINE
 from agent.evidence import Tee
+from agent.guest.memory_info import MACHINE
 from agent.modes import Unheld
 from tests import pod
 from tests.children import python
@@ -88,7 +88,12 @@ def test_the_config_says_how_it_is_started_and_nothing_of_where_it_was_made(layo
     assert (config["config"]["User"], config["config"]["Env"]) == ("0:0", pod.ENVIRONMENT)
     assert {config["created"], *(entry["created"] for entry in config["history"])} == {"2000-01-01T00:00:00Z"}
     labels = config["config"]["Labels"]
-    assert {name.removeprefix("org.opencontainers.image.") for name in labels} == {"title", "version", "description", "licenses"}
+    assert {name.removeprefix("org.opencontainers.image.") for name in labels} == {
+        "title",
+        "version",
+        "description",
+        "licenses",
+    }
 
 
 def test_the_sbom_refers_to_the_image_and_names_what_is_in_it(layout: Layout) -> None:
@@ -414,7 +419,12 @@ def test_who_mounts_it_reads_it_and_only_the_mount_keeps_root_from_writing(site:
     status, said = it.consumer("/usr/bin/sha256sum", file)
     assert (status, said.split()[0].decode()) == (0, digest_of(it.world))
     write = [python(), "-I", "-c", f"import os; os.write(os.open({file!r}, os.O_WRONLY), b'other')"]
-    replace = [python(), "-I", "-c", f"import os; os.chmod({file!r}, 0o600); os.write(os.open({file!r}, os.O_WRONLY), b'other')"]
+    replace = [
+        python(),
+        "-I",
+        "-c",
+        f"import os; os.chmod({file!r}, 0o600); os.write(os.open({file!r}, os.O_WRONLY), b'other')",
+    ]
     assert it.consumer(*write)[0] == 1
     assert it.consumer(*write, read_only=False)[0] == 1  # by its mode
     assert it.consumer(*replace, root=True)[0] == 1  # by the mount
@@ -474,3 +484,11 @@ FACTS = {
     Unheld.SCRATCH: "test_without_the_right_to_mount_the_model_is_a_sealed_memfd_and_scratch_lies_in_the_pods_shared_memory",
 }
 """The test that shows each."""
+
+
+def test_a_test_shows_each_promise_that_a_mode_does_not_hold() -> None:
+    assert FACTS.keys() == set(Unheld)
+    for where in FACTS.values():
+        file, _, name = where.rpartition("::")
+        source = Path(__file__).with_name(file or Path(__file__).name).read_text()
+        assert f"\ndef {name}(" in source

@@ -71,7 +71,9 @@ with ExitStack() as undo:
 assert not os.path.exists(scratch)
 """
     few = ["setpriv", "--bounding-set=-all,+setuid,+setgid,+setpcap,+chown,+kill,+ipc_lock", "--inh-caps=-all"]
-    done = subprocess.run([*few, sys.executable, "-B", "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    done = subprocess.run(
+        [*few, sys.executable, "-B", "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 

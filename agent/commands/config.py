@@ -9,7 +9,7 @@ from agent.closed import Ident
 from agent.config_source import read_bounded
 from agent.errors import ConfigError, ConfigProblem
 from agent.guest.initdata import fit
-from agent.modes import Mode, unheld
+from agent.modes import Mode, Unheld, unheld
 
 
 def add_parser(verbs: Any, summary: str) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(file: str, mode: Mode | None, as_json: bool) -> int:
     measured = config.parse(read_bounded(file))
-    promises = ()
+    promises: tuple[Unheld, ...] = ()
     if mode:
         from agent.worker import check_out
 
