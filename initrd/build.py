@@ -38,9 +38,12 @@ LIBC = re.compile(
     r"(ld-linux-x86-64|libc|libm|libmvec|libdl|libpthread|librt|libutil|libresolv|libnss_(dns|files))\.so\.[0-9]+"
 )
 # Parts of the standard library that nothing of ours asks for, and build tools that a hook could drag in.
-LEFT_OUT = ("curses", "doctest", "pkg_resources", "pydoc", "readline", "setuptools", "sqlite3", "tkinter", "unittest")
-# What hooks collect beside the code and no program reads.
-LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json)$")
+LEFT_OUT = (
+    *("curses", "doctest", "ftplib", "pkg_resources", "pydoc", "readline", "setuptools", "sqlite3", "tkinter", "unittest"),
+    *("xml", "xmlrpc", "_multibytecodec", *(f"_codecs_{language}" for language in ("cn", "hk", "iso2022", "jp", "kr", "tw"))),
+)
+# What hooks collect beside the code and no program reads. The CAs of gRPC neither: a broker's CA is the configuration's.
+LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json|_credentials/roots\.pem)$")
 BUNDLER_ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "PYTHONPATH": "/opt/site",

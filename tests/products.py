@@ -29,7 +29,7 @@ class Layout:
     folder: Path
 
     def blob(self, descriptor: dict[str, Any]) -> bytes:
-        return (self.folder / "blobs" / "sha256" / descriptor["digest"].removeprefix("sha256:")).read_bytes()
+        return (self.folder / "blobs" / "sha256" / str(descriptor["digest"]).removeprefix("sha256:")).read_bytes()
 
     def json(self, descriptor: dict[str, Any]) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(self.blob(descriptor))

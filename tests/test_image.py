@@ -365,8 +365,9 @@ def test_a_container_without_what_is_asked_for_asks_for_no_key(site: Make, manif
     it = site(manifest)
     it.pod.volumes["kmsg"] = Path("/dev/null")
     it.world.gpu |= {"count": gpus, "ready_state": "preset"}
+    it.world.tee["wait_s"] = 1
     if not gpus:
-        it.world.tee |= {"coco_url": f"http://127.0.0.1:{free_port()}", "wait_s": 1}
+        it.world.tee["coco_url"] = f"http://127.0.0.1:{free_port()}"
     it.prepare()
     outcome = it.entrypoint().wait()
     assert (outcome.status, outcome.failure["class"]) == (status, "NoAttesterError")
