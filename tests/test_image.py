@@ -14,9 +14,10 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
 from agent.evidence import Tee
 from agent.guest.memory_info import MACHINE
 from agent.modes import Unheld
-from tests import pod
+from tests import nvml_emulation, pod
 from tests.children import python
 from tests.pod import Pod, Running
 from tests.products import Layout
@@ -196,9 +197,12 @@ class Site:
             container["volumeMounts"] = [*container["volumeMounts"], {"name": "model", "mountPath": "/run/model"}]
         return self.pod.start(container, self.server_image, shown=["/usr"], **more)
 
-    def load(self) -> Running:
-        """`keyturn load` in our own image."""
-        return self.pod.start(self.pod.container("load"), self.image)
+    def load(self, more: Mapping[str, str] = MappingProxyType({})) -> Running:
+        """`keyturn load` in our own image; `more` volumes stand for what the device interface of the GPUs brings."""
+        container = self.pod.container("load")
+        mounts = [{"name": name, "mountPath": path} for name, path in more.items()]
+        container["volumeMounts"] = [*container["volumeMounts"], *mounts]
+        return self.pod.start(container, self.image)
 
     def consumer(self, *command: str, read_only: bool = True, root: bool = False) -> tuple[int, bytes]:
         """Another program than the server, in the server's container of `load`."""
@@ -248,7 +252,7 @@ def site(
 
     def make(manifest: str) -> Site:
         tee = Tee(manifest.rpartition("-")[2])
-        world = World(tmp_path / "world", silicon, undo, gpus=0, tee=tee)
+        world = World(tmp_path / "world", silicon, undo, gpus=int("gpu" in manifest), tee=tee)
         return Site(world, Pod(tmp_path, undo, manifest), layers, foreign, model, undo)
 
     return make
@@ -472,10 +476,31 @@ def test_a_folder_on_a_disk_is_refused_before_a_key_is_asked_for(site: Make, tmp
     assert os.listdir(tmp_path / "disk") == []
 
 
+@in_containers
+def test_gpus_of_an_init_container_attest_through_the_drivers_library(site: Make, nvml_library: Path, undo: ExitStack) -> None:
+    """And they were ready before anybody attested them, as on stock Kata."""
+    it = site("load-nvidia-gpu-snp")
+    it.loads()
+    machine = undo.enter_context(nvml_emulation.answered(it.world.machine, nvml_library))
+    machine.gpu.ready = 1
+    it.world.gpu |= {"ready_state": "preset"}
+    it.world.row_gpu["ready"] = True
+    it.prepare()
+    parameters = it.world.folder / "driver" / "nvidia"
+    parameters.mkdir(parents=True)
+    shutil.copy(machine.directory / "nvidia-params", parameters / "params")
+    it.pod.volumes |= {"kmsg": Path("/dev/kmsg"), "library": machine.library.parent, "parameters": parameters.parent}
+    outcome = it.load({"library": "/usr/lib64", "parameters": "/proc/driver"}).wait()
+    assert outcome.status == 0, json.dumps(outcome.failure, indent=1)
+    (passed,) = [event for event in outcome.events if event["event"] == "gate_passed"]
+    assert (passed["gpus"], passed["preset"]) == (1, True)
+    assert it.found() == {f"{PUBLISHED_NAME}/model.gguf": it.world.model["model.gguf"]}
+
+
 # --- what a mode does not hold ----------------------------------------------------------------------------------------
 
 FACTS = {
-    Unheld.GATE: "test_commands_load.py::test_the_model_is_left_open_in_the_folder_and_nothing_else_is",
+    Unheld.GATE: "test_gpus_of_an_init_container_attest_through_the_drivers_library",
     Unheld.PLACE: "test_who_mounts_it_reads_it_and_only_the_mount_keeps_root_from_writing",
     Unheld.SEAL: "test_who_mounts_it_reads_it_and_only_the_mount_keeps_root_from_writing",
     Unheld.KILL: "test_what_a_killed_entrypoint_has_in_a_given_folder_stays_until_the_next_one",
