@@ -1,5 +1,6 @@
 """Simulated silicon for every test, so that a plain clone without recorded evidence tests the same verifiers."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,8 +50,14 @@ def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder with everything that is shipped, built quickly. For tests of the group `initrd`, which one process runs."""
-    return build(tmp_path_factory.mktemp("products"))
+    """The folder with everything that is shipped, built quickly, and once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "products"
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "SHA256SUMS").exists():  # written last
+            build(out)
+    return out
 
 
 @pytest.fixture(scope="session")

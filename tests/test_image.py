@@ -34,10 +34,7 @@ from tests.range_server import RangeServer
 from tests.registry import DockerRegistry
 from tests.world import DEADLINE_S, World, ask, free_port
 
-pytestmark = [
-    pytest.mark.skipif("KEYTURN_BUILD" not in os.environ, reason="builds for half a minute: set KEYTURN_BUILD=1"),
-    pytest.mark.xdist_group("initrd"),
-]
+pytestmark = pytest.mark.skipif("KEYTURN_BUILD" not in os.environ, reason="builds for half a minute: set KEYTURN_BUILD=1")
 in_containers = pytest.mark.skipif(pod.missing() is not None, reason=str(pod.missing()))
 KEYTURN = "/opt/keyturn/keyturn"
 TINY_SERVER = Path(__file__).with_name("tiny_server.py")
@@ -231,18 +228,15 @@ def undo() -> Iterator[ExitStack]:
 
 
 @pytest.fixture
-def site(
-    tmp_path: Path, silicon: Path, layers: tuple[Path, Path], undo: ExitStack, request: pytest.FixtureRequest
-) -> Callable[[str], Site]:
+def site(tmp_path: Path, silicon: Path, layers: tuple[Path, Path], undo: ExitStack) -> "Make":
+    """Makes the site of a manifest, by its name."""
     if MACHINE.swap_is_active():
         pytest.skip("there is swap, which no real attester may allow")
     foreign = tmp_path / "foreign"
-    for name in ("etc", "lib64", "run", "srv", "tmp", "usr"):
+    for name in ("etc", "run", "srv", "tmp", "usr"):
         (foreign / name).mkdir(parents=True)
-    for name in ("bin", "lib", "sbin"):
+    for name in ("bin", "lib", "lib64", "sbin"):
         (foreign / name).symlink_to(f"usr/{name}")
-    (foreign / "lib64").rmdir()
-    (foreign / "lib64").symlink_to("usr/lib64")
     shutil.copy("/etc/ld.so.cache", foreign / "etc")
     shutil.copy(TINY_SERVER, foreign / "srv")
     # A memory emptyDir, with the group of the pod and its bit, as the kubelet makes it.
@@ -363,9 +357,9 @@ def test_the_bare_image_has_no_server_to_start(site: Make) -> None:
 
 @in_containers
 @pytest.mark.parametrize(
-    ("manifest", "gpus", "status"), [("entrypoint-snp", 0, 11), ("entrypoint-nvidia-gpu-snp", 1, 11)], ids=["no API", "no GPU"]
+    ("manifest", "gpus"), [("entrypoint-snp", 0), ("entrypoint-nvidia-gpu-snp", 1)], ids=["no API", "no GPU"]
 )
-def test_a_container_without_what_is_asked_for_asks_for_no_key(site: Make, manifest: str, gpus: int, status: int) -> None:
+def test_a_container_without_what_is_asked_for_asks_for_no_key(site: Make, manifest: str, gpus: int) -> None:
     it = site(manifest)
     it.pod.volumes["kmsg"] = Path("/dev/null")
     it.world.gpu |= {"count": gpus, "ready_state": "preset"}
@@ -374,7 +368,7 @@ def test_a_container_without_what_is_asked_for_asks_for_no_key(site: Make, manif
         it.world.tee["coco_url"] = f"http://127.0.0.1:{free_port()}"
     it.prepare()
     outcome = it.entrypoint().wait()
-    assert (outcome.status, outcome.failure["class"]) == (status, "NoAttesterError")
+    assert (outcome.status, outcome.failure["class"]) == (11, "NoAttesterError")
     assert it.world.audit() == []
 
 
@@ -459,7 +453,7 @@ def test_a_failed_load_leaves_nothing(site: Make) -> None:
     running = it.load()
     outcome = running.wait()
     assert (outcome.status, os.listdir(it.model)) == (19, [])
-    assert "ArtifactTamperedError" in outcome.termination or outcome.termination
+    assert str(outcome.failure["class"]) in outcome.termination
     assert running.files_left() == ["run/keyturn/status.json"]
 
 

@@ -17,10 +17,7 @@ from tests.products import ROOT, build
 
 EXCLUDED = [line for line in (ROOT / "initrd" / "exclude").read_text().splitlines() if line and not line.startswith("#")]
 
-pytestmark = [
-    pytest.mark.skipif("KEYTURN_BUILD" not in os.environ, reason="builds for two minutes: set KEYTURN_BUILD=1"),
-    pytest.mark.xdist_group("initrd"),
-]
+pytestmark = pytest.mark.skipif("KEYTURN_BUILD" not in os.environ, reason="builds for two minutes: set KEYTURN_BUILD=1")
 
 
 @dataclass(frozen=True)
