@@ -19,6 +19,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     fitness.py       kernel, driver and clock: is this guest one that a boot can use?
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
+    tink_keyset.py   a model key as a Tink keyset;  store_credentials.py  what opens the model's store, kept by the key broker
     proxy.py         an HTTP proxy on the way, and what is said to it
     http_policy.py   the one TLS context and redirect rule for HTTP
     evidence/        what the guest says of itself: binding, formats, devices, the GPU gate

@@ -49,6 +49,7 @@ _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY----
 _Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
 # An address, not a name: whoever writes /etc/hosts does not choose who answers.
 _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
+_IN_THE_OPEN = re.compile(r"(oci\+)?http://(?!(localhost|127(\.[0-9]{1,3}){3}|\[::1\])([:/]|\Z))")
 # Clean and relative, and the same in a URL.
 _FILE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}){0,7}"
 _FileName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\Z", max_length=512)]
@@ -114,6 +115,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     user: _Credential | None = None
     secret: _Credential | None = None
     session_token: _Credential | None = None
+    credentials_uri: _KeyUri | None = None
     endpoint: Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=512)] | None = None
     region: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]+\Z", max_length=63)] | None = None
     mirrors: Annotated[tuple[_Mirror, ...], msgspec.Meta(max_length=8)] = ()
@@ -282,6 +284,8 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_credentials_belong_to_registries_and_buckets
     if artifact.session_token is not None and (artifact.user is None or not in_bucket):
         raise wrong("artifact.session_token")
+    if artifact.credentials_uri is not None:
+        _check_credentials_uri(artifact, config.broker)
     # refusal: test_credentials_belong_to_registries_and_buckets
     if artifact.endpoint is not None and not in_bucket:
         raise wrong("artifact.endpoint")
@@ -325,6 +329,23 @@ def _check_together(config: MeasuredConfig) -> None:
         # refusal: test_every_mistake_names_its_key
         if (port and not 1 <= int(port[1]) <= 65535) or (in_brackets and not _is_ipv6(in_brackets[1])):
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _check_credentials_uri(artifact: ArtifactConfig, broker: BrokerConfig) -> None:
+    """Of credentials that come with the verdict."""
+    store = artifact.source if artifact.endpoint is None else artifact.endpoint
+    rules = (
+        artifact.source.startswith(("oci", "s3:")) and artifact.user is None,
+        # Evidence says what will be loaded, and what a tag means only the store knows, which is still closed then.
+        artifact.manifest_digest is not None,
+        # They are opened before the gate, and the model key never is.
+        artifact.credentials_uri not in (broker.key_uri, (broker.resource_uri or "").partition("?")[0]),
+        # Before anybody is asked for them: they go over TLS, or stay inside this guest (`artifact.sources.check_secrecy`).
+        not _IN_THE_OPEN.match(store),
+    )
+    # refusal: test_credentials_from_the_broker_are_for_a_closed_store_and_a_pinned_manifest
+    if not all(rules):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.credentials_uri"))
 
 
 def _is_ipv6(text: str) -> bool:
@@ -414,6 +435,7 @@ the authority's ES256 token key; `keyturn broker init` prints it
 
 [artifact]
 source = "https://models.example.com/my-model"   # an OCI image layout: URL, absolute path, s3://…; or a registry: oci://…
+# For a registry or bucket that wants credentials, which the key broker then gives: credentials_uri = "kbs:///models/store/1"
 manifest_digest = "sha256:0000000000000000000000000000000000000000000000000000000000000000"  # `keyturn seal` prints it
 min_version = 1                  # older model versions are refused
 destination = "auto"             # own tmpfs, else a sealed memfd
@@ -472,15 +494,21 @@ EXPLAIN = {
     "TLS: the network then sees names and sizes; every byte is authenticated all the same",
     "artifact.user": "user name at the registry, or access key id of the bucket; default: asked for without credentials. The "
     "host reads this configuration, so they are to keep others from the store, not the host: let them read this model and "
-    "nothing else",
+    "nothing else, or leave them to the key broker, artifact.credentials_uri",
     "artifact.secret": "the password, or the secret access key. It goes over TLS only, but for a store on this machine; to the "
     "registry or its https token service, or not at all, as a signature, to a bucket; never along a redirect to another host",
     "artifact.session_token": "session token of temporary credentials for a bucket",
+    "artifact.credentials_uri": "in place of these three, kbs:///repository/type/tag at the key broker. They are one JSON "
+    'object, {"user": …, "secret": …} and perhaps "session_token", of at most 4 KiB: the host never sees them, and they may '
+    "change without a new configuration. They come after the verdict, and only then is the store read; so the manifest must be "
+    "pinned by artifact.manifest_digest, as evidence says which one it is. It is not broker.key_uri. The policy row of the key "
+    "names it too (`credentials_uri`), and Trustee's policy allows it (`keyturn policy`)",
     "artifact.endpoint": "URL of the bucket's service: https://s3.example.com (the bucket becomes the first part of the path) "
     "or https://{bucket}.s3.example.com; default: AWS, https://{bucket}.s3.{region}.amazonaws.com",
     "artifact.region": "region of the bucket, default us-east-1; a clock 15 minutes off is refused as bad credentials are",
     "artifact.mirrors": "other places with the same blobs (paths, http(s) and oci URLs), tried in this order when one does not "
-    "deliver, default none; asked without credentials. Everything is authenticated wherever it comes from",
+    "deliver, default none; asked without credentials, which are for artifact.source alone. Everything is authenticated "
+    "wherever it comes from",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`. Either this or artifact.provider_keys",
     "artifact.provider_keys": "public keys (PEM; P-256, P-384, Ed25519) of which one must have signed the manifest under "
     "artifact.tag (`keyturn seal --sign`): a new release then needs no new configuration. The oldest one to accept is "

@@ -298,6 +298,8 @@ def _store(guest: Guest) -> None:
     from agent.artifact.sources import open_configured
 
     config = guest.config
+    if config.artifact.credentials_uri is not None:
+        raise SkippedError(Skip.NO_CREDENTIALS)
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
     if config.artifact.format == "kserve-jwe":

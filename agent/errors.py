@@ -16,7 +16,7 @@ AgentError
 ├── ClockSkewError                                                        operator × broker
 ├── RemoteProtocolError · BrokerFailureError · TrusteeRefusedError        authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
-├── KeyUnwrapError · KeyMismatchError                                     authority × key
+├── KeyUnwrapError · KeyMismatchError · StoreCredentialsError             authority × key
 ├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
@@ -374,13 +374,15 @@ class GuestApiError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class KeyNotDeliveredError(GuestApiError):
-    """The guest's confidential-data-hub gave no key, although its attestation had just been accepted. It says no cause."""
+    """The guest's confidential-data-hub gave no key, or no credentials for the store, although its attestation had just been
+    accepted. It says no cause.
+    """
 
     owner = Owner.AUTHORITY
     step = Step.KEY
     next_step = (
-        "look up this guest's request for broker.key_uri in the log of the key broker service: its policy denied it, there is "
-        "no such resource, or the service was not reached"
+        "look up this guest's request for broker.key_uri, or before it for artifact.credentials_uri, in the log of the key "
+        "broker service: its policy denied it, there is no such resource, or the service was not reached"
     )
 
 
@@ -855,6 +857,29 @@ class KeyMismatchError(AgentError):
 
     def what(self) -> str:
         return "key does not match the manifest's key commitment"
+
+
+class CredentialsProblem(enum.Enum):
+    SEALED = "not sealed as a key for this boot is"
+    LENGTH = "empty, longer than 4 KiB, or as long as a model key"
+    FORM = "not one JSON object of user, secret and perhaps session_token, each a text as that can be"
+    NOT_A_BUCKET = "with a session token, which is for a bucket, and the store is a registry"
+
+
+@dataclasses.dataclass(eq=False)
+class StoreCredentialsError(AgentError):
+    """What lies at `artifact.credentials_uri` is not credentials. `check`: of a seal that does not hold, which part."""
+
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = (
+        "store credentials of this form under artifact.credentials_uri; `keyturn explain StoreCredentialsError` shows it"
+    )
+    problem: CredentialsProblem
+    check: UnwrapCheck | None = None
+
+    def what(self) -> str:
+        return f"credentials for the store: {self.problem.value}" + (f": {self.check.value}" if self.check else "")
 
 
 @dataclasses.dataclass(eq=False)

@@ -42,6 +42,7 @@ class Skip(enum.Enum):
     OWN_COMPONENTS = "the guest's own components ask for the key, and its attester has shown that they serve it"
     NO_TLS = "the connection to the broker is not encrypted"
     NO_MANIFEST = "the size of the model is not known without its manifest"
+    NO_CREDENTIALS = "the store's credentials come with a verdict, for which nobody is asked here"
     NO_SERVER = "another container serves the model"
     NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
     NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"

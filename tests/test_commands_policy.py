@@ -102,6 +102,17 @@ def test_the_broker_releases_the_key_under_the_printed_row(site: Site, capsys: p
     assert denied.value.claim == Claim.HOST_DATA.value
 
 
+def test_the_row_and_trustees_policy_name_the_credentials_of_the_store(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    assert row.credentials_uri is None
+    site.text = site.text.replace("manifest_digest =", 'credentials_uri = "kbs:///models/store/1"\nmanifest_digest =')
+    site.text = site.text.replace("https://models.example.com/my-model", "s3://models/tiny")
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    assert row.credentials_uri == "kbs:///models/store/1"
+    assert '[["resource"], ["models", "store", "1"]],' in printed(capsys, site.words("--for=trustee"))
+
+
 def test_the_row_for_a_td_releases_the_key_too(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(TDX, GPU, ON_TDX)
     text = printed(capsys, site.words(END)).encode()

@@ -207,6 +207,50 @@ plain_files = { "config.json" = "sha256:%s" }
 #""" % ("0" * 64)
 
 
+CREDENTIALS = 'credentials_uri = "kbs:///models/store/1"\nmanifest_digest ='
+
+
+def with_credentials(source: str, text: str = CREDENTIALS, more: str = "") -> str:
+    return change("manifest_digest =", f"{more}{text}", change("https://models.example.com/my-model", source))
+
+
+def test_credentials_from_the_broker_are_for_a_closed_store_and_a_pinned_manifest() -> None:
+    bucket = 'endpoint = "{}"\n'
+    for good in (
+        with_credentials("oci://registry.example.com/x"),
+        with_credentials("s3://models/x"),
+        with_credentials("s3://models/x", more=bucket.format("https://s3.example.com")),
+        with_credentials("s3://models/x", more=bucket.format("http://127.0.0.1:9000")),
+        with_credentials("oci+http://localhost:5000/x"),
+        with_credentials("oci+http://[::1]:5000/x"),
+    ):
+        assert parse(good.encode()).config.artifact.credentials_uri == "kbs:///models/store/1"
+    signed = 'credentials_uri = "kbs:///models/store/1"\n' + SIGNED
+    in_list = 'credentials_uri = "kbs:///models/store/1"\n' + KSERVE
+    for bad in (
+        with_credentials("/models/x"),
+        with_credentials("https://models.example.com/x"),
+        with_credentials("oci://registry.example.com/x", more='user = "u"\nsecret = "s"\n'),
+        with_credentials("oci://registry.example.com/x", signed),
+        with_credentials("s3://models/x", in_list).replace("min_version = 1 ", "#"),
+        with_credentials("s3://models/x", CREDENTIALS.replace("store", "my-model")),  # the model key
+        with_credentials("oci+http://registry.example.com/x"),
+        with_credentials("oci+http://localhost.example.com/x"),
+        with_credentials("s3://models/x", more=bucket.format("http://s3.example.com")),
+        with_credentials("s3://models/x", more=bucket.format("http://127.0.0.1.example.com")),
+    ):
+        assert failure(bad) == (ConfigProblem.NEEDS_OTHER_KEY, "artifact.credentials_uri"), bad
+    elsewhere = change(
+        ENDPOINTS, 'url = "https://kbs.example.com"\nresource_uri = "kbs:///models/store/1"', with_credentials("s3://m/x")
+    )
+    for text in (elsewhere, elsewhere.replace('store/1"', 'store/1?version=2"', 1)):
+        assert failure(text) == (ConfigProblem.NEEDS_OTHER_KEY, "artifact.credentials_uri")
+    assert failure(with_credentials("s3://m/x", CREDENTIALS.replace("/1", ""))) == (
+        ConfigProblem.BAD_VALUE,
+        "artifact.credentials_uri",
+    )
+
+
 def test_a_kserve_model_does_not_lie_in_a_registry() -> None:
     for text in (kserve(KSERVE.replace("format", 'mirrors = ["oci://host/x"]\nformat')),):
         with pytest.raises(ConfigError) as caught:

@@ -34,10 +34,12 @@ from agent.sim.api_server_rest import Components, serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
 from agent.sim.trustee import Trustee
+from tests import bucket
 from tests.test_handshake_ear import SERVICE, payload, signed, submod
 from tests.tls import pem
 
 KEY_URI = "kbs:///models/tiny/1"
+CREDENTIALS_URI = "kbs:///models/store/1"
 KEY = bytes(range(100, 132))
 MODEL_BYTES = 3 * (1 << 20) + 12345
 DEADLINE_S = 60
@@ -207,6 +209,24 @@ class World:
         """Another version into the layout. Returns the digest of its manifest."""
         keys = [signing_key] if signing_key else []
         return seal_model(self.folder / "source", self.layout, key, KEY_URI, "tiny", version, lambda *_: None, keys)
+
+    # --- credentials from the broker ----------------------------------------------------------------------------------
+
+    def keep_credentials(self, secret: str = bucket.SECRET, **more: object) -> bytes:
+        """The model lies in a bucket that checks signatures, and the broker has what opens it; gives that resource."""
+        store = self.undo.enter_context(bucket.Bucket(self.layout))
+        self.artifact |= {"source": f"s3://models/{bucket.PREFIX}", "endpoint": store.url, "region": bucket.REGION}
+        return self.broker_has({"user": bucket.KEY_ID, "secret": secret, "session_token": bucket.TOKEN} | more)
+
+    def broker_has(self, credentials: dict[str, object] | bytes) -> bytes:
+        """What lies at `artifact.credentials_uri`, which the row of the key names."""
+        resource = credentials if isinstance(credentials, bytes) else json.dumps(credentials).encode()
+        self.credentials_file = self.key_file.parents[2] / CREDENTIALS_URI.removeprefix("kbs:///")
+        self.credentials_file.parent.mkdir(parents=True, exist_ok=True)
+        self.credentials_file.write_bytes(resource)
+        self.credentials_file.chmod(0o600)
+        self.artifact["credentials_uri"] = self.row["credentials_uri"] = CREDENTIALS_URI
+        return resource
 
     # --- CoCo ---------------------------------------------------------------------------------------------------------
 

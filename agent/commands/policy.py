@@ -110,6 +110,7 @@ def broker_policy(approved: Approved, not_after: datetime | None) -> str:
         if not_after
         else "# not_after = 2027-12-31T00:00:00Z  # decide: without it nothing is released"
     )
+    credentials = f'credentials_uri = "{approved.credentials_uri}"\n' if approved.credentials_uri else ""
     return f"""\
 # Whatever a row leaves out matches nothing. Raise `version` with every change; see the example of `keyturn broker init`.
 schema = "{SCHEMA}"
@@ -121,7 +122,7 @@ release_channel = "stable"
 revoked = false
 {end}
 min_model_version = {approved.model_version}
-# lease_s = 86400  # the guest asks again from half of it on, and stops at its end
+{credentials}# lease_s = 86400  # the guest asks again from half of it on, and stops at its end
 manifest_digests = [{{ id = "model-v{approved.model_version}", value = "{approved.manifest_digest}" }}]
 server_command_digests = [{{ id = "server-command", value = "{approved.server_command_digest}" }}]
 
@@ -231,6 +232,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),
         resource_uri=measured.broker.resource_uri,
+        credentials_uri=measured.artifact.credentials_uri,
     )
 
 
