@@ -6,6 +6,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     errors.py        every way a boot can fail, who must act, and the exit status;  explanations.py  each of them at length
     events.py        everything a boot can say;  report.py  the four faces of one status
     config.py        the one parser of the measured configuration;  config_source.py  where its bytes come from
+    modes.py         the ways to start the agent, and what each of them does not hold
     cli.py           finds the verb;  commands/  one lazily imported file per verb
     supervisor.py    standard library only: worker, server, signals;  beside it loop.py (waiting), publish.py (mounts),
                      telling.py and health.py (the faces), worker_process.py and channel.py (a worker and the wire to it)

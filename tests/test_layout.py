@@ -28,6 +28,7 @@ WHOLE = {
     "test_fuzz",
     "test_heavy_servers",
     "test_heavy_stores",
+    "test_image",
     "test_initrd",
     "test_kserve_initializer",
     "test_layout",

@@ -382,7 +382,8 @@ class World:
         if status_file is not None:
             flags = ("--status-file", status_file or str(self.folder / "status" / "status.json"), *flags)
         source = "--initdata" if initdata else "--config"
-        return Agent(self.folder, self.undo, (source, str(config), *flags), wrapper, self.cwd)
+        command = [*wrapper, sys.executable, "-m", "agent", "run", "--termination-log", str(self.folder / "termination")]
+        return Agent(self.folder, self.undo, [*command, source, str(config), *flags], self.cwd)
 
     def write_initdata(self, config: Path, algorithm: str) -> Path:
         """An initdata document with the configuration in it."""
@@ -409,13 +410,9 @@ class World:
 class Agent:
     """A running `keyturn run`."""
 
-    def __init__(
-        self, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...], cwd: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, undo: ExitStack, command: list[str], cwd: Path | None = None) -> None:
         self.termination_log = folder / "termination"
         self.status_file = folder / "status" / "status.json"
-        command = [*wrapper, sys.executable, "-m", "agent", "run"]
-        command += ["--termination-log", str(self.termination_log), *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd)
         self.events: list[dict[str, Any]] = []
         undo.callback(self._kill)
