@@ -19,7 +19,7 @@ from agent import unhandled
 from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
-from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
+from agent.config import ArtifactConfig, BrokerConfig, Measured, MeasuredConfig, Selection, ServerConfig, parse
 from agent.config_source import FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
 from agent.events import (
@@ -49,9 +49,12 @@ from agent.threads import in_thread
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
+    from agent.artifact.sources import BlobSource
+    from agent.artifact.sources.mirrors import LockedStore
     from agent.evidence.collect import Devices
     from agent.evidence.runtime import Runtime
     from agent.handshake.broker import Broker
+    from agent.store_credentials import StoreCredentials
 
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
@@ -71,6 +74,7 @@ def work(
     served: ServedModel | None = None,
     out: str | None = None,
     proxy: Proxy | None = None,
+    asked: Selection | None = None,
 ) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
@@ -81,6 +85,7 @@ def work(
         served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
         proxy: a hint of the command line, on the way to https servers.
+        asked: which of the allowed models; None: there must be one only.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -96,7 +101,7 @@ def work(
         try:
             if served is None:
                 announce = partial(_announce, channel)
-                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy))
+                record, descriptors = asyncio.run(_boot(find_config, open_hardware, undo, notify, announce, out, proxy, asked))
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
             else:
@@ -123,12 +128,13 @@ async def _boot(
     announce: Callable[[str], None],
     out: str | None,
     proxy: Proxy | None,
+    asked: Selection | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
-        measured = parse(found.data, found.digest, found.initdata)
+        measured = parse(found.data, found.digest, found.initdata).select(asked)
         check_out(measured.config, out)
         if proxy is not None:
             proxy.check_use(measured.config)
@@ -155,11 +161,9 @@ async def _boot(
                 await wait_for_route(at.route_timeout_s, lambda: notify(waiting))
             broker.connect()
 
-        from agent.artifact.sources.mirrors import open_mirrored
         from agent.boot import boot
 
-        store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S, proxy)
-        undo.callback(store.close)
+        store = _store(cfg.artifact, undo, proxy)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
         gid = plan.gid if plan else None
@@ -198,6 +202,17 @@ async def _renew(
     async with _broker(measured, notify, proxy) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
         await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
+
+
+def _store(cfg: ArtifactConfig, undo: ExitStack, proxy: Proxy | None) -> "BlobSource | LockedStore":
+    from agent.artifact.sources.mirrors import LockedStore, open_mirrored
+
+    def opened(credentials: "StoreCredentials | None" = None) -> "BlobSource":
+        store = open_mirrored(cfg, STORE_TIMEOUT_S, proxy, credentials)
+        undo.callback(store.close)
+        return store
+
+    return opened() if cfg.credentials_uri is None else LockedStore(Ident(cfg.credentials_uri), opened)
 
 
 def _unheard(_: Event) -> None:

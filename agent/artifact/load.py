@@ -342,7 +342,15 @@ def _prepare(
     demand = demand_of({file.path: file.size for file in model.files})
     # refusal: test_a_model_that_does_not_fit_is_refused_before_a_byte_of_it_is_fetched
     check_memory(demand, config.headroom_mib << 20, memory)
-    destination = choose_destination(config.destination, config.directory, demand, gid, allow_swap=allow_swap, memory=memory)
+    destination = choose_destination(
+        config.destination,
+        config.directory,
+        demand,
+        gid,
+        allow_swap=allow_swap,
+        memory=memory,
+        spread=config.uri is not None,
+    )
     prepared = Prepared(source, config.digest, model, destination, config.timeout_s, swap_is_active(memory), allow_swap)
     undo.callback(prepared.close)
     prepared.signed = signed

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from agent.artifact import DestinationKind, given
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
+from agent.artifact.given import PUBLISHED_NAME
 from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
@@ -204,7 +204,8 @@ class SealedMemfd:
 
 
 class GivenDirectory:
-    """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it.
+    """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it; or, `spread`,
+    its files appear in the folder itself, one after the other.
 
     After a SIGKILL nobody cleans up here before an agent starts again, and others may write: the kernel keeps neither promise
     for a given directory. A `.keyturn` that nobody has locked is a dead agent's, and so is the `model` beside it.
@@ -213,19 +214,21 @@ class GivenDirectory:
     kind = DestinationKind.DIRECTORY
     noswap = False  # its owner may have mounted it so, but a mount option is no answer about whoever mounts it next
 
-    def __init__(self, path: str, demand: Demand, gid: int | None) -> None:
+    def __init__(self, path: str, demand: Demand, gid: int | None, *, spread: bool = False) -> None:
         """Check the folder, and wipe what a killed predecessor left.
 
         Args:
             path: an existing, empty directory on tmpfs.
             demand: what it must hold.
             gid: group that may read, or None: our own.
+            spread: as above.
 
         Raises:
             DestinationError: not a directory, not tmpfs, not empty, a living agent's, or without inodes for every file.
             InsufficientMemoryError: the file system is too small.
         """
-        self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
+        self.directory: str | None = path if spread else os.path.join(path, PUBLISHED_NAME)
+        self._spread = spread
         self._gid = gid
         self._closed = False
         self._parent = _open_given(path)
@@ -253,6 +256,9 @@ class GivenDirectory:
     def seal_read_only(self) -> None:
         self._tree.seal()
         with translated():
+            if self._spread:
+                given.spread(self._parent, self._mark)
+                return
             if self._gid is not None:
                 os.fchown(self._tree.root, -1, self._gid)
             os.fchmod(self._tree.root, _FOLDER_MODE)
@@ -313,7 +319,14 @@ class _Tree:
 
 
 def choose_destination(
-    kind: str, directory: str | None, demand: Demand, gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+    kind: str,
+    directory: str | None,
+    demand: Demand,
+    gid: int | None,
+    *,
+    allow_swap: bool,
+    memory: MemoryInfo,
+    spread: bool = False,
 ) -> Destination:
     """Make the destination a configuration asks for.
 
@@ -324,6 +337,7 @@ def choose_destination(
         gid: group that may read the files, or None: our own.
         allow_swap: go on although swap could carry plaintext out of memory. Only for a demonstration, which says so.
         memory: where to ask for swap.
+        spread: for `directory`: the files go into the folder itself.
 
     Raises:
         DestinationError: not possible here.
@@ -333,7 +347,7 @@ def choose_destination(
     destination: Destination
     if kind == "directory":
         assert directory is not None  # the schema asks for it
-        destination = GivenDirectory(directory, demand, gid)
+        destination = GivenDirectory(directory, demand, gid, spread=spread)
     elif kind == "memfd":
         destination = _memfd(demand, gid)
     else:
@@ -411,11 +425,8 @@ def _open_given(path: str) -> int:
             # refusal: test_a_given_directory_must_be_memory
             if not mounts.is_tmpfs(folder):
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
-            names = set(os.listdir(folder))
-            if MARK_NAME in names:
-                names -= {MARK_NAME, PUBLISHED_NAME}
             # refusal: test_a_given_directory_must_be_empty
-            if names:
+            if given.strangers(folder):
                 raise DestinationError(DestinationProblem.NOT_EMPTY)
         except BaseException:
             os.close(folder)
