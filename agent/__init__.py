@@ -6,6 +6,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     errors.py        every way a boot can fail, who must act, and the exit status;  explanations.py  each of them at length
     events.py        everything a boot can say;  report.py  the four faces of one status
     config.py        the one parser of the measured configuration;  config_source.py  where its bytes come from
+    modes.py         the ways to start the agent, and what each of them does not hold
     cli.py           finds the verb;  commands/  one lazily imported file per verb
     supervisor.py    standard library only: worker, server, signals;  beside it loop.py (waiting), publish.py (mounts),
                      telling.py and health.py (the faces), worker_process.py and channel.py (a worker and the wire to it)
@@ -19,6 +20,7 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     stages.py        the declared stages and their durations;  retry.py  the one retry schedule;  threads.py  joined threads
     receipts.py      the notary of a boot: makes its receipt;  receipt.py  what stands in one;  cose.py  signatures
     keys.py          secrets in locked memory, the sealed key and its unwrapping;  jose.py  strict JSON, base64url and JWK
+    tink_keyset.py   a model key as a Tink keyset;  store_credentials.py  what opens the model's store, kept by the key broker
     proxy.py         an HTTP proxy on the way, and what is said to it
     http_policy.py   the one TLS context and redirect rule for HTTP
     evidence/        what the guest says of itself: binding, formats, devices, the GPU gate

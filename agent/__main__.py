@@ -12,8 +12,9 @@ kernel's `/init` the command line is `init`, whatever words the kernel hands on.
 import os
 import sys
 
-# What may pass: the terminal and the search path of people, not of programs; and where systemd waits for READY.
-_ALLOWED = ("TERM", "COLUMNS", "LINES", "NO_COLOR", "NOTIFY_SOCKET")
+# What may pass: the terminal and the search path of people, not of programs; where systemd waits for READY; and what KServe
+# asks of `keyturn load`, which is held against the measured configuration.
+_ALLOWED = ("TERM", "COLUMNS", "LINES", "NO_COLOR", "NOTIFY_SOCKET", "CONFIDENTIAL_ENABLED", "CONFIDENTIAL_RESOURCE_ID")
 _FIXED = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "LC_ALL": "C.UTF-8", "GRPC_VERBOSITY": "NONE"}
 # What the bundle's loader (PyInstaller) sets for itself before it starts Python. It goes on with the path of its libraries.
 _LOADER = ("_PYI_ARCHIVE_FILE", "_PYI_PARENT_PROCESS_LEVEL", "_PYI_LINUX_PROCESS_NAME", "LD_LIBRARY_PATH")

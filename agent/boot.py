@@ -3,14 +3,15 @@
 Evidence of CPU and GPUs goes to the key broker; its signed Verdict comes back, then the model key, still sealed; its
 release is measured and the GPU gate passed; only then is the key opened and the sealed model with it, into guest memory.
 Nothing that does not need the key waits for it: the manifest is authenticated and memory is made present while attestation
-is under way.
+is under way. Only a store whose credentials the broker has is opened after the Verdict. Those are opened before the gate,
+as the key never is: all they give is ciphertext, and what the store says to them must not cost the VM its one gate.
 
 The order is enforced by types, each step returning what the next one asks for:
-`Devices` → `Verdict` → `SealedKey` → `MeasuredRelease` → `SecuredDevices` → `ReleasedKey` → `LoadedArtifact`; the supervisor
-makes the `RunningServer` of it. Whatever fails cancels the rest, and `undo` takes back what was done, in reverse order; two
-steps cannot be taken back: the gate, and before it the measurement, after which the register says for good that a key was
-released. Blocking work runs in threads that are always joined, because a device request that is abandoned half-way can cost
-the guest its attestation key.
+`Devices` → `Verdict` (→ `SealedCredentials` → `StoreCredentials` → `BlobSource`) → `SealedKey` → `MeasuredRelease` →
+`SecuredDevices` → `ReleasedKey` → `LoadedArtifact`; the supervisor makes the `RunningServer` of it. Whatever fails cancels
+the rest, and `undo` takes back what was done, in reverse order; two steps cannot be taken back: the gate, and before it the
+measurement, after which the register says for good that a key was released. Blocking work runs in threads that are always
+joined, because a device request that is abandoned half-way can cost the guest its attestation key.
 
 A renewal is the first step once more, in another worker: a Verdict, and neither gate nor key.
 """
@@ -25,6 +26,7 @@ from agent import keys
 from agent.artifact import LoadedArtifact, load
 from agent.artifact.identify import identify
 from agent.artifact.sources import BlobSource
+from agent.artifact.sources.mirrors import LockedStore
 from agent.closed import Ident
 from agent.config import MeasuredConfig
 from agent.errors import LeaseEndedError, LeaseUnsupervisedError, RollbackError
@@ -44,7 +46,7 @@ async def boot(
     cfg: MeasuredConfig,
     devices: Devices,
     broker: Broker,
-    store: BlobSource,
+    store: BlobSource | LockedStore,
     undo: ExitStack,
     notify: Notify,
     gid: int | None,
@@ -58,7 +60,7 @@ async def boot(
         cfg: the measured configuration.
         devices: open, and good enough to be attested.
         broker: its connection may still be under way.
-        store: where the sealed model lies.
+        store: where the sealed model lies; a locked one, where the broker has its credentials.
         notify: told every event.
         undo: takes the compensations; what it holds must be handed on before it is unwound.
         gid: group that may read the open model; None: our own.
@@ -72,12 +74,18 @@ async def boot(
         AgentError: whatever step failed, possibly inside an ExceptionGroup.
     """
     if cfg.artifact.manifest_digest is None:  # the evidence says what will be loaded, so that comes first
+        assert not isinstance(store, LockedStore), "the schema pins the manifest of a locked store"
         with stage(Stage.IDENTIFY, notify):
             cfg = replace(cfg, artifact=await identify(store, cfg.artifact))
             devices = devices.to_load(cfg.artifact.digest)
 
     async with asyncio.TaskGroup() as work:  # any failure cancels the rest
-        prepared = work.create_task(_prepare(cfg, store, undo, notify, gid))  # no key needed
+
+        def prepare(opened: BlobSource) -> asyncio.Task[load.AnyPrepared]:  # no key needed
+            return work.create_task(_prepare(cfg, opened, undo, notify, gid))
+
+        if not isinstance(store, LockedStore):
+            prepared = prepare(store)
 
         with stage(Stage.ATTEST, notify):
             verdict, ephemeral, evidence = await _attest(cfg, devices, broker, notify)
@@ -88,6 +96,12 @@ async def boot(
                 raise LeaseUnsupervisedError(claims.lease_s)
 
         async with _lease(claims.lease_s):
+            if isinstance(store, LockedStore):
+                with stage(Stage.RELEASE_CREDENTIALS, notify):
+                    sealed_credentials = await broker.release_credentials(verdict, store.credentials_uri)
+                    credentials = await in_thread(lambda: keys.open_credentials(sealed_credentials, ephemeral))
+                prepared = prepare(store.unlock(credentials))
+
             with stage(Stage.RELEASE_KEY, notify):
                 sealed = await broker.release_key(verdict)
 

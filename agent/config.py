@@ -9,17 +9,19 @@ MRCONFIGID (TDX) of the guest's own report (`evidence/collect.py` checks it).
 import hashlib
 import ipaddress
 import re
-from dataclasses import dataclass, field
-from typing import Annotated, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
 from agent.closed import Ident
 from agent.config_source import MAX_CONFIG_BYTES
-from agent.errors import ConfigError, ConfigProblem
+from agent.errors import Asked, ConfigError, ConfigNotMeasuredError, ConfigProblem
 
 SCHEMA = "keyturn/v1"
 GPUS_OF_PROTECTED_PCIE = 8
+MAX_ALLOWED = 64
+"""Entries of `artifact.allowed`."""
 
 _Parsed = TypeVar("_Parsed")
 _Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
@@ -49,10 +51,12 @@ _PublicKey = Annotated[str, msgspec.Meta(pattern=r"^\s*-----BEGIN PUBLIC KEY----
 _Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]
 # An address, not a name: whoever writes /etc/hosts does not choose who answers.
 _LoopbackUrl = Annotated[str, msgspec.Meta(pattern=r"^http://(127(\.[0-9]{1,3}){3}|\[::1\]):[0-9]{1,5}\Z")]
+_IN_THE_OPEN = re.compile(r"(oci\+)?http://(?!(localhost|127(\.[0-9]{1,3}){3}|\[::1\])([:/]|\Z))")
 # Clean and relative, and the same in a URL.
 _FILE = r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}(/[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}){0,7}"
 _FileName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\Z", max_length=512)]
 _JweName = Annotated[str, msgspec.Meta(pattern=rf"^{_FILE}\.jwe\Z", max_length=512)]
+_StorageUri = Annotated[str, msgspec.Meta(pattern=r"^[a-z][a-z0-9+.-]{0,31}://[!-~]+\Z", max_length=2048)]
 _Mirror = Annotated[str, msgspec.Meta(pattern=r"^(/|https?://|oci(\+http)?://)[^\s\x00]+\Z", max_length=2048)]
 _Path = Annotated[str, msgspec.Meta(pattern=r"^/[^\x00]*\Z", max_length=4096)]
 _Text = Annotated[str, msgspec.Meta(pattern=r"^[^\x00]*\Z", max_length=32 << 10)]
@@ -114,6 +118,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     user: _Credential | None = None
     secret: _Credential | None = None
     session_token: _Credential | None = None
+    credentials_uri: _KeyUri | None = None
     endpoint: Annotated[str, msgspec.Meta(pattern=r"^https?://[!-~]+\Z", max_length=512)] | None = None
     region: Annotated[str, msgspec.Meta(pattern=r"^[a-z0-9-]+\Z", max_length=63)] | None = None
     mirrors: Annotated[tuple[_Mirror, ...], msgspec.Meta(max_length=8)] = ()
@@ -125,6 +130,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     model_signature: _FileName | None = None
     model_signature_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
     format: Literal["keyturn", "kserve-jwe"] = "keyturn"
+    uri: _StorageUri | None = None  # of an entry of artifact.allowed, and of nothing else
     jwe_files: Annotated[tuple[_JweName, ...], msgspec.Meta(max_length=1024)] = ()
     plain_files: Annotated[dict[_FileName, _Digest], msgspec.Meta(max_length=1024)] = {}
     ca_pem: _Certificate | None = None
@@ -179,15 +185,62 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
 
 
 @dataclass(frozen=True, slots=True)
+class Selection:
+    """What whoever started the agent asks for, in KServe's words: a hint that has to match what is measured.
+
+    Attributes:
+        uri: the storage URI.
+        resource_id: of the key, where it is said.
+        confidential: whether the model is to be sealed, where it is said: `true`.
+    """
+
+    uri: str
+    resource_id: str | None = None
+    confidential: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Measured:
     """A configuration, what HOST_DATA or MRCONFIGID must equal once fitted, and the initdata document at hand.
 
     The last two are `config_source.FoundConfig`'s.
+
+    Attributes:
+        config: with `artifact.allowed`, that of its first entry: what is not of `[artifact]` is the same in all of them.
+        allowed: with `artifact.allowed`, one configuration for each entry.
     """
 
     config: MeasuredConfig
     digest: bytes
     initdata: bytes | None = field(default=None, repr=False)
+    allowed: tuple[MeasuredConfig, ...] = ()
+
+    def select(self, asked: Selection | None) -> "Measured":
+        """The one configuration that a boot goes by.
+
+        Args:
+            asked: None where nobody asked: then there must be nothing to choose.
+
+        Raises:
+            ConfigNotMeasuredError: no entry of `artifact.allowed` is what was asked for.
+            ConfigError: there are several, and nobody asked.
+        """
+        if asked is None:
+            # refusal: test_where_several_models_are_allowed_one_has_to_be_asked_for
+            if len(self.allowed) > 1:
+                raise ConfigError(ConfigProblem.UNSELECTED, Ident("artifact.allowed"))
+            return self
+        config = next((config for config in self.allowed if config.artifact.uri == asked.uri), None)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if config is None:
+            raise ConfigNotMeasuredError(Asked.URI)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if asked.resource_id not in (None, config.broker.resource_uri or config.broker.key_uri):
+            raise ConfigNotMeasuredError(Asked.RESOURCE_ID)
+        # refusal: test_what_is_asked_for_must_be_an_entry_in_every_word
+        if asked.confidential is not None and asked.confidential.lower() != "true":
+            raise ConfigNotMeasuredError(Asked.CONFIDENTIAL)
+        return replace(self, config=config, allowed=(config,))
 
 
 def parse(data: bytes, digest: bytes | None = None, initdata: bytes | None = None) -> Measured:
@@ -201,9 +254,63 @@ def parse(data: bytes, digest: bytes | None = None, initdata: bytes | None = Non
     Raises:
         ConfigError: with the key concerned; never with its value, which may be a secret.
     """
-    config = parse_toml(data, MeasuredConfig, SCHEMA)
+    tree = _tree(data, SCHEMA)
+    digest = hashlib.sha256(data).digest() if digest is None else digest
+    artifact = tree.get("artifact")
+    if not isinstance(artifact, dict) or "allowed" not in artifact:
+        return Measured(_checked(tree), digest, initdata)
+    allowed = _allowed(tree, artifact)
+    return Measured(allowed[0], digest, initdata, allowed)
+
+
+def _allowed(tree: dict[str, Any], artifact: dict[str, Any]) -> tuple[MeasuredConfig, ...]:
+    """Each entry laid over what is common to all, as a configuration of its own that has to hold alone."""
+    entries = artifact["allowed"]
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ConfigError(ConfigProblem.WRONG_TYPE, Ident("artifact.allowed"))
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if not 0 < len(entries) <= MAX_ALLOWED:
+        raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.allowed"))
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if "uri" in artifact:
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.uri"))
+    common = {key: value for key, value in artifact.items() if key != "allowed"}
+    configs: list[MeasuredConfig] = []
+    for index, entry in enumerate(entries):
+        own = {key: value for key, value in entry.items() if key not in _OF_BROKER}
+        laid = tree | {"artifact": common | own}
+        if isinstance(tree.get("broker"), dict):
+            laid["broker"] = tree["broker"] | {key: entry[key] for key in _OF_BROKER if key in entry}
+        try:
+            config = _checked(laid, entry=True)
+            # refusal: test_every_mistake_in_an_entry_names_it
+            if any(config.artifact.uri == other.artifact.uri for other in configs):
+                raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.uri"))
+        except ConfigError as error:
+            section, _, key = str(error.key).partition(".")
+            if key.partition(".")[0].partition("[")[0] in entry or (section, key) == ("artifact", "uri"):
+                raise ConfigError(error.problem, Ident(f"artifact.allowed[{index}].{key}")) from None
+            raise
+        configs.append(config)
+    return tuple(configs)
+
+
+_OF_BROKER = ("key_uri", "resource_uri")
+"""Keys of `[broker]` that an entry of `artifact.allowed` may have: another model, another key."""
+
+
+def _checked(tree: dict[str, Any], *, entry: bool = False) -> MeasuredConfig:
+    config = _convert(tree, MeasuredConfig)
+    artifact = config.artifact
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if entry != (artifact.uri is not None):
+        raise ConfigError(ConfigProblem.MISSING_KEY if entry else ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.uri"))
+    # What KServe asks for is left in KServe's folder, for KServe's server.
+    # refusal: test_every_mistake_in_an_entry_names_it
+    if entry and (config.server is not None or artifact.destination != "directory"):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.allowed"))
     _check_together(config)
-    return Measured(config, hashlib.sha256(data).digest() if digest is None else digest, initdata)
+    return config
 
 
 def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
@@ -212,6 +319,10 @@ def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
     Raises:
         ConfigError: with the key concerned; never with its value.
     """
+    return _convert(_tree(data, schema), cls)
+
+
+def _tree(data: bytes, schema: str) -> dict[str, Any]:
     if len(data) > MAX_CONFIG_BYTES:
         raise ConfigError(ConfigProblem.TOO_LARGE)
     import tomllib  # only the worker and `config check` pay for it
@@ -227,6 +338,10 @@ def parse_toml(data: bytes, cls: type[_Parsed], schema: str) -> _Parsed:
         raise ConfigError(ConfigProblem.NOT_TOML) from None
     if tree.get("schema") != schema:
         raise ConfigError(ConfigProblem.WRONG_SCHEMA, Ident("schema"))
+    return tree
+
+
+def _convert(tree: dict[str, Any], cls: type[_Parsed]) -> _Parsed:
     try:
         return msgspec.convert(tree, cls)
     except msgspec.ValidationError as error:
@@ -282,6 +397,8 @@ def _check_together(config: MeasuredConfig) -> None:
     # refusal: test_credentials_belong_to_registries_and_buckets
     if artifact.session_token is not None and (artifact.user is None or not in_bucket):
         raise wrong("artifact.session_token")
+    if artifact.credentials_uri is not None:
+        _check_credentials_uri(artifact, config.broker)
     # refusal: test_credentials_belong_to_registries_and_buckets
     if artifact.endpoint is not None and not in_bucket:
         raise wrong("artifact.endpoint")
@@ -325,6 +442,23 @@ def _check_together(config: MeasuredConfig) -> None:
         # refusal: test_every_mistake_names_its_key
         if (port and not 1 <= int(port[1]) <= 65535) or (in_brackets and not _is_ipv6(in_brackets[1])):
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(key))
+
+
+def _check_credentials_uri(artifact: ArtifactConfig, broker: BrokerConfig) -> None:
+    """Of credentials that come with the verdict."""
+    store = artifact.source if artifact.endpoint is None else artifact.endpoint
+    rules = (
+        artifact.source.startswith(("oci", "s3:")) and artifact.user is None,
+        # Evidence says what will be loaded, and what a tag means only the store knows, which is still closed then.
+        artifact.manifest_digest is not None,
+        # They are opened before the gate, and the model key never is.
+        artifact.credentials_uri not in (broker.key_uri, (broker.resource_uri or "").partition("?")[0]),
+        # Before anybody is asked for them: they go over TLS, or stay inside this guest (`artifact.sources.check_secrecy`).
+        not _IN_THE_OPEN.match(store),
+    )
+    # refusal: test_credentials_from_the_broker_are_for_a_closed_store_and_a_pinned_manifest
+    if not all(rules):
+        raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.credentials_uri"))
 
 
 def _is_ipv6(text: str) -> bool:
@@ -414,6 +548,7 @@ the authority's ES256 token key; `keyturn broker init` prints it
 
 [artifact]
 source = "https://models.example.com/my-model"   # an OCI image layout: URL, absolute path, s3://…; or a registry: oci://…
+# For a registry or bucket that wants credentials, which the key broker then gives: credentials_uri = "kbs:///models/store/1"
 manifest_digest = "sha256:0000000000000000000000000000000000000000000000000000000000000000"  # `keyturn seal` prints it
 min_version = 1                  # older model versions are refused
 destination = "auto"             # own tmpfs, else a sealed memfd
@@ -472,15 +607,21 @@ EXPLAIN = {
     "TLS: the network then sees names and sizes; every byte is authenticated all the same",
     "artifact.user": "user name at the registry, or access key id of the bucket; default: asked for without credentials. The "
     "host reads this configuration, so they are to keep others from the store, not the host: let them read this model and "
-    "nothing else",
+    "nothing else, or leave them to the key broker, artifact.credentials_uri",
     "artifact.secret": "the password, or the secret access key. It goes over TLS only, but for a store on this machine; to the "
     "registry or its https token service, or not at all, as a signature, to a bucket; never along a redirect to another host",
     "artifact.session_token": "session token of temporary credentials for a bucket",
+    "artifact.credentials_uri": "in place of these three, kbs:///repository/type/tag at the key broker. They are one JSON "
+    'object, {"user": …, "secret": …} and perhaps "session_token", of at most 4 KiB: the host never sees them, and they may '
+    "change without a new configuration. They come after the verdict, and only then is the store read; so the manifest must be "
+    "pinned by artifact.manifest_digest, as evidence says which one it is. It is not broker.key_uri. The policy row of the key "
+    "names it too (`credentials_uri`), and Trustee's policy allows it (`keyturn policy`)",
     "artifact.endpoint": "URL of the bucket's service: https://s3.example.com (the bucket becomes the first part of the path) "
     "or https://{bucket}.s3.example.com; default: AWS, https://{bucket}.s3.{region}.amazonaws.com",
     "artifact.region": "region of the bucket, default us-east-1; a clock 15 minutes off is refused as bad credentials are",
     "artifact.mirrors": "other places with the same blobs (paths, http(s) and oci URLs), tried in this order when one does not "
-    "deliver, default none; asked without credentials. Everything is authenticated wherever it comes from",
+    "deliver, default none; asked without credentials, which are for artifact.source alone. Everything is authenticated "
+    "wherever it comes from",
     "artifact.manifest_digest": "SHA-256 of the manifest; printed by `keyturn seal`. Either this or artifact.provider_keys",
     "artifact.provider_keys": "public keys (PEM; P-256, P-384, Ed25519) of which one must have signed the manifest under "
     "artifact.tag (`keyturn seal --sign`): a new release then needs no new configuration. The oldest one to accept is "
@@ -493,6 +634,13 @@ EXPLAIN = {
     "artifact.model_signature_keys": "public keys (PEM; P-256, P-384) of which one must have signed artifact.model_signature",
     "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
     "artifact.source. It has no manifest and no version, so all its files are listed here. Default: keyturn, FORMAT.md",
+    "artifact.allowed": "[[artifact.allowed]], for `keyturn load` as KServe's storage initializer: the models that a pod may "
+    "ask for, 1..64. An entry has uri, any other keys of [artifact], and key_uri and resource_uri of [broker]; they take the "
+    "place of what stands there. What is asked for and is no entry is refused. Only with destination = directory and without "
+    "[server]",
+    "artifact.uri": "only in an entry of artifact.allowed: the storageUri by which KServe asks for this model, such as "
+    "keyturn://my-model; compared whole. It opens nothing: source says where the model lies. The files then lie in "
+    "artifact.directory itself, where KServe's servers look for them",
     "artifact.jwe_files": "with format = kserve-jwe: the sealed files, such as weights/model.gguf.jwe; they are loaded without "
     "the .jwe",
     "artifact.plain_files": "with format = kserve-jwe: the files in clear and their SHA-256, path = sha256:…",
@@ -545,4 +693,4 @@ def keys() -> list[str]:
                 break
         else:
             found.append(section.name)
-    return found
+    return [*found, "artifact.allowed"]

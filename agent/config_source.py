@@ -17,7 +17,7 @@ MAX_CONFIG_BYTES = 1 << 20
 ENTRY = "keyturn.toml"
 INITDATA_FILE = Ident("initdata-file")
 
-_FILE = Ident("file")
+FILE = Ident("file")
 _KATA = Ident("kata-initdata")
 _IMAGE = Ident("image")
 _KATA_PATH = "run/confidential-containers/initdata/initdata.toml"
@@ -61,7 +61,7 @@ def from_file(file: str) -> FoundConfig:
     import hashlib  # not every source needs it
 
     data = read_bounded(file)
-    return FoundConfig(data, hashlib.sha256(data).digest(), _FILE)
+    return FoundConfig(data, hashlib.sha256(data).digest(), FILE)
 
 
 def read_document(file: str) -> bytes:

@@ -70,7 +70,7 @@ def _configuration(guest: Guest) -> None:
     found = guest.find_config()
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
-    guest.measured = parse(found.data, found.digest)
+    guest.measured = parse(found.data, found.digest).select(guest.asked)
     guest.plan = plan_of(guest.config)
     token_keys(guest.config.broker.token_keys or ())
     if guest.proxy is not None:
@@ -290,22 +290,31 @@ def _simulation(guest: Guest) -> None:
         raise SimulationRefusedError(SimulationRefusal.NOT_ALLOWED)  # as the boot says of the verdict
 
 
-def _store(guest: Guest) -> None:
+def _store(guest: Guest) -> Seen | None:
+    """Of KServe's files all but the ciphertext is looked at: whether a key opens them, nothing tells without it."""
     import threading
 
+    from agent.artifact import kserve
     from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
     from agent.artifact.sources import open_configured
 
     config = guest.config
+    if config.artifact.credentials_uri is not None:
+        raise SkippedError(Skip.NO_CREDENTIALS)
     if not config.artifact.source.startswith("/"):
         _stay_offline(guest)
-    if config.artifact.format == "kserve-jwe":
-        raise SkippedError(Skip.NO_MANIFEST)
     store = open_configured(config.artifact, LOOK_S, guest.proxy)
     try:
+        if config.artifact.format == "kserve-jwe":
+            plain = kserve.read_plain(store, config.artifact)
+            files = kserve.find(store, config.artifact.jwe_files, threading.Event())
+            guest.sizes = {file.path: file.jwe.plaintext_bytes for file in files}
+            guest.sizes |= {path: len(content) for path, content in plain.items()}
+            return {"jwe": Ident(f"{len(files)}-files"), "plain": Ident(f"{len(plain)}-files")}
         artifact = find_manifest(store, config.artifact, threading.Event())
-        guest.model = read_model(store, artifact, config.broker.key_uri)
+        guest.sizes = {file.path: file.size for file in read_model(store, artifact, config.broker.key_uri).files}
+        return None
     finally:
         store.close()
 
@@ -319,24 +328,24 @@ def _stay_offline(guest: Guest) -> None:
 
 
 def _memory(guest: Guest) -> None:
-    from agent.artifact.memory import check_memory
+    from agent.artifact.memory import check_memory, demand_of
 
     headroom_bytes = guest.config.artifact.headroom_mib << 20
-    model = needed(guest.model, Skip.NO_MANIFEST)
-    check_memory([file.size for file in model.files], headroom_bytes, MACHINE)
+    check_memory(demand_of(needed(guest.sizes, Skip.NO_MANIFEST)), headroom_bytes, MACHINE)
 
 
 def _destination(guest: Guest) -> None:
     """Swap included. Without the manifest for one empty file, without a configuration for its default."""
-    from agent.artifact.memory import check_destination
+    from agent.artifact.memory import check_destination, demand_of
 
+    nothing = demand_of({"model": 0})
     if guest.measured is None:
-        check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
+        check_destination("auto", None, nothing, None, allow_swap=False, memory=MACHINE)
         return
     config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
-    sizes = [file.size for file in guest.model.files] if guest.model else [0]
+    demand = nothing if guest.sizes is None else demand_of(guest.sizes)
     allow_swap = config.unsafe_allow_swap
-    check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
+    check_destination(config.destination, config.directory, demand, gid, allow_swap=allow_swap, memory=MACHINE)
 
 
 def _server_program(guest: Guest) -> None:

@@ -16,12 +16,12 @@ AgentError
 ├── ClockSkewError                                                        operator × broker
 ├── RemoteProtocolError · BrokerFailureError · TrusteeRefusedError        authority × broker
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
-├── KeyUnwrapError · KeyMismatchError                                     authority × key
+├── KeyUnwrapError · KeyMismatchError · StoreCredentialsError             authority × key
 ├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
 ├── ArtifactUnavailableError                                              operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
-│       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError
+│       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError · ManifestTooLargeError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
 ├── ReceiptError                                                          operator × receipt
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
@@ -137,6 +137,7 @@ class ConfigProblem(enum.Enum):
     BAD_VALUE = "value is out of range or malformed"
     ADDRESS = "address cannot be listened on"
     NEEDS_OTHER_KEY = "value needs another key that is missing, or excludes one that is set"
+    UNSELECTED = "several models are allowed, and none of them was asked for"
 
 
 @dataclasses.dataclass(eq=False)
@@ -155,17 +156,31 @@ class ConfigError(AgentError):
         return f"configuration {self.key}: {self.problem.value}{at}" if self.key else f"configuration: {self.problem.value}{at}"
 
 
+class Asked(enum.Enum):
+    """What KServe asks of its storage initializer, in its own names."""
+
+    URI = "storage URI"
+    RESOURCE_ID = "CONFIDENTIAL_RESOURCE_ID"
+    CONFIDENTIAL = "CONFIDENTIAL_ENABLED"
+
+
 @dataclasses.dataclass(eq=False)
 class ConfigNotMeasuredError(AgentError):
-    """The digest of the configuration is not the one this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX)."""
+    """What is to decide is not what this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX): the digest of the
+    configuration is another, or, with `asked`, this word of KServe's has a value that stands in no entry of `artifact.allowed`.
+    """
 
     owner = Owner.OPERATOR
     step = Step.CONFIG
     next_step = (
-        "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with"
+        "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with; "
+        "what a pod asks for must be an entry of artifact.allowed there"
     )
+    asked: Asked | None = None
 
     def what(self) -> str:
+        if self.asked is not None:
+            return f"{self.asked.value}: the value asked for is in no entry of artifact.allowed"
         return "configuration digest differs from HOST_DATA or MRCONFIGID of this guest's own report"
 
 
@@ -377,13 +392,15 @@ class GuestApiError(AgentError):
 
 @dataclasses.dataclass(eq=False)
 class KeyNotDeliveredError(GuestApiError):
-    """The guest's confidential-data-hub gave no key, although its attestation had just been accepted. It says no cause."""
+    """The guest's confidential-data-hub gave no key, or no credentials for the store, although its attestation had just been
+    accepted. It says no cause.
+    """
 
     owner = Owner.AUTHORITY
     step = Step.KEY
     next_step = (
-        "look up this guest's request for broker.key_uri in the log of the key broker service: its policy denied it, there is "
-        "no such resource, or the service was not reached"
+        "look up this guest's request for broker.key_uri, or before it for artifact.credentials_uri, in the log of the key "
+        "broker service: its policy denied it, there is no such resource, or the service was not reached"
     )
 
 
@@ -860,6 +877,29 @@ class KeyMismatchError(AgentError):
         return "key does not match the manifest's key commitment"
 
 
+class CredentialsProblem(enum.Enum):
+    SEALED = "not sealed as a key for this boot is"
+    LENGTH = "empty, longer than 4 KiB, or as long as a model key"
+    FORM = "not one JSON object of user, secret and perhaps session_token, each a text as that can be"
+    NOT_A_BUCKET = "with a session token, which is for a bucket, and the store is a registry"
+
+
+@dataclasses.dataclass(eq=False)
+class StoreCredentialsError(AgentError):
+    """What lies at `artifact.credentials_uri` is not credentials. `check`: of a seal that does not hold, which part."""
+
+    owner = Owner.AUTHORITY
+    step = Step.KEY
+    next_step = (
+        "store credentials of this form under artifact.credentials_uri; `keyturn explain StoreCredentialsError` shows it"
+    )
+    problem: CredentialsProblem
+    check: UnwrapCheck | None = None
+
+    def what(self) -> str:
+        return f"credentials for the store: {self.problem.value}" + (f": {self.check.value}" if self.check else "")
+
+
 @dataclasses.dataclass(eq=False)
 class LeaseEndedError(AgentError):
     owner = Owner.AUTHORITY
@@ -1054,6 +1094,23 @@ class SealError(ArtifactError):
         return f"seal{at}: {self.problem.value}" + (f" (errno {self.code})" if self.code else "")
 
 
+@dataclasses.dataclass(eq=False)
+class ManifestTooLargeError(ArtifactError):
+    """For a registry; nothing was uploaded."""
+
+    next_step = "keep this model in a folder, behind https or in an S3 bucket (keyturn seal --to DIR), or in fewer files"
+    files: int
+    manifest_bytes: int
+    max_bytes: int
+
+    def what(self) -> str:
+        about = self.max_bytes * self.files // max(self.manifest_bytes, 1)
+        return (
+            f"manifest of {self.files} files has {self.manifest_bytes} bytes, registries take {self.max_bytes}: "
+            f"about {about} files with paths like these"
+        )
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
@@ -1079,6 +1136,7 @@ class InsufficientMemoryError(AgentError):
 class DestinationProblem(enum.Enum):
     NOT_MEMORY = "file system is not tmpfs"
     NOT_EMPTY = "directory is not empty"
+    INODES = "file system has fewer inodes left than the model has files and folders"
     IN_USE = "directory is in use by another agent"
     MANY_FILES = "a memfd holds one file, the model has more"
     HELD = "a memfd stays while its server lives, and cannot be released"

@@ -22,6 +22,7 @@ class Stage(enum.Enum):
     IDENTIFY = "identify"  # which manifest the provider signed
     PREPARE = "prepare"  # manifest authenticated, memory reserved and populated
     ATTEST = "attest"  # Hello … Verdict, token verified
+    RELEASE_CREDENTIALS = "release-credentials"  # of the model's store, where the broker has them
     RELEASE_KEY = "release-key"  # the JWE arrives, still sealed
     MEASURE = "measure"  # the release goes into the runtime register
     SECURE = "secure"  # the GPU gate

@@ -6,18 +6,15 @@ Owns no check: those are `doctor.py`'s.
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
-from agent.config import Measured, MeasuredConfig
+from agent.config import Measured, MeasuredConfig, Selection
 from agent.config_source import FoundConfig
 from agent.errors import EXIT_SERVED, AgentError, InternalError, error_to_record
 from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.fitness import Places, Seen
 from agent.proxy import Proxy
 from agent.server import ServerPlan
-
-if TYPE_CHECKING:
-    from agent.artifact.manifest import ModelConfig
 
 _T = TypeVar("_T")
 
@@ -42,6 +39,7 @@ class Skip(enum.Enum):
     OWN_COMPONENTS = "the guest's own components ask for the key, and its attester has shown that they serve it"
     NO_TLS = "the connection to the broker is not encrypted"
     NO_MANIFEST = "the size of the model is not known without its manifest"
+    NO_CREDENTIALS = "the store's credentials come with a verdict, for which nobody is asked here"
     NO_SERVER = "another container serves the model"
     NO_LANDLOCK = "this kernel has no Landlock: the server's writes and connections are not restricted"
     NO_LANDLOCK_PORTS = "this kernel's Landlock knows no ports: server.egress restricts nothing"
@@ -82,10 +80,11 @@ class Guest:
         open_gpus: likewise the GPUs.
         offline: nothing is sent to anybody.
         proxy: through which https servers are reached.
+        asked: which of the allowed models is looked at.
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
         inventory: what the GPUs and NVSwitches say of themselves.
-        model: the model, once its manifest is authenticated.
+        sizes: of the model's files in bytes, by path, once they are known.
     """
 
     find_config: Callable[[], FoundConfig | None]
@@ -93,13 +92,14 @@ class Guest:
     open_gpus: Callable[[MeasuredConfig], GpuSystem | None]
     offline: bool
     proxy: Proxy | None = None
+    asked: Selection | None = None
     places: Places = field(default_factory=Places)
     measured: Measured | None = None
     plan: ServerPlan | None = None
     tee: Attester | None = None
     gpus: GpuSystem | None = None
     inventory: GpuInventory | None = None
-    model: "ModelConfig | None" = None
+    sizes: dict[str, int] | None = None
 
     @property
     def config(self) -> MeasuredConfig:

@@ -54,7 +54,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "A value that needs or excludes another key: `simulation.machine` belongs to a simulated attester, "
                 "`artifact.directory` to `artifact.destination` = directory, and `artifact.unsafe_allow_swap` is "
-                "refused with a real attester."
+                "refused with a real attester. `artifact.credentials_uri` needs a registry or bucket, over TLS or in this "
+                "guest, and `artifact.manifest_digest`: what a tag means the store would have to say before it can be asked."
             ),
             (
                 "`broker.key_uri` although it is well formed: the model at `artifact.source` was sealed for another key "
@@ -91,6 +92,12 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             (
                 "On the host: QEMU's `host-data` of `sev-snp-guest` is base64 of the raw 32 bytes, `mrconfigid` of "
                 "`tdx-guest` of the raw 48, not of their hexadecimal form."
+            ),
+            (
+                "With `asked` the digest is not the question. KServe started `keyturn load` with this storage URI, "
+                "`CONFIDENTIAL_RESOURCE_ID` or `CONFIDENTIAL_ENABLED`, and no entry of `artifact.allowed` says the same: "
+                "the URI is compared whole, the resource id with the entry's `resource_uri` or else `key_uri`, and the last "
+                "must be `true`. A pod cannot choose what the configuration does not name."
             ),
         ),
         "Neither digest is printed. The one in the report is a measured value, and whoever runs the guest has the "
@@ -267,15 +274,19 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The text of a failed answer is not read, and so never shown: the components put into it what they were told by peers.",
     ),
     errors.KeyNotDeliveredError: Explanation(
-        "The guest's confidential-data-hub was asked for the model key, after the verdict and the GPU gate, and gave none or "
-        "one that is not 32 bytes long. It names no cause. What is known: the attestation-agent had got a token shortly "
-        "before, so the key broker service could be reached and had accepted the evidence.",
+        "The guest's confidential-data-hub was asked for the model key, after the verdict and the GPU gate, or before it for "
+        "the store's credentials, and gave none, or nothing of the right length. It names no cause. What is known: the "
+        "attestation-agent had got a token shortly before, so the key broker service could be reached and had accepted the "
+        "evidence.",
         (
             (
                 "The service's resource policy denied: its log says so for this guest. Trustee's default policy denies sample "
                 "evidence, and a stricter one whatever the token does not affirm."
             ),
-            "There is no resource of the name in `broker.key_uri`, or it does not hold exactly the 32 bytes of the key.",
+            (
+                "There is no resource of the name in `broker.key_uri`, or it does not hold exactly the 32 bytes of the key. "
+                "Before the gate it is `artifact.credentials_uri` that was asked for."
+            ),
             (
                 "The url in cdh.toml and in aa.toml of the initdata must be of the same service, and so must be the "
                 "certificates beside them."
@@ -715,7 +726,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "KEY_NOT_FOUND: there is no file for `broker.key_uri` below the folder of `--keys`; install it with the "
-                "command that `keyturn seal` printed."
+                "command that `keyturn seal` printed. CREDENTIALS_NOT_FOUND, CREDENTIALS_FILE: the same for "
+                "`artifact.credentials_uri`, where one JSON object must lie; see `keyturn explain StoreCredentialsError`."
             ),
             (
                 "KEY_FILE_MODE, KEY_FILE_OWNER, KEY_FILE_TYPE, KEY_FILE_LENGTH, KEY_FILE_OUTSIDE_STORE: a regular file "
@@ -749,7 +761,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "`reference-value`: the policy row for this key says nothing about that claim, and what a row leaves "
-                "out is denied. Add the value on purpose."
+                "out is denied. Add the value on purpose. With policy.credentials_uri the row must name what stands in "
+                "`artifact.credentials_uri`, and no other."
             ),
             (
                 "`claim` with snp.measurement or snp.host_data, tdx.mr_td, tdx.rtmr or tdx.mr_config_id: a new image or a "
@@ -853,6 +866,27 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "Nothing is held back: length and policy version of the lease stand in status and events.",
     ),
+    errors.StoreCredentialsError: Explanation(
+        "After the verdict the credentials of the model's store came from `artifact.credentials_uri`, and they are none, or "
+        "they cannot be opened with the key pair of this boot. The store was not asked for anything. It was before the GPU "
+        "gate: this guest can boot again.",
+        (
+            (
+                "One JSON object and nothing else, at most 4 KiB: user, secret and of a bucket perhaps session_token, each a "
+                "text; the secret without control characters, the others in printable ASCII. `artifact.credentials_uri` must "
+                "not be the name of a key: what has a key's 32 bytes is not opened here, so where they are, add a space."
+            ),
+            (
+                "Try them from elsewhere: what a registry takes from `skopeo login`, or the access key of a bucket. Only "
+                "temporary credentials of a bucket have a session token, which then is all of one life with them."
+            ),
+            (
+                "Not sealed as a key is: as with a key that does not open, look up the request id in the audit log, where this "
+                "step is called credentials, and look for replicas or a proxy that mix answers up."
+            ),
+        ),
+        "Which member is wrong is not told, and nothing of what came: a password with a typing error is nearly one.",
+    ),
     errors.LeaseEndedError: Explanation(
         "The authority gave the key for a limited time and this time is over. The server was stopped and the model "
         "wiped from guest memory, or the boot did not finish in time. It is counted from before the request, on a clock "
@@ -886,9 +920,10 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "way."
             ),
             (
-                "Refused: without `artifact.user` the agent sends no credentials, and the store must let this guest read, "
-                "because the content is ciphertext. With it: user and secret of a registry as `skopeo login` takes them; of a "
-                "bucket the access key, its region, and a guest's clock that is right to a quarter of an hour."
+                "Refused: without `artifact.user` or `artifact.credentials_uri` no credentials are sent, and the store must "
+                "let this guest read, as the content is ciphertext. With them: user and secret of a registry as `skopeo "
+                "login` takes them; of a bucket the access key, its region, and a clock right to a quarter of an hour. Those "
+                "at the broker may have been replaced or run out."
             ),
             (
                 "Answer does not fit: the store must answer range requests with 206 and a correct Content-Range, must "
@@ -1078,6 +1113,22 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         "The path is told here, because this text stays with the provider. The key is never shown, and its file is "
         "readable by its owner only.",
     ),
+    errors.ManifestTooLargeError: Explanation(
+        "This model has more files than a registry takes. Each is a layer, a row of the manifest, and registries refuse a "
+        "manifest above 4 MiB: about 16,000 files with paths of 40 characters. Nothing was uploaded. In a folder, behind https "
+        "and in a bucket a model may have 100,000.",
+        (
+            (
+                "Seal into a folder (`keyturn seal --to DIR`), copy it to where guests can read it, and put its path, https or "
+                "s3 URL into `artifact.source`."
+            ),
+            (
+                "Or pack small files into large ones before sealing, as the server reads them: shards of a dataset into one "
+                "archive, tokenizer parts into one file."
+            ),
+        ),
+        "Number of files and size of the manifest are told; both are visible to whoever stores the model.",
+    ),
     # --- memory -------------------------------------------------------------------------------------------------------
     errors.InsufficientMemoryError: Explanation(
         "The model and `artifact.headroom_mib` beside it do not fit into guest memory, and the text says which limit "
@@ -1115,7 +1166,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Not tmpfs or not empty: mount a fresh memory volume (`emptyDir` with `medium: Memory`) at "
-                "`artifact.directory` and share it with nobody."
+                "`artifact.directory` and share it with nobody. Few inodes: by default a tmpfs has one for two pages of the "
+                "machine's memory; give it more with `nr_inodes=`."
             ),
             (
                 "In use by another agent: it lives, and wipes its model when it ends. What a killed one left is wiped by the "

@@ -3,14 +3,17 @@
 The model key comes as JWE (RFC 7516, flattened JSON) to our ephemeral P-256 key: `ECDH-ES+A256KW`, `A256GCM`, nothing
 else. It is opened by primitives straight into locked memory, so no Python string or bytes object ever holds it. The
 intermediate keys (ECDH secret, key-encryption key, content key) do pass through bytes objects, which Python cannot wipe:
-they live in guest memory until the worker exits, and open only this one JWE. Or the guest's own confidential-data-hub has the
-key, and it is read from a socket of the loopback straight into locked memory.
+they live in guest memory until the worker exits, and open only what was sealed to this boot. Or the guest's own
+confidential-data-hub has the key, and it is read from a socket of the loopback straight into locked memory.
 
-Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, which only the gate makes.
+Does not decide when the key may be opened: `unwrap` takes a `SecuredDevices`, which only the gate makes. The credentials of
+the model's store come sealed in the same way, before the key, and need no gate: what they open is ciphertext, worth nothing
+without the key, and what the store says to them must show before the gate, as a VM passes that once.
 """
 
 import ctypes
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NoReturn, Self
@@ -23,10 +26,11 @@ from cryptography.hazmat.primitives.kdf.concatkdf import ConcatKDFHash
 from cryptography.hazmat.primitives.keywrap import InvalidUnwrap, aes_key_unwrap
 
 from agent.closed import Ident
-from agent.errors import KeyUnwrapError, UnwrapCheck
+from agent.errors import CredentialsProblem, KeyUnwrapError, StoreCredentialsError, UnwrapCheck
 from agent.evidence.gate import SecuredDevices
-from agent.handshake import MAX_JWE_BYTES, KeptKey, SealedKey, TeePublicKey
+from agent.handshake import MAX_JWE_BYTES, KeptCredentials, KeptKey, SealedCredentials, SealedKey, TeePublicKey
 from agent.jose import COORDINATE_BYTES, parse_b64url, parse_object, parse_point, string
+from agent.store_credentials import MAX_CREDENTIALS_BYTES, StoreCredentials, is_credentials_length, parse_credentials
 from agent.tink_keyset import MAX_KEYSET_BYTES, copy_key
 
 KEY_BYTES = 32
@@ -84,7 +88,7 @@ class SecretBuffer:
 
 
 class EphemeralKey:
-    """Our EC P-256 key pair of one handshake. Destroyed by `unwrap`, whatever its outcome."""
+    """Our EC P-256 key pair of one handshake. Destroyed by `unwrap`, whatever its outcome; before that by what fails."""
 
     __slots__ = ("_private", "public")
 
@@ -165,9 +169,40 @@ def unwrap(sealed: SealedKey | KeptKey, key: EphemeralKey, secured: SecuredDevic
     return ReleasedKey(secret, sealed.key_id, sealed.key_version)
 
 
-def is_key_length(length: int) -> bool:
-    """Can a KBS resource of so many bytes be a model key, as it is or as a Tink keyset?"""
-    return KEY_BYTES <= length <= MAX_KEYSET_BYTES
+def open_credentials(sealed: SealedCredentials | KeptCredentials, key: EphemeralKey) -> StoreCredentials:
+    """Open the credentials of the store, or fetch the kept ones. The ephemeral key is left for the model key; not on failure.
+
+    Args:
+        sealed: what the broker released.
+        key: the key pair of the same handshake.
+
+    Raises:
+        StoreCredentialsError: the JWE does not open, or what it holds is not credentials.
+        AgentError: whatever the fetch of kept credentials raised.
+    """
+    content = SecretBuffer(MAX_CREDENTIALS_BYTES)
+    credentials = None
+    try:
+        with content.view() as whole:
+            if isinstance(sealed, KeptCredentials):
+                length = sealed.fetch(whole)
+            else:
+                length = _decrypt(parse_jwe(sealed.jwe, is_credentials_length), key, whole)
+            with whole[:length] as resource:
+                credentials = parse_credentials(resource)
+        return credentials
+    except KeyUnwrapError as error:
+        if error.check is UnwrapCheck.LENGTH:
+            raise StoreCredentialsError(CredentialsProblem.LENGTH) from None
+        raise StoreCredentialsError(CredentialsProblem.SEALED, error.check) from None
+    except ValueError:
+        raise StoreCredentialsError(CredentialsProblem.FORM) from None
+    finally:
+        # refusal: test_credentials_leave_nothing_in_the_memory_they_were_opened_in
+        content.wipe()
+        # refusal: test_the_ephemeral_key_is_destroyed_when_credentials_do_not_open
+        if credentials is None:
+            key.destroy()
 
 
 def _fetch(kept: KeptKey, out: memoryview) -> None:
@@ -204,7 +239,17 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
     Spec: RFC 7516 §5.2, RFC 7518 §4.6 and §5.3.
     """
     parts = parse_jwe(jwe)
+    content = SecretBuffer(len(parts.sealed) - _TAG_BYTES)
+    try:
+        with content.view() as opened:
+            _decrypt(parts, key, opened)
+            copy_model_key(opened, out)
+    finally:
+        content.wipe()
 
+
+def _decrypt(parts: Jwe, key: EphemeralKey, into: memoryview) -> int:
+    """Decrypt to the front of `into`, which is long enough and holds nothing to be used on failure. Gives the length."""
     # 1. ECDH, Concat KDF (RFC 7518 §4.6.2, empty party info), AES key wrap.
     other_info = _length_prefixed(ALGORITHM.encode()) + _length_prefixed(b"") * 2 + (KEY_BYTES * 8).to_bytes(4)
     key_encryption_key = ConcatKDFHash(hashes.SHA256(), KEY_BYTES, other_info).derive(key.exchange(parts.sender))
@@ -214,22 +259,26 @@ def open_jwe(jwe: bytes, key: EphemeralKey, out: memoryview) -> None:
         raise KeyUnwrapError(UnwrapCheck.KEY_WRAP) from None
 
     # 2. AES-GCM into locked memory; the header is authenticated as it was received.
-    content = SecretBuffer(len(parts.sealed) - _TAG_BYTES)
+    length = len(parts.sealed) - _TAG_BYTES
     try:
-        with content.view() as opened:
+        with into[:length] as opened:
             AESGCM(content_key).decrypt_into(parts.iv, parts.sealed, parts.protected, opened)
-            copy_model_key(opened, out)
     except InvalidTag:
         raise KeyUnwrapError(UnwrapCheck.CONTENT) from None
-    finally:
-        content.wipe()
+    return length
 
 
-def parse_jwe(jwe: bytes) -> Jwe:
+def is_key_length(length: int) -> bool:
+    """Can a KBS resource of so many bytes be a model key, as it is or as a Tink keyset?"""
+    return KEY_BYTES <= length <= MAX_KEYSET_BYTES
+
+
+def parse_jwe(jwe: bytes, is_length: Callable[[int], bool] = is_key_length) -> Jwe:
     """All of a sealed key that can be checked without our private key: so nobody passes the gate for what opens never.
 
     Args:
         jwe: flattened JSON, at most 8 KiB.
+        is_length: of what is sealed.
 
     Raises:
         KeyUnwrapError: as `unwrap`; one check is named, never a value.
@@ -273,9 +322,9 @@ def parse_jwe(jwe: bytes) -> Jwe:
     except ValueError:
         raise KeyUnwrapError(UnwrapCheck.EPHEMERAL_KEY) from None
 
-    # 4. The only contents that can be a model key: its bytes, or a Tink keyset; GCM keeps lengths.
+    # 4. Only contents that can be what was asked for, a model key's bytes or its Tink keyset; GCM keeps lengths.
     # refusal: test_a_sealed_key_that_is_not_exactly_ours_is_refused
-    if not is_key_length(len(ciphertext)):
+    if not is_length(len(ciphertext)):
         raise KeyUnwrapError(UnwrapCheck.LENGTH)
 
     return Jwe(protected.encode("ascii"), sender, wrapped, iv, ciphertext + tag)

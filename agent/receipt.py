@@ -34,6 +34,7 @@ from agent.handshake import (
     MAX_EVENT_LOG_BYTES,
     MAX_QUOTE_BYTES,
 )
+from agent.modes import Mode, unheld
 from agent.report import MAX_RECEIPT_BYTES
 
 SCHEMA = "keyturn/v1/receipt"
@@ -50,13 +51,6 @@ _T = TypeVar("_T")
 _E = TypeVar("_E", bound=enum.Enum)
 
 
-class Mode(enum.Enum):
-    """Which command booted."""
-
-    RUN = "run"
-    LOAD = "load"
-
-
 class ReadyState(enum.Enum):
     """Whose work the GPU ready state was: `gpu.ready_state`."""
 
@@ -65,33 +59,21 @@ class ReadyState(enum.Enum):
 
 
 class NotHeld(enum.Enum):
-    """What this boot does not promise, and another configuration or another guest would."""
+    """What this boot does not promise, and another one would: `modes.Unheld`, and what is no mode's."""
 
-    UNSUPERVISED = "unsupervised"
-    MODES_ONLY = "modes-only"
-    OUTLIVES_AGENT = "outlives-agent"
-    READY_PRESET = "ready-preset"
-    GUEST_ATTESTED = "guest-attested"
-    POD_EVIDENCE = "pod-evidence"
-    SERVER_OUTPUT = "server-output"
-    SERVER_ROOT = "server-root"
-    SWAP = "swap"
-
-
-NOT_HELD: Mapping[NotHeld, str] = {
-    NotHeld.UNSUPERVISED: "nobody of ours starts, watches or restarts the server, watches the GPUs, or wipes the model when it "
-    "stops",
-    NotHeld.MODES_ONLY: "file modes alone keep the model from being written; the consumer mounts it readOnly",
-    NotHeld.OUTLIVES_AGENT: "plaintext lies in a given folder, and stays there when the agent is killed",
-    NotHeld.READY_PRESET: "the guest's image, not the verdict, let work onto the GPUs",
-    NotHeld.GUEST_ATTESTED: "the verdict is about evidence of the guest's own components: it covers neither the GPU modes nor "
-    "the server's command, and the key came in clear over the guest's loopback",
-    NotHeld.POD_EVIDENCE: "any container of the pod can ask the guest's components for such evidence",
-    NotHeld.SERVER_OUTPUT: "what the server prints leaves the guest with the agent's own output",
-    NotHeld.SERVER_ROOT: "the server runs as root, without capabilities",
-    NotHeld.SWAP: "the model's memory may be swapped",
-}
-"""What each of them means, for people."""
+    GATE = "gate"
+    PLACE = "place"
+    SEAL = "seal"
+    KILL = "kill"
+    WIPE = "wipe"
+    SERVER = "server"
+    LEASE = "lease"
+    SCRATCH = "scratch"
+    GUEST_ATTESTED = "guest-attested"  # the verdict covers neither GPU modes nor server command
+    POD_EVIDENCE = "pod-evidence"  # any container of the pod can ask the guest's components for such evidence
+    SERVER_OUTPUT = "server-output"  # what the server prints leaves the guest with the agent's output
+    SERVER_ROOT = "server-root"  # the server runs as root, without capabilities
+    SWAP = "swap"  # the model's memory may be swapped
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,20 +202,15 @@ def report_data(key: bytes, statement_digest: bytes) -> ReportData:
     return ReportData(digest.ljust(REPORT_DATA_BYTES, b"\0"))
 
 
-def not_held_by(config: MeasuredConfig) -> tuple[NotHeld, ...]:
+def not_held_by(mode: Mode, config: MeasuredConfig) -> set[NotHeld]:
     """What a boot of this configuration does not hold wherever it runs. `receipts.py` adds what shows only there."""
-    server, artifact = config.server, config.artifact
     found = {
-        NotHeld.UNSUPERVISED: server is None,
-        NotHeld.MODES_ONLY: artifact.destination == "directory",
-        NotHeld.OUTLIVES_AGENT: artifact.destination == "directory",
-        NotHeld.READY_PRESET: config.gpu.count > 0 and config.gpu.ready_state == "preset",
         NotHeld.GUEST_ATTESTED: config.broker.cdh,
         NotHeld.POD_EVIDENCE: config.tee.through_coco,
-        NotHeld.SERVER_OUTPUT: server is not None and server.output == "inherit",
-        NotHeld.SERVER_ROOT: server is not None and server.unsafe_run_as_root,
+        NotHeld.SERVER_OUTPUT: config.server is not None and config.server.output == "inherit",
+        NotHeld.SERVER_ROOT: config.server is not None and config.server.unsafe_run_as_root,
     }
-    return tuple(item for item in NotHeld if found.get(item))
+    return {NotHeld(promise.label) for promise in unheld(mode, config)} | {item for item, so in found.items() if so}
 
 
 def sign_receipt(receipt: Receipt, key: ec.EllipticCurvePrivateKey) -> bytes:

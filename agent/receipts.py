@@ -12,6 +12,7 @@ from dataclasses import replace
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import __version__, cose
+from agent.artifact import DestinationKind
 from agent.artifact.load import AnyPrepared
 from agent.closed import Ident
 from agent.config import MeasuredConfig
@@ -21,8 +22,8 @@ from agent.evidence.collect import Devices
 from agent.evidence.gate import ExpectedReady
 from agent.evidence.runtime import MeasuredRelease
 from agent.handshake import MAX_CERTIFICATE_BYTES, MAX_CERTIFICATES, KeptKey, SealedKey, Verdict
+from agent.modes import Mode
 from agent.receipt import (
-    Mode,
     NotHeld,
     ReadyState,
     Receipt,
@@ -65,14 +66,18 @@ class Notary:
     ) -> Statement:
         """What is known once the key is here and sealed; the key pair is made for it."""
         claims, model = verdict.claims, prepared.described
-        swap = prepared.swap_active and not prepared.destination.noswap
+        not_held = not_held_by(self._mode, cfg)
+        if prepared.swap_active and not prepared.destination.noswap:
+            not_held.add(NotHeld.SWAP)
+        if prepared.destination.kind is DestinationKind.TMPFS:  # made with the capability that scratch needs
+            not_held.discard(NotHeld.SCRATCH)
         inventory = devices.inventory
         ready = ReadyState.PRESET if devices.expected_ready is ExpectedReady.PRESET else ReadyState.OWN
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._statement = Statement(
             agent=Ident(__version__),
             mode=self._mode,
-            not_held=(*not_held_by(cfg), *([NotHeld.SWAP] if swap else [])),
+            not_held=tuple(item for item in NotHeld if item in not_held),
             simulated=claims.simulated or cfg.tee.simulated,
             tee=devices.attester.tee,
             interface=devices.attester.interface,

@@ -19,8 +19,8 @@ from agent import unhandled
 from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.closed import Ident
-from agent.config import BrokerConfig, Measured, MeasuredConfig, ServerConfig, parse
-from agent.config_source import FoundConfig
+from agent.config import ArtifactConfig, BrokerConfig, Measured, MeasuredConfig, Selection, ServerConfig, parse
+from agent.config_source import FILE, INITDATA_FILE, FoundConfig
 from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
 from agent.events import (
     AttesterOpened,
@@ -50,9 +50,13 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 
     from agent.artifact import LoadedArtifact
+    from agent.artifact.sources import BlobSource
+    from agent.artifact.sources.mirrors import LockedStore
     from agent.evidence.collect import Devices
     from agent.evidence.runtime import Runtime
     from agent.handshake.broker import Broker
+    from agent.modes import Mode
+    from agent.store_credentials import StoreCredentials
 
 STORE_TIMEOUT_S = 60
 CONFIG_WAIT_S = 10
@@ -72,6 +76,7 @@ def work(
     served: ServedModel | None = None,
     out: str | None = None,
     proxy: Proxy | None = None,
+    asked: Selection | None = None,
 ) -> int:
     """Run one boot or one renewal and report it over `channel`.
 
@@ -82,6 +87,7 @@ def work(
         served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
         proxy: a hint of the command line, on the way to https servers.
+        asked: which of the allowed models; None: there must be one only.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -99,7 +105,7 @@ def work(
                 announce = partial(_announce, channel)
                 give_receipt = partial(_give_receipt, channel)
                 record, descriptors = asyncio.run(
-                    _boot(find_config, open_hardware, undo, notify, announce, give_receipt, out, proxy)
+                    _boot(find_config, open_hardware, undo, notify, announce, give_receipt, out, proxy, asked)
                 )
                 channel.send(record, descriptors)
                 undo.pop_all()  # it is somebody else's now: nothing here may take it back
@@ -128,6 +134,15 @@ def _give_receipt(channel: Channel, receipt: bytes) -> None:
         channel.send({"receipt": len(receipt)}, (file.fileno(),))
 
 
+def mode_of(source: Ident, plan: ServerPlan | None) -> "Mode":
+    """How the agent was started: only one that is part of a measured image looks for its configuration by itself."""
+    from agent.modes import Mode
+
+    if plan is None:
+        return Mode.LOAD
+    return Mode.ENTRYPOINT if source in (FILE, INITDATA_FILE) else Mode.GUEST
+
+
 def _leave_receipt(loaded: "LoadedArtifact", receipt: bytes) -> None:
     """Beside the model that is left to another container. Raises DestinationError."""
     from agent.artifact import given
@@ -151,13 +166,14 @@ async def _boot(
     give_receipt: Callable[[bytes], None],
     out: str | None,
     proxy: Proxy | None,
+    asked: Selection | None,
 ) -> tuple[dict[str, object], tuple[int, ...]]:
     _watch_loop(notify)
     notify = durations = Durations(notify)
     with stage(Stage.CONFIG, notify):
         found = await _find(find_config, notify)
         notify(ConfigFound(found.source))
-        measured = parse(found.data, found.digest, found.initdata)
+        measured = parse(found.data, found.digest, found.initdata).select(asked)
         check_out(measured.config, out)
         if proxy is not None:
             proxy.check_use(measured.config)
@@ -184,24 +200,22 @@ async def _boot(
                 await wait_for_route(at.route_timeout_s, lambda: notify(waiting))
             broker.connect()
 
-        from agent.artifact.sources.mirrors import open_mirrored
         from agent.boot import boot
-        from agent.receipt import Mode
         from agent.receipts import Notary
 
-        notary = Notary(Mode.RUN if plan else Mode.LOAD, measured.digest, durations.ms, notify)
-        store = open_mirrored(cfg.artifact, STORE_TIMEOUT_S, proxy)
-        undo.callback(store.close)
+        notary = Notary(mode_of(found.source, plan), measured.digest, durations.ms, notify)
+        store = _store(cfg.artifact, undo, proxy)
         # From before the request: a slow answer costs the lease, not the authority.
         lease_from = time.clock_gettime(time.CLOCK_BOOTTIME)
         gid = plan.gid if plan else None
         loaded, lease_s, receipt = await boot(
             cfg, devices, broker, store, undo, notify, gid, notary, supervised=plan is not None
         )
-    if plan is None:
-        _leave_receipt(loaded, receipt)
-        return {"left": loaded.version}, ()
     give_receipt(receipt)
+    if plan is None:
+        if cfg.artifact.uri is None:  # a server that is given a spread model may take any file for one of it
+            _leave_receipt(loaded, receipt)
+        return {"left": loaded.version}, ()
     handed = HandedModel(
         plan=plan,
         destination=loaded.destination,
@@ -234,6 +248,17 @@ async def _renew(
     async with _broker(measured, notify, proxy) as broker:
         devices = await _open(measured, plan, open_hardware, ExpectedReady.OURS, _unheard)
         await renew(measured.config, devices.to_load(served.manifest_digest), broker, served.version, notify)
+
+
+def _store(cfg: ArtifactConfig, undo: ExitStack, proxy: Proxy | None) -> "BlobSource | LockedStore":
+    from agent.artifact.sources.mirrors import LockedStore, open_mirrored
+
+    def opened(credentials: "StoreCredentials | None" = None) -> "BlobSource":
+        store = open_mirrored(cfg, STORE_TIMEOUT_S, proxy, credentials)
+        undo.callback(store.close)
+        return store
+
+    return opened() if cfg.credentials_uri is None else LockedStore(Ident(cfg.credentials_uri), opened)
 
 
 def _unheard(_: Event) -> None:

@@ -1,4 +1,4 @@
-"""Builds what is shipped: the bundle (agent and interpreter in one folder) and the stand-alone initrd made from it.
+"""Builds what is shipped: the bundle (agent and interpreter in one folder), and initrd and container image made from it.
 
 The same commit gives the same bytes, whatever machine, user and folder: Debian packages and wheels are locked by hash
 (`locks/guest.debs`, `locks/build.debs`, `locks/image.txt`), the bundler runs in a root made of them, every time is one
@@ -16,28 +16,34 @@ import stat
 import subprocess
 import sys
 import tempfile
+import tomllib
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 from agent import __version__  # noqa: E402  # of this clone, whatever is installed
-from initrd import sbom  # noqa: E402
+from initrd import image, sbom  # noqa: E402
 
 EPOCH = 946684800  # 2000-01-01, the time of every file; zip, which the bundler writes, begins in 1980
 NAME = f"keyturn-{__version__}"
 BUNDLE = f"{NAME}-linux-x86_64"
+IMAGE = f"{NAME}-image"
 MAX_BUNDLE_BYTES = 60 * 10**6
 MAX_INITRD_BYTES = 34 * 10**6
+MAX_IMAGE_BYTES = 30 * 10**6
 RELEASE_LEVEL = 19
 # What a program of the bundle loads from libc6. Not iconv's character sets, which are more than half of the package.
 LIBC = re.compile(
     r"(ld-linux-x86-64|libc|libm|libmvec|libdl|libpthread|librt|libutil|libresolv|libnss_(dns|files))\.so\.[0-9]+"
 )
 # Parts of the standard library that nothing of ours asks for, and build tools that a hook could drag in.
-LEFT_OUT = ("curses", "doctest", "pkg_resources", "pydoc", "readline", "setuptools", "sqlite3", "tkinter", "unittest")
-# What hooks collect beside the code and no program reads.
-LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json)$")
+LEFT_OUT = (
+    *("curses", "doctest", "ftplib", "pkg_resources", "pydoc", "readline", "setuptools", "sqlite3", "tkinter", "unittest"),
+    *("xml", "xmlrpc", "_multibytecodec", *(f"_codecs_{language}" for language in ("cn", "hk", "iso2022", "jp", "kr", "tw"))),
+)
+# What hooks collect beside the code and no program reads. The CAs of gRPC neither: a broker's CA is the configuration's.
+LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json|_credentials/roots\.pem)$")
 BUNDLER_ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "PYTHONPATH": "/opt/site",
@@ -50,7 +56,9 @@ BUNDLER_ENVIRONMENT = {
 
 def main() -> None:
     """Build everything into one folder and print digests and sizes."""
-    parser = argparse.ArgumentParser(prog="build-initrd", description="Build bundle, initrd and SBOM.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="build-initrd", description="Build bundle, initrd, container image and SBOMs.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR", help="where results go; default build/")
     parser.add_argument("--fast", action="store_true", help="compress badly and quickly, for a look; not what is shipped")
     args = parser.parse_args()
@@ -72,18 +80,26 @@ def main() -> None:
         results = [args.out / f"{BUNDLE}.tar.zst", args.out / f"{NAME}-initrd.zst"]
         pack_tar(bundle, results[0], level)
         pack_cpio(initrd, results[1], level)
+        say("container image")
+        written = make_image(args.out / IMAGE, work / "image", bundle, root, fast=args.fast)
         (vmlinuz,) = (kernel / "boot").glob("vmlinuz-*")
         results += [Path(shutil.copyfile(source, args.out / f"{NAME}-{source.name}")) for source in (vmlinuz, HERE / "cmdline")]
         results.append(args.out / f"{NAME}.cdx.json")
         results[-1].write_text(sbom.document(__version__, EPOCH, locked("guest.debs"), ROOT / "locks" / "guest.txt"))
-    sums = {path.name: sha256(path) for path in results}
-    (args.out / "SHA256SUMS").write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()))
-    for path in results:
-        print(f"{sums[path.name]}  {path.stat().st_size / 1e6:5.1f} MB  {path.name}")
-    print(f"bundle: {unpacked / 1e6:.1f} MB unpacked, needs glibc {floor} or newer")
+    sums = {path: sha256(path) for path in results}
+    of_image = sorted(path for path in (args.out / IMAGE).rglob("*") if path.is_file())
+    (args.out / "SHA256SUMS").write_text(
+        "".join(f"{digest}  {path.name}\n" for path, digest in sums.items())
+        + "".join(f"{sha256(path)}  {path.relative_to(args.out)}\n" for path in of_image)
+    )
+    for path, digest in sums.items():
+        print(f"{digest}  {path.stat().st_size / 1e6:5.1f} MB  {path.name}")
+    print(f"{written.digest.removeprefix('sha256:')}  {written.layer_bytes / 1e6:5.1f} MB  {IMAGE}, its manifest and layers")
+    print(f"bundle: {unpacked / 1e6:.1f} MB unpacked, needs glibc {floor} or newer; in the image it has its own")
     check_size("the unpacked bundle", unpacked, MAX_BUNDLE_BYTES)
     if level == RELEASE_LEVEL:
         check_size("the initrd", results[1].stat().st_size, MAX_INITRD_BYTES)
+        check_size("the image", written.layer_bytes, MAX_IMAGE_BYTES)
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -150,10 +166,16 @@ def make_bundle(root: Path, bundle: Path) -> Path:
             path.unlink()
     shutil.copy(HERE / "keyturn.service", bundle)
     (bundle / "GLIBC_FLOOR").write_text(glibc_floor(bundle) + "\n")
-    files = sorted(path for path in bundle.rglob("*") if path.is_file() and not path.is_symlink())
-    (bundle / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.relative_to(bundle)}\n" for path in files))
+    list_files(bundle)
     settle(bundle)
     return bundle
+
+
+def list_files(bundle: Path) -> None:
+    """Write its SHA256SUMS."""
+    (bundle / "SHA256SUMS").unlink(missing_ok=True)
+    files = sorted(path for path in bundle.rglob("*") if path.is_file() and not path.is_symlink())
+    (bundle / "SHA256SUMS").write_text("".join(f"{sha256(path)}  {path.relative_to(bundle)}\n" for path in files))
 
 
 def inside_root(root: Path) -> tuple[object, ...]:
@@ -187,6 +209,11 @@ def libudev(root: Path) -> str:
     return f"/{found.relative_to(root)}"
 
 
+def libc(root: Path) -> list[Path]:
+    """The files of glibc that a program of the bundle loads."""
+    return sorted(path for path in (root / "lib/x86_64-linux-gnu").iterdir() if LIBC.fullmatch(path.name))
+
+
 def glibc_floor(bundle: Path) -> str:
     """The newest version of glibc's interface that a file of the bundle asks for."""
     asked: set[tuple[int, ...]] = set()
@@ -210,14 +237,21 @@ def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
 
     libraries = top / "usr/lib/x86_64-linux-gnu"
     libraries.mkdir(parents=True)
-    for path in sorted((root / "lib/x86_64-linux-gnu").iterdir()):
-        if LIBC.fullmatch(path.name):
-            shutil.copy(path, libraries / path.name)
+    for path in libc(root):
+        shutil.copy(path, libraries / path.name)
     # The bundle's loader is linked with zlib, and needs it before it knows its own folder.
     shutil.copy(root / "lib/x86_64-linux-gnu/libz.so.1", libraries / "libz.so.1")
     (top / "usr/lib64/ld-linux-x86-64.so.2").symlink_to("../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
 
-    # Who is who, and where names come from: what glibc reads. Kata's agent mounts its own resolv.conf over ours.
+    install_etc(top, root)
+    install_modules(top, kernel)
+    settle(top)
+    return top
+
+
+def install_etc(top: Path, root: Path) -> None:
+    """Who is who, where names come from, and whom TLS trusts. Kata's agent and container runtimes mount their own over some."""
+    (top / "etc/ssl/certs").mkdir(parents=True, exist_ok=True)
     (top / "etc/passwd").write_text("root:x:0:0::/root:/\nserver:x:65532:65532::/:/\n")
     (top / "etc/group").write_text("root:x:0:\nserver:x:65532:\n")
     (top / "etc/hosts").write_text("127.0.0.1 localhost\n::1 localhost\n")
@@ -225,10 +259,6 @@ def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
     (top / "etc/resolv.conf").touch()
     certificates = sorted((root / "usr/share/ca-certificates/mozilla").glob("*.crt"))
     (top / "etc/ssl/certs/ca-certificates.crt").write_text("".join(path.read_text() for path in certificates))
-
-    install_modules(top, kernel)
-    settle(top)
-    return top
 
 
 def install_modules(top: Path, kernel: Path) -> None:
@@ -264,6 +294,66 @@ def install_modules(top: Path, kernel: Path) -> None:
 
 def module_name(path: Path) -> str:
     return path.name.split(".")[0].replace("-", "_")
+
+
+# --- the container image ----------------------------------------------------------------------------------------------
+
+
+def make_image(out: Path, work: Path, bundle: Path, root: Path, *, fast: bool) -> image.Image:
+    """The OCI image: a layer of what glibc and TLS read below /etc, and /opt/keyturn in a layer of its own for COPY --from.
+
+    There the bundle has its own glibc, and so it runs in every image: vLLM's have 2.35, others 2.34 or musl.
+    """
+    base, own = work / "base", work / "own"
+    for name in ("dev", "etc/keyturn", "proc", "run", "sys", "tmp"):
+        (base / name).mkdir(parents=True)
+    install_etc(base, root)
+    settle(base)
+    (base / "tmp").chmod(0o1777)
+
+    folder = own / "opt" / "keyturn"
+    shutil.copytree(bundle, folder, symlinks=True)
+    for name in ("GLIBC_FLOOR", "keyturn.service"):  # it has its own, and no systemd
+        (folder / name).unlink()
+    (folder / "lib").mkdir()
+    for path in libc(root):
+        shutil.copy(path, folder / "lib" / path.name)
+    # An absolute loader is found in one place only, which is where the image has it. DT_RPATH, not RUNPATH: it holds for what
+    # libraries ask for too, and comes before the LD_LIBRARY_PATH of images with CUDA.
+    program = root / "opt" / "program"
+    shutil.copy(folder / "keyturn", program)
+    loader, libraries = "/opt/keyturn/lib/ld-linux-x86-64.so.2", "/opt/keyturn/lib:/opt/keyturn/_internal"
+    patch = ("/usr/bin/patchelf", "--set-interpreter", loader, "--force-rpath", "--set-rpath", libraries, "/opt/program")
+    run(*inside_root(root), *patch)
+    shutil.copy(program, folder / "keyturn")
+    list_files(folder)
+    settle(own)
+
+    def gzip(data: bytes) -> bytes:
+        # By the locked zlib: another one gives other bytes.
+        level = f"import sys, zlib; packer = zlib.compressobj({1 if fast else 9}, wbits=31)"
+        program = f"{level}; out = sys.stdout.buffer; out.write(packer.compress(sys.stdin.buffer.read()) + packer.flush())"
+        command = [str(word) for word in (*inside_root(root), "/usr/bin/python3.11", "-I", "-c", program)]
+        return subprocess.run(command, input=data, stdout=subprocess.PIPE, check=True).stdout
+
+    shutil.rmtree(out, ignore_errors=True)
+    about = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    debs = [deb for deb in locked("guest.debs") if not deb[0].startswith("linux-image-")]
+    return image.write_layout(
+        out,
+        [("files below /etc, from Debian packages", base), ("/opt/keyturn: the agent, its interpreter and libraries", own)],
+        entrypoint=["/opt/keyturn/keyturn"],
+        path=BUNDLER_ENVIRONMENT["PATH"],
+        labels={
+            "title": "keyturn",
+            "version": __version__,
+            "description": about["description"],
+            "licenses": about["license"],
+        },
+        sbom=sbom.document(__version__, EPOCH, debs, ROOT / "locks" / "guest.txt").encode(),
+        epoch=EPOCH,
+        compress=gzip,
+    )
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from pathlib import Path
 from bench_artifact import KEY, KEY_URI, MODEL_BYTES, Model, decrypt_vs, destination_kind
 
 from agent.artifact.manifest import parse_config, parse_manifest
-from agent.artifact.memory import choose_destination
+from agent.artifact.memory import choose_destination, demand_of
 from agent.artifact.sources import open_source
 from agent.artifact.stream import SEGMENT_BYTES, associated_data
 from agent.guest.memory_info import MACHINE
@@ -20,7 +20,9 @@ from agent.guest.memory_info import MACHINE
 @contextmanager
 def fresh_file() -> Iterator[int]:
     """A new file of the model's size in memory of a destination's kind, mapped nowhere."""
-    destination = choose_destination(destination_kind(), None, [MODEL_BYTES], None, allow_swap=True, memory=MACHINE)
+    destination = choose_destination(
+        destination_kind(), None, demand_of({"weights": MODEL_BYTES}), None, allow_swap=True, memory=MACHINE
+    )
     try:
         destination.create("weights", MODEL_BYTES)
         root = destination.hand_over()[0]
@@ -62,7 +64,9 @@ def tink_once(model: Model) -> float:
     (file,) = parse_config(store.read_blob(manifest.config_digest, manifest.config_bytes), manifest).files
     store.close()
     bound_to = associated_data("bench", file.path, file.size, KEY_URI, file.sealed_version)
-    destination = choose_destination(destination_kind(), None, [MODEL_BYTES], None, allow_swap=True, memory=MACHINE)
+    destination = choose_destination(
+        destination_kind(), None, demand_of({"weights": MODEL_BYTES}), None, allow_swap=True, memory=MACHINE
+    )
     destination.create("weights", MODEL_BYTES)
     began = time.perf_counter()
     with destination.window("weights", 0, MODEL_BYTES) as window, window.view(0, MODEL_BYTES) as view:

@@ -1,5 +1,6 @@
 """Simulated silicon for every test, so that a plain clone without recorded evidence tests the same verifiers."""
 
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from agent.sim.machine import SimulatedMachine, create_silicon
 from tests import nscq_emulation, nvml_emulation
 from tests.gpus import gpu_machine
+from tests.products import build
 
 # gRPC restarts its poller in whatever a test forks. Between fork and exec that thread meets closed descriptors, and says so on
 # what is already the child's stderr, among its JSON lines. Nothing of ours uses gRPC on both sides of a fork.
@@ -44,6 +46,18 @@ def silicon(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("silicon")
     create_silicon(directory, gpus=8, switches=4)
     return directory
+
+
+@pytest.fixture(scope="session")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with everything that is shipped, built quickly, and once for all processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    out = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "products"
+    with out.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (out / "SHA256SUMS").exists():  # written last
+            build(out)
+    return out
 
 
 @pytest.fixture(scope="session")

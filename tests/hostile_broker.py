@@ -233,6 +233,7 @@ class Relay:
     on_answer: Hook[pb.AttestResponse] = _as_it_is
     on_key_request: Hook[pb.ReleaseKeyRequest] = _as_it_is
     on_key: Hook[pb.ReleaseKeyResponse] = _as_it_is
+    on_credentials: Hook[pb.ReleaseCredentialsResponse] = _as_it_is
     releases: Release | None = None
     requests: list[pb.AttestRequest] = field(default_factory=list)
     answers: list[pb.AttestResponse] = field(default_factory=list)
@@ -271,6 +272,14 @@ class Relay:
                 await _pass_on(error, context)
         self.keys.append(pb.ReleaseKeyResponse.FromString(answer))
         return await _through(self.on_key, pb.ReleaseKeyResponse.FromString(answer))
+
+    async def release_credentials(self, data: bytes, context: Stream) -> bytes:
+        async with self.channel() as channel:
+            try:
+                answer = await channel.unary_unary(wire.RELEASE_CREDENTIALS_METHOD)(data)
+            except grpc.aio.AioRpcError as error:
+                await _pass_on(error, context)
+        return await _through(self.on_credentials, pb.ReleaseCredentialsResponse.FromString(answer))
 
     def channel(self) -> Any:  # the stubs want serialisers, which a wire of bytes has not
         credentials = grpc.ssl_channel_credentials(self.ca_pem.encode())
@@ -311,6 +320,8 @@ async def served(service: _Service, leaf: Signer | tuple[bytes, bytes] = LEAF) -
         "Attest": grpc.stream_stream_rpc_method_handler(service.attest),
         "ReleaseKey": grpc.unary_unary_rpc_method_handler(service.release),
     }
+    if isinstance(service, Relay):
+        methods["ReleaseCredentials"] = grpc.unary_unary_rpc_method_handler(service.release_credentials)
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("keyturn.kbs.v1.KeyBroker", methods),))
     port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
     await server.start()

@@ -15,6 +15,7 @@ from agent.artifact.compact_jwe import (
     TAIL_BYTES,
     CompactJwe,
     JweOpener,
+    decode,
     parse_compact,
 )
 from agent.errors import KeyMismatchError
@@ -41,7 +42,7 @@ def opened(jwe: bytes, key: bytes = KEY, chunk: int = CHUNK_BYTES) -> bytes:
     for done in range(0, parts.text_bytes, chunk):
         piece = text[done : done + chunk]
         start = done * 3 // 4
-        opener.update(piece, memoryview(out)[start : start + len(piece) * 3 // 4])
+        opener.update(decode(piece), memoryview(out)[start : start + len(piece) * 3 // 4])
     opener.finish()
     return bytes(out)
 

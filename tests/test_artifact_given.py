@@ -47,6 +47,55 @@ def test_a_dead_agents_model_is_removed_by_whoever_comes_next(folder: int) -> No
     assert os.listdir(folder) == []
 
 
+def spread(folder: int) -> int:
+    """As KServe's servers look for a model."""
+    mark = given.acquire(folder)
+    model = path_of(folder) / given.MARK_NAME / given.PUBLISHED_NAME
+    (model / "tokenizer").mkdir(parents=True)
+    (model / "weights").write_bytes(b"plaintext")
+    (model / "tokenizer" / "vocab").write_bytes(b"plaintext")
+    (model / "link").symlink_to("/")
+    given.spread(folder, mark)
+    return mark
+
+
+def test_a_spread_model_lies_in_the_folder_and_goes_with_everything_that_came_to_it(folder: int) -> None:
+    mark = spread(folder)
+    assert sorted(os.listdir(folder)) == [given.SPREAD_NAME, "link", "tokenizer", "weights"]
+    assert (path_of(folder) / "tokenizer" / "vocab").read_bytes() == b"plaintext"
+    assert given.strangers(folder) == set()
+    (path_of(folder) / "cache").mkdir()
+    given.release(folder, mark)
+    os.close(mark)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("half_way", [False, True])
+@pytest.mark.parametrize("by", ["acquire", "wipe"])
+def test_a_dead_agents_spread_model_is_removed_also_where_it_died_half_way(folder: int, half_way: bool, by: str) -> None:
+    in_child(lambda: spread(folder) and None)
+    path = path_of(folder)
+    if half_way:
+        model = path / given.MARK_NAME / given.PUBLISHED_NAME
+        model.mkdir(parents=True)
+        (path / "weights").rename(model / "weights")
+    if by == "wipe":
+        given.wipe(str(path))
+        assert os.listdir(folder) == []
+        return
+    mark = given.acquire(folder)
+    assert (os.listdir(folder), os.listdir(mark)) == ([given.MARK_NAME], [])
+    os.close(mark)
+
+
+def test_what_is_no_agents_is_told(folder: int) -> None:
+    (path_of(folder) / "somebody").mkdir()
+    assert given.strangers(folder) == {"somebody"}
+    mark = serve(folder)
+    assert given.strangers(folder) == {"somebody"}
+    os.close(mark)
+
+
 def test_a_living_agents_model_is_left_alone(folder: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(given, "_PAUSE_S", 0.0)
     mark = serve(folder)

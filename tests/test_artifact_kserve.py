@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import os
+import shutil
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +14,13 @@ import msgspec
 import pytest
 
 from agent.artifact import LoadedArtifact
+from agent.artifact.compact_jwe import CHUNK_BYTES, MAX_HEAD_BYTES
 from agent.artifact.identify import identify
 from agent.artifact.kserve import PreparedJwe
 from agent.artifact.load import load, prepare
-from agent.artifact.sources import open_configured, open_source
+from agent.artifact.sources import BlobSource, open_source
+from agent.artifact.sources.directory import DirectorySource
+from agent.artifact.sources.mirrors import open_mirrored
 from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import (
@@ -28,6 +33,7 @@ from agent.errors import (
     ManifestDigestError,
     RollbackError,
     SegmentAuthenticationError,
+    StoreProblem,
     SwapActiveError,
     TruncatedArtifactError,
 )
@@ -76,28 +82,29 @@ def boot(
     *,
     floor: int = 0,
     key: bytes = KEY,
-    between: Callable[[], object] = lambda: None,
+    between: Callable[[PreparedJwe], object] = lambda _: None,
     locked: bool = True,
     memory: MemoryInfo = MACHINE,
+    source: BlobSource | None = None,
 ) -> None:
+    store = source or open_mirrored(cfg, 10)
+
     async def run() -> None:
-        identified = await identify(source, cfg)
-        prepared = await prepare(source, identified, "kbs:///a/b/c", undo, allow_swap=memory is MACHINE, memory=memory)
+        identified = await identify(store, cfg)
+        prepared = await prepare(store, identified, "kbs:///a/b/c", undo, allow_swap=memory is MACHINE, memory=memory)
         assert isinstance(prepared, PreparedJwe)
-        prepared.check()
-        between()
+        between(prepared)
         secret = SecretBuffer(32)
         secret.view()[:] = key
         secret.locked = locked
         with ReleasedKey(secret, Ident("k"), 1) as released:
             look(await load(prepared, released, floor, lambda *_: None))
 
-    source = open_configured(cfg, 10)
     try:
         with ExitStack() as undo:
             asyncio.run(run())
     finally:
-        source.close()
+        store.close()
 
 
 def found(loaded: LoadedArtifact) -> dict[str, bytes]:
@@ -110,6 +117,189 @@ def check(loaded: LoadedArtifact) -> None:
     assert found(loaded) == {"weights/a.bin": WEIGHTS, "b.bin": b"", "config.json": CONFIG}
     assert (loaded.model_name, loaded.version, loaded.total_bytes) == ("tiny", 0, len(WEIGHTS) + len(CONFIG))
     assert loaded.manifest_digest.startswith("sha256:")
+
+
+class Held(DirectorySource):
+    """Gives what is small. What is ciphertext fails in each way of `errors`, then comes, once `before` was called."""
+
+    def __init__(self, folder: Path, before: Callable[[], object] = lambda: None) -> None:
+        super().__init__(str(folder))
+        self._before = before
+        self._lock = threading.Lock()
+        self.errors: list[Exception] = []
+        self.refuses: Exception | None = None
+        self.reads = 0
+        self.entered = threading.Event()
+        self.may_answer = threading.Event()
+        self.may_answer.set()
+
+    def read_range(self, digest: str, offset: int, out: memoryview) -> int:
+        if len(out) > MAX_HEAD_BYTES:
+            self.entered.set()
+            self.may_answer.wait(30)
+            with self._lock:
+                self._before()
+                if error := self.refuses or (self.errors.pop() if self.errors else None):
+                    raise error
+                self.reads += 1
+        return super().read_range(digest, offset, out)
+
+
+CHUNKS = len(sealed(WEIGHTS)) // CHUNK_BYTES + 1
+NOT_FOUND = ArtifactUnavailableError(StoreProblem.NOT_FOUND)
+AWAY = ArtifactUnavailableError(StoreProblem.UNREACHABLE)
+
+
+def fetched(prepared: PreparedJwe) -> None:
+    """Wait for the end of what is fetched ahead, however it ends."""
+    for thread in threading.enumerate():
+        if thread.name == "ciphertext":
+            thread.join()
+
+
+def test_ciphertext_that_came_before_the_key_is_not_fetched_again(store: Path, given: Path) -> None:
+    source = Held(store)
+
+    def then_the_store_is_gone(prepared: PreparedJwe) -> None:
+        fetched(prepared)
+        prepared.check()
+        source.refuses = NOT_FOUND
+
+    boot(config(str(store), given), check, source=source, between=then_the_store_is_gone)
+    assert source.reads == CHUNKS
+
+
+def test_a_store_that_delivers_only_after_the_key_came_is_no_failure(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.refuses = NOT_FOUND
+
+    def now(prepared: PreparedJwe) -> None:
+        fetched(prepared)
+        with pytest.raises(ArtifactUnavailableError):
+            prepared.check()  # what a boot asks before the gate
+        source.refuses = None
+
+    boot(config(str(store), given), check, source=source, between=now)
+    assert source.reads == CHUNKS
+
+
+def test_ciphertext_that_arrives_while_files_are_opened_is_opened(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.may_answer.clear()
+
+    def stop(prepared: PreparedJwe) -> None:
+        source.refuses = AWAY
+        source.may_answer.set()
+        prepared.stop_fetching()
+        assert source.reads == 0
+        source.refuses = None
+        source.may_answer.clear()
+        threading.Timer(0.5, source.may_answer.set).start()
+
+    boot(config(str(store), given), check, source=source, between=stop)
+
+
+def test_a_store_that_comes_back_is_asked_again(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.errors = [AWAY, AWAY]
+    boot(config(str(store), given), check, source=source)
+
+
+def test_a_store_that_stays_away_ends_the_boot_at_the_deadline(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.refuses = AWAY
+    with pytest.raises(ArtifactUnavailableError):
+        boot(config(str(store), given, timeout_s=1), source=source)
+
+
+def test_what_one_store_lacks_comes_from_its_mirror(store: Path, given: Path, tmp_path: Path) -> None:
+    shutil.copytree(store, tmp_path / "first")
+    (tmp_path / "first" / "weights/a.bin.jwe").unlink()
+    boot(config(str(tmp_path / "first"), given, mirrors=[str(store)]), check)
+
+
+def test_what_is_no_base64_is_known_before_the_gate(store: Path, given: Path) -> None:
+    path = store / "weights/a.bin.jwe"
+    content = bytearray(path.read_bytes())
+    content[1 << 20] = ord("+")  # a digit of the other alphabet
+    path.write_bytes(content)
+
+    def gate(prepared: PreparedJwe) -> None:
+        fetched(prepared)
+        prepared.check()
+        pytest.fail("passed the gate")
+
+    with pytest.raises(SegmentAuthenticationError) as caught:
+        boot(config(str(store), given), between=gate)
+    assert caught.value.file == 0
+    with pytest.raises(SegmentAuthenticationError):
+        boot(config(str(store), given))
+
+
+def test_a_bug_in_a_thread_is_not_lost(store: Path, given: Path) -> None:
+    for how_often in (1, 99):
+        source = Held(store)
+        source.errors = [RuntimeError("bug")] * how_often
+        with pytest.raises(RuntimeError, match="bug"):
+            boot(config(str(store), given), source=source)
+
+
+def test_a_boot_that_ends_while_ciphertext_arrives_leaves_nothing(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.may_answer.clear()
+
+    def fail(prepared: PreparedJwe) -> None:
+        assert source.entered.wait(30)
+        threading.Timer(0.1, source.may_answer.set).start()
+        raise KeyError  # attestation failed
+
+    with pytest.raises(KeyError):
+        boot(config(str(store), given), source=source, between=fail)
+    assert source.reads < CHUNKS + 1
+
+
+def test_a_cancelled_load_returns_when_every_thread_has_ended(store: Path, given: Path) -> None:
+    source = Held(store)
+    source.may_answer.clear()
+
+    async def story() -> None:
+        with ExitStack() as undo:
+            undo.callback(source.close)
+            cfg = await identify(source, config(str(store), given))
+            prepared = await prepare(source, cfg, "kbs:///a/b/c", undo, allow_swap=True)
+            source.refuses = AWAY
+            source.may_answer.set()
+            assert isinstance(prepared, PreparedJwe)
+            await asyncio.to_thread(prepared.stop_fetching)
+            source.refuses = None
+            source.may_answer.clear()
+            source.entered.clear()
+            secret = SecretBuffer(32)
+            secret.view()[:] = KEY
+            with ReleasedKey(secret, Ident("k"), 1) as released:
+                task = asyncio.create_task(load(prepared, released, 0, lambda *_: None))
+                await asyncio.to_thread(source.entered.wait, 30)
+                task.cancel()
+                done, _ = await asyncio.wait({task}, timeout=0.01)
+                assert not done
+                source.may_answer.set()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            assert not {"ciphertext", "files"} & {thread.name for thread in threading.enumerate()}
+
+    asyncio.run(story())
+
+
+def test_many_files_are_found_and_opened(tmp_path: Path, given: Path) -> None:
+    folder = tmp_path / "many"
+    folder.mkdir()
+    files = {f"{i:02}.bin": os.urandom(i * 1000) for i in range(20)}
+    for name, content in files.items():
+        (folder / f"{name}.jwe").write_bytes(sealed(content, "dir" if content else "A256KW"))
+    cfg = config(str(folder), given, jwe_files=[f"{name}.jwe" for name in files], plain_files={})
+    looked: list[dict[str, bytes]] = []
+    boot(cfg, lambda loaded: looked.append(found(loaded)))
+    assert looked == [files]
 
 
 def test_the_listed_files_are_loaded_and_no_others(store: Path, given: Path) -> None:
@@ -201,7 +391,7 @@ def test_a_wrong_key_is_the_authoritys_affair(store: Path, given: Path) -> None:
 def test_a_file_that_shrinks_is_truncated(store: Path, given: Path) -> None:
     path = store / "weights/a.bin.jwe"
     with pytest.raises(TruncatedArtifactError) as caught:
-        boot(config(str(store), given), between=lambda: os.truncate(path, 1 << 20))
+        boot(config(str(store), given), source=Held(store, lambda: os.truncate(path, 1 << 20)))
     assert caught.value.file == 0
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from agent.artifact import manifest as m
 from agent.artifact.stream import MAX_PLAINTEXT_BYTES
 from agent.closed import Ident
-from agent.errors import ArtifactError, MalformedHeaderError, MalformedManifestError, ManifestDigestError
+from agent.errors import ArtifactError, MalformedHeaderError, MalformedManifestError, ManifestDigestError, ManifestTooLargeError
 
 HEADER = b"\x28" + bytes(39)
 
@@ -94,6 +94,26 @@ def test_what_image_spec_allows_beside_is_tolerated() -> None:
     assert parse_changed_manifest(add).layers == MANIFEST.layers
 
 
+def test_the_most_files_with_the_longest_rows_fit_into_both_documents() -> None:
+    longest = m.SealedFile('"' * m.MAX_PATH_BYTES, MAX_PLAINTEXT_BYTES, m.digest_of(b""), m.MAX_VERSION, HEADER)
+    sizes = []
+    for files in (1, 2):
+        uri = Ident("kbs:///" + "u" * (128 - len("kbs:///")))
+        model = m.ModelConfig(Ident("m" * 64), m.MAX_VERSION, uri, bytes(32), (longest,) * files)
+        sizes.append((len(m.pack_config(model)), len(m.pack_manifest(model))))
+    for one, two, bound in zip(*sizes, (m.MAX_CONFIG_BYTES, m.MAX_MANIFEST_BYTES), strict=True):
+        row = two - one
+        assert one + row * (m.MAX_FILES - 1) <= bound
+    assert sizes[0][0] + (sizes[1][0] - sizes[0][0]) * (m.MAX_FILES - 1) == 127_400_371, "FORMAT.md says this number"
+
+
+def test_a_manifest_that_no_registry_takes_is_refused() -> None:
+    m.check_for_registry(4 << 20, 15_000)
+    with pytest.raises(ManifestTooLargeError) as caught:
+        m.check_for_registry((4 << 20) + 1, 15_000)
+    assert "about 14999 files" in str(caught.value)
+
+
 # --- the manifest is authenticated before it is parsed ----------------------------------------------------------------
 
 
@@ -111,8 +131,8 @@ def test_an_expected_digest_in_any_other_form_never_matches(expected: str) -> No
         m.parse_manifest(MANIFEST_BYTES, expected)
 
 
-def test_a_manifest_above_4_mib_is_refused() -> None:
-    data = MANIFEST_BYTES + b" " * (4 << 20)
+def test_a_manifest_above_128_mib_is_refused() -> None:
+    data = MANIFEST_BYTES + b" " * (128 << 20)
     with pytest.raises(MalformedManifestError) as caught:
         m.parse_manifest(data, m.digest_of(data))
     assert field_of(caught) == "manifest.bytes"
@@ -136,12 +156,12 @@ MANIFEST_DEFECTS: list[tuple[str, Any]] = [
     ("config.digest", lambda d: d["config"].update(digest="sha256:../../../etc/shadow")),
     ("config.digest", lambda d: d["config"].update(digest="sha512:" + "0" * 128)),
     ("config.digest", lambda d: d["config"].update(digest=d["config"]["digest"] + "\n")),
-    ("config.size", lambda d: d["config"].update(size=(16 << 20) + 1)),
+    ("config.size", lambda d: d["config"].update(size=(128 << 20) + 1)),
     ("config.size", lambda d: d["config"].update(size=0)),
     ("config.size", lambda d: d["config"].update(size=-1)),
     ("manifest", lambda d: d["config"].update(size="1")),
     ("layers", lambda d: d.update(layers=[])),
-    ("layers", lambda d: d.update(layers=[d["layers"][0]] * 10_001)),
+    ("layers", lambda d: d.update(layers=[d["layers"][0]] * 100_001)),
     ("layers[1].mediaType", lambda d: d["layers"][1].update(mediaType="application/octet-stream")),
     ("layers[0].digest", lambda d: d["layers"][0].update(digest="sha256:" + "A" * 64)),
     ("layers[0].annotations", lambda d: d["layers"][0].pop("annotations")),
@@ -214,7 +234,7 @@ CONFIG_DEFECTS: list[tuple[str, Any]] = [
     ("key_commitment", lambda d: d.update(key_commitment="00" * 31)),
     ("key_commitment", lambda d: d.update(key_commitment="AA" * 32)),
     ("files", lambda d: d.update(files=[])),
-    ("files", lambda d: d.update(files=[d["files"][0]] * 10_001)),
+    ("files", lambda d: d.update(files=[d["files"][0]] * 100_001)),
     ("config", first_file(extra=1)),
     ("files[0].size", first_file(size=-1)),
     ("files[0].size", first_file(size=MAX_PLAINTEXT_BYTES + 1)),
@@ -316,6 +336,16 @@ def test_a_path_that_is_not_clean_is_refused(path: str) -> None:
     with pytest.raises(MalformedManifestError) as caught:
         m.check_paths([path])
     assert field_of(caught) == "files[0].path"
+
+
+def test_folders_are_counted() -> None:
+    """Each once, however many files are in it; 250 above every file here."""
+    paths = [f"{i:03}{'/b' * 249}/{name}" for i in range(m.MAX_FOLDERS // 250) for name in "fg"]
+    m.check_paths(paths)
+    m.check_paths([*paths, "file"])
+    with pytest.raises(MalformedManifestError) as caught:
+        m.check_paths([*paths, "one/more"])
+    assert field_of(caught) == "folders"
 
 
 @pytest.mark.parametrize(

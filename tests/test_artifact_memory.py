@@ -14,6 +14,7 @@ import pytest
 from agent.artifact import DestinationKind
 from agent.artifact.given import MARK_NAME, wipe
 from agent.artifact.memory import (
+    Demand,
     Destination,
     DetachedTmpfs,
     GivenDirectory,
@@ -21,7 +22,7 @@ from agent.artifact.memory import (
     check_destination,
     check_memory,
     choose_destination,
-    in_pages,
+    demand_of,
 )
 from agent.errors import (
     DestinationError,
@@ -79,6 +80,14 @@ def swapping(guest: MemoryInfo) -> MemoryInfo:
     return guest
 
 
+def model_of(*sizes: int) -> Demand:
+    """Of files side by side."""
+    return demand_of({f"file-{i}": size for i, size in enumerate(sizes)})
+
+
+PAGE_OF_FILES = Demand(files=3, folders=2, file_bytes=PAGE)
+
+
 def descriptors() -> list[str]:
     found = []
     for name in os.listdir("/proc/self/fd"):
@@ -118,7 +127,7 @@ def as_nobody(body: Callable[[], None]) -> int:
 
 @needs_root
 def test_a_sealed_tmpfs_holds_every_file_readable_for_the_group_and_writable_for_nobody() -> None:
-    destination = DetachedTmpfs(8 * PAGE, GID)
+    destination = DetachedTmpfs(Demand(3, 2, 8 * PAGE), GID)
     files = {"a/b/c": b"1" * PAGE, "a/d": b"22", "e": b""}
     for path, data in files.items():
         fill(destination, path, data)
@@ -143,10 +152,12 @@ def test_a_sealed_tmpfs_holds_every_file_readable_for_the_group_and_writable_for
 
 @needs_root
 def test_a_tmpfs_is_not_sealed_under_an_open_window() -> None:
-    destination = DetachedTmpfs(PAGE, None)
+    destination = DetachedTmpfs(PAGE_OF_FILES, None)
     destination.create("w", PAGE)
-    with destination.window("w", 0, PAGE), pytest.raises(DestinationError) as caught:
-        destination.seal_read_only()
+    with destination.window("w", 0, PAGE) as window:
+        window.populate(0, PAGE)
+        with pytest.raises(DestinationError) as caught:
+            destination.seal_read_only()
     assert caught.value.code == errno.EBUSY
     destination.close()
 
@@ -154,7 +165,7 @@ def test_a_tmpfs_is_not_sealed_under_an_open_window() -> None:
 @needs_root
 @pytest.mark.parametrize("sizes", [[0], [1], [PAGE + 1, 1, 0], [3 * MIB + 5, 2 * MIB, PAGE - 1], [MIB - 16] * 3])
 def test_files_fit_exactly_into_their_pages(sizes: Sequence[int]) -> None:
-    destination = DetachedTmpfs(in_pages(sizes), None)
+    destination = DetachedTmpfs(model_of(*sizes), None)
     for i, size in enumerate(sizes):
         fill(destination, str(i), b"x" * size)
     destination.close()
@@ -181,8 +192,10 @@ def test_a_sealed_memfd_can_be_read_through_proc_and_changed_by_nobody() -> None
 def test_a_memfd_is_not_sealed_under_an_open_window() -> None:
     destination = SealedMemfd(None)
     destination.create("w", PAGE)
-    with destination.window("w", 0, PAGE), pytest.raises(DestinationError) as caught:
-        destination.seal_read_only()
+    with destination.window("w", 0, PAGE) as window:
+        window.populate(0, PAGE)
+        with pytest.raises(DestinationError) as caught:
+            destination.seal_read_only()
     assert caught.value.code == errno.EBUSY
     destination.close()
 
@@ -214,7 +227,7 @@ def test_another_user_of_the_group_can_open_a_sealed_memfd() -> None:
 
 
 def test_a_given_directory_shows_nothing_before_all_of_it_is_there(given: Path) -> None:
-    destination = GivenDirectory(str(given), PAGE, os.getegid())
+    destination = GivenDirectory(str(given), PAGE_OF_FILES, os.getegid())
     fill(destination, "a/b", b"weights")
     assert os.listdir(given) == [MARK_NAME]
     assert stat.S_IMODE((given / MARK_NAME).stat().st_mode) == 0o700
@@ -231,7 +244,7 @@ def test_a_given_directory_shows_nothing_before_all_of_it_is_there(given: Path) 
 
 def test_closing_an_unfinished_given_directory_leaves_nothing(given: Path) -> None:
     before = descriptors()
-    destination = GivenDirectory(str(given), PAGE, None)
+    destination = GivenDirectory(str(given), PAGE_OF_FILES, None)
     fill(destination, "a/b", b"weights")
     destination.close()
     destination.close()
@@ -244,7 +257,7 @@ def test_what_a_killed_predecessor_left_is_wiped(given: Path, published: bool) -
     """The lock of a dead agent is open; without one it is a living agent's."""
 
     def predecessor() -> None:
-        destination = GivenDirectory(str(given), PAGE, None)
+        destination = GivenDirectory(str(given), PAGE_OF_FILES, None)
         fill(destination, "a/b", b"plaintext")
         if published:
             destination.seal_read_only()
@@ -258,18 +271,18 @@ def test_what_a_killed_predecessor_left_is_wiped(given: Path, published: bool) -
 @pytest.mark.parametrize("published", [False, True])
 def test_a_living_agents_directory_is_left_alone(given: Path, published: bool) -> None:
     """Whoever holds the descriptor that is handed over holds the lock, even when its maker has closed its own."""
-    living = GivenDirectory(str(given), PAGE, None)
+    living = GivenDirectory(str(given), PAGE_OF_FILES, None)
     fill(living, "a/b", b"plaintext")
     if published:
         living.seal_read_only()
     held = os.dup(living.hand_over()[0])
     with pytest.raises(DestinationError) as looked:
-        check_destination("directory", str(given), [PAGE], None, allow_swap=True, memory=MACHINE)
+        check_destination("directory", str(given), model_of(PAGE), None, allow_swap=True, memory=MACHINE)
     assert looked.value.problem is DestinationProblem.IN_USE
     before = descriptors()
     wipe(str(given))
     with pytest.raises(DestinationError) as caught:
-        GivenDirectory(str(given), PAGE, None)
+        GivenDirectory(str(given), PAGE_OF_FILES, None)
     assert caught.value.problem is DestinationProblem.IN_USE
     assert descriptors() == before
     assert [path for path in given.rglob("b") if path.read_bytes() == b"plaintext"]
@@ -282,7 +295,7 @@ def test_a_given_directory_must_be_empty(given: Path) -> None:
     before = descriptors()
     (given / "model").mkdir()
     with pytest.raises(DestinationError) as caught:
-        GivenDirectory(str(given), PAGE, None)
+        GivenDirectory(str(given), PAGE_OF_FILES, None)
     assert caught.value.problem is DestinationProblem.NOT_EMPTY
     assert descriptors() == before
     assert os.listdir(given) == ["model"]
@@ -290,7 +303,7 @@ def test_a_given_directory_must_be_empty(given: Path) -> None:
 
 def test_a_given_directory_is_checked_without_wiping_what_an_agent_may_still_be_writing(given: Path, guest: MemoryInfo) -> None:
     def check(size: int) -> None:
-        check_destination("directory", str(given), [size], None, allow_swap=False, memory=guest)
+        check_destination("directory", str(given), model_of(size), None, allow_swap=False, memory=guest)
 
     before = descriptors()
     (given / MARK_NAME).mkdir()
@@ -309,7 +322,7 @@ def test_a_given_directory_is_checked_without_wiping_what_an_agent_may_still_be_
 def test_a_given_directory_must_be_memory() -> None:
     before = descriptors()
     with pytest.raises(DestinationError) as caught:
-        GivenDirectory("/proc", PAGE, None)
+        GivenDirectory("/proc", PAGE_OF_FILES, None)
     assert caught.value.problem is DestinationProblem.NOT_MEMORY
     assert descriptors() == before
 
@@ -317,24 +330,58 @@ def test_a_given_directory_must_be_memory() -> None:
 def test_a_link_to_a_directory_is_none(given: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(given)
     with pytest.raises(DestinationError) as caught:
-        GivenDirectory(str(tmp_path / "link"), PAGE, None)
+        GivenDirectory(str(tmp_path / "link"), PAGE_OF_FILES, None)
     assert caught.value.code == errno.ENOTDIR
 
 
 def test_a_given_directory_must_have_room(given: Path) -> None:
     needed = 1 << 50
     with pytest.raises(InsufficientMemoryError) as caught:
-        GivenDirectory(str(given), needed, None)
+        GivenDirectory(str(given), model_of(needed), None)
     assert (caught.value.limit, caught.value.needed_bytes) == (MemoryLimit.DESTINATION, needed)
     assert 0 < caught.value.available_bytes < needed
     assert os.listdir(given) == []
+
+
+@needs_root
+@pytest.mark.parametrize(("inodes", "fits"), [(8, True), (7, False)])
+def test_a_given_directory_must_have_inodes(tmp_path: Path, inodes: int, fits: bool) -> None:
+    """Its root, the mark, and what the model has: its own root, two folders, three files."""
+
+    def body() -> None:
+        mounts.enter_private_mount_namespace()
+        mounts.mount("tmpfs", str(tmp_path), 0, f"nr_inodes={inodes}")
+        problem = None
+        try:
+            destination = GivenDirectory(str(tmp_path), PAGE_OF_FILES, None)
+            for path in ("a/b/c", "a/b/d", "e"):
+                destination.create(path, 1)
+            destination.close()
+        except DestinationError as error:
+            problem = error.problem
+        assert problem is (None if fits else DestinationProblem.INODES)
+        assert os.listdir(tmp_path) == []
+
+    in_child(body)
+
+
+@needs_root
+def test_a_tmpfs_of_ours_has_the_inodes_of_its_model() -> None:
+    """By default it has one for two pages of the machine's memory: a guest of 512 MiB has 65,536."""
+    destination = DetachedTmpfs(PAGE_OF_FILES, None)
+    for path in ("a/b/c", "a/b/d", "e"):
+        destination.create(path, 0)
+    with pytest.raises(DestinationError) as caught:
+        destination.create("one more", 0)
+    assert caught.value.code == errno.ENOSPC
+    destination.close()
 
 
 # --- the choice -------------------------------------------------------------------------------------------------------
 
 
 def choose(kind: str, guest: MemoryInfo, sizes: Sequence[int] = (1,), directory: str | None = None) -> Destination:
-    return choose_destination(kind, directory, sizes, None, allow_swap=False, memory=guest)
+    return choose_destination(kind, directory, model_of(*sizes), None, allow_swap=False, memory=guest)
 
 
 @needs_root
@@ -396,7 +443,7 @@ def test_swap_refuses_memory_that_could_be_swapped_and_leaves_nothing(swapping: 
 
 
 def test_swap_goes_on_only_when_allowed_by_name(swapping: MemoryInfo) -> None:
-    choose_destination("memfd", None, [1], None, allow_swap=True, memory=swapping).close()
+    choose_destination("memfd", None, model_of(1), None, allow_swap=True, memory=swapping).close()
 
 
 @pytest.mark.parametrize("kind", ["memfd", "directory"])
@@ -404,14 +451,14 @@ def test_what_only_checks_a_destination_refuses_swap_as_well(swapping: MemoryInf
     before = descriptors()
     directory = str(given) if kind == "directory" else None
     with pytest.raises(SwapActiveError):
-        check_destination(kind, directory, [PAGE], None, allow_swap=False, memory=swapping)
-    check_destination(kind, directory, [PAGE], None, allow_swap=True, memory=swapping)
+        check_destination(kind, directory, model_of(PAGE), None, allow_swap=False, memory=swapping)
+    check_destination(kind, directory, model_of(PAGE), None, allow_swap=True, memory=swapping)
     assert descriptors() == before
 
 
 @needs_root
 def test_swap_does_not_reach_a_tmpfs_without_swap(swapping: MemoryInfo) -> None:
-    destination = DetachedTmpfs(PAGE, None)
+    destination = DetachedTmpfs(PAGE_OF_FILES, None)
     noswap = destination.noswap
     destination.close()
     if not noswap:
@@ -422,23 +469,39 @@ def test_swap_does_not_reach_a_tmpfs_without_swap(swapping: MemoryInfo) -> None:
 # --- how much ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_model_takes_whole_pages() -> None:
-    assert in_pages([0, 1, PAGE, PAGE + 1]) == 4 * PAGE
+def test_a_model_takes_whole_pages_and_an_inode_for_each_file_and_folder() -> None:
+    demand = demand_of({"a/b/c": 0, "a/b/d": 1, "a/e": PAGE, "f": PAGE + 1})
+    assert demand == Demand(files=4, folders=2, file_bytes=4 * PAGE)
+    assert demand.inodes == 7
+    assert demand.memory_bytes == 4 * PAGE + 4 * 10 + 7 * 1280
+
+
+def test_what_the_kernel_keeps_beside_large_and_small_files() -> None:
+    """Of a large file it is little, of many small ones it is more than their contents."""
+    large = model_of(200 << 30)
+    assert (large.file_bytes, large.inodes) == (200 << 30, 2)
+    assert large.memory_bytes == (200 << 30) + (500 << 20) + 2 * 1280
+    empty = demand_of({f"{i % 100}/{i}": 0 for i in range(100_000)})
+    assert (empty.file_bytes, empty.memory_bytes) == (0, 100_101 * 1280)
+    small = demand_of({f"{i % 100}/{i}": 1 for i in range(100_000)})
+    assert (small.file_bytes, small.memory_bytes) == (100_000 * PAGE, 100_000 * (PAGE + 10) + 100_101 * 1280)
 
 
 def test_the_tighter_limit_bites_and_headroom_counts(guest: MemoryInfo) -> None:
-    check_memory([49 * MIB], MIB, guest)
+    fits = Demand(1, 0, 48 * MIB)
+    headroom = 50 * MIB - fits.memory_bytes
+    check_memory(fits, headroom, guest)
     with pytest.raises(InsufficientMemoryError) as caught:
-        check_memory([49 * MIB + 1], MIB, guest)
+        check_memory(fits, headroom + 1, guest)
     assert (caught.value.limit, caught.value.available_bytes) == (MemoryLimit.CGROUP, 50 * MIB)
-    assert caught.value.needed_bytes == 50 * MIB + PAGE
+    assert caught.value.needed_bytes == 50 * MIB + 1
 
 
 def test_memory_of_the_machine_bites_without_a_cgroup_limit(guest: MemoryInfo) -> None:
     (guest.sys / "fs/cgroup/memory.max").write_text("max")
-    check_memory([100 * MIB], 0, guest)
+    check_memory(model_of(99 * MIB), 0, guest)
     with pytest.raises(InsufficientMemoryError) as caught:
-        check_memory([100 * MIB + 1], 0, guest)
+        check_memory(model_of(100 * MIB), 0, guest)
     assert caught.value.limit is MemoryLimit.AVAILABLE
 
 
@@ -446,11 +509,11 @@ def test_memory_of_the_machine_bites_without_a_cgroup_limit(guest: MemoryInfo) -
 def test_figures_that_are_none_are_an_error_not_a_guess(guest: MemoryInfo, text: str) -> None:
     (guest.proc / "meminfo").write_text(text)
     with pytest.raises(DestinationError):
-        check_memory([1], 0, guest)
+        check_memory(model_of(1), 0, guest)
 
 
 def test_figures_that_cannot_be_read_are_an_error_not_a_guess(guest: MemoryInfo) -> None:
     (guest.proc / "meminfo").unlink()
     with pytest.raises(DestinationError) as caught:
-        check_memory([1], 0, guest)
+        check_memory(model_of(1), 0, guest)
     assert caught.value.code == errno.ENOENT

@@ -14,7 +14,14 @@ from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.oci import Repository
-from agent.errors import ArtifactUnavailableError, MalformedManifestError, ManifestDigestError, StoreProblem
+from agent.closed import Ident
+from agent.errors import (
+    ArtifactUnavailableError,
+    MalformedManifestError,
+    ManifestDigestError,
+    ManifestTooLargeError,
+    StoreProblem,
+)
 from agent.http_limited import limited
 from tests.range_server import make_certificate
 from tests.script_server import Reply, ScriptServer, Seen
@@ -85,6 +92,22 @@ def test_every_blob_comes_before_the_manifest_and_the_name_comes_last(layout: Pa
     assert stored.blobs | {entry.digest} == blobs
     assert told[-1] == (told[-1][1],) * 2
     assert told == sorted(told)
+
+
+def test_a_manifest_that_no_registry_takes_is_refused_before_anything_is_sent(layout: Path, tmp_path: Path) -> None:
+    """A layout of which there are only documents."""
+    files = tuple(m.SealedFile(f"{i:050}", 1, m.digest_of(b""), 2, b"\x28" + bytes(39)) for i in range(16_000))
+    model = m.ModelConfig(Ident("tiny"), 2, Ident("kbs:///a/b/1"), bytes(32), files)
+    manifest = m.pack_manifest(model)
+    for data in (manifest, m.pack_config(model)):
+        (layout / "blobs" / m.digest_of(data).replace(":", "/")).write_bytes(data)
+    index = layout / "index.json"
+    index.write_bytes(m.add_to_index(index.read_bytes(), manifest, "tiny-v2"))
+    stored = Stored()
+    with pytest.raises(ManifestTooLargeError) as caught:
+        push(layout, stored, tmp_path)
+    assert (caught.value.files, caught.value.manifest_bytes) == (16_000, len(manifest))
+    assert stored.put == {}
 
 
 def test_what_is_there_is_not_sent(layout: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from agent.artifact import manifest as m
 from agent.artifact.blobs import THREADS, UnsafeFixedSalt
-from agent.artifact.seal import plan_seal, seal_model
+from agent.artifact.seal import _in_order, plan_seal, seal_model
 from agent.artifact.sources import open_source
 from agent.artifact.stream import SEGMENT_BYTES, SegmentOpener, associated_data, key_commitment, parse_header
 from agent.errors import SealError, SealProblem
@@ -197,10 +197,19 @@ def test_a_name_that_not_every_file_system_can_hold_is_refused(model: Path, out:
     assert where in ("unprintable", "config.json")
 
 
-def test_more_files_than_the_format_holds_are_refused_at_once(model: Path, out: Path) -> None:
-    for i in range(10_000):
-        (model / f"{i}").touch()
-    assert problem_of(model, out) == (SealProblem.BAD_VALUE, "files")
+@pytest.mark.parametrize(
+    ("paths", "where"),
+    [
+        ([f"{i}" for i in range(m.MAX_FILES + 1)], "files"),
+        ([f"{i}{'/b' * 249}/f" for i in range(m.MAX_FOLDERS // 250 + 1)], "folders"),
+    ],
+    ids=["files", "folders"],
+)
+def test_more_files_or_folders_than_the_format_holds_are_refused_at_once(paths: list[str], where: str) -> None:
+    assert len(_in_order(dict.fromkeys(paths[:-1], 1))) == len(paths) - 1
+    with pytest.raises(SealError) as caught:
+        _in_order(dict.fromkeys(paths, 1))
+    assert (caught.value.problem, caught.value.where) == (SealProblem.BAD_VALUE, where)
 
 
 @pytest.mark.parametrize(

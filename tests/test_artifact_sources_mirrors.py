@@ -13,8 +13,10 @@ from agent.artifact.sources import BlobSource, open_source
 from agent.artifact.sources.mirrors import BUDGET, Mirrors, open_mirrored
 from agent.artifact.sources.patient import PatientSource
 from agent.config import ArtifactConfig
-from agent.errors import ArtifactUnavailableError, ConfigError, StoreProblem
+from agent.errors import ArtifactUnavailableError, ConfigError, CredentialsProblem, StoreCredentialsError, StoreProblem
+from agent.store_credentials import StoreCredentials
 from tests.range_server import Fault, RangeServer
+from tests.script_server import Reply, ScriptServer
 
 BLOB = "sha256:" + "ab" * 32
 DATA = bytes(range(256))
@@ -129,3 +131,44 @@ def test_the_configuration_names_them_and_a_location_that_is_none_is_told_at_onc
         open_mirrored(config("https://user:secret@example.org/x"), 5)
     with pytest.raises(ArtifactUnavailableError):
         open_mirrored(config(), 5)
+
+
+RELEASED = StoreCredentials("guest", "correct horse")
+URI = "kbs:///models/store/1"
+
+
+def test_credentials_go_to_the_store_and_to_no_mirror() -> None:
+    with (
+        ScriptServer(lambda _: Reply(401, [("WWW-Authenticate", 'Basic realm="models"')])) as store,
+        ScriptServer(lambda _: Reply(401, [("WWW-Authenticate", 'Basic realm="models"')])) as mirror,
+    ):
+        location = f"oci+http://{mirror.host}/models/tiny"
+        config = ArtifactConfig(
+            source=f"oci+http://{store.host}/models/tiny",
+            mirrors=(location,),
+            manifest_digest=BLOB,
+            credentials_uri=URI,
+        )
+        with closing(open_mirrored(config, 5, None, RELEASED)) as both, pytest.raises(ArtifactUnavailableError):
+            read(both)
+        assert any("authorization" in request.headers for request in store.seen)
+        assert mirror.seen
+        assert not [request for request in mirror.seen if "authorization" in request.headers]
+
+
+def test_credentials_come_from_where_the_configuration_says_and_from_nowhere_else() -> None:
+    registry = "oci://registry.example.org/x"
+    with pytest.raises(RuntimeError):
+        open_mirrored(ArtifactConfig(source=registry, manifest_digest=BLOB, credentials_uri=URI), 5)
+    with pytest.raises(RuntimeError):
+        open_mirrored(ArtifactConfig(source=registry, manifest_digest=BLOB), 5, None, RELEASED)
+
+
+def test_a_session_token_from_the_broker_is_for_a_bucket() -> None:
+    temporary = StoreCredentials("guest", "correct horse", "token")
+    config = ArtifactConfig(source="oci://registry.example.org/x", manifest_digest=BLOB, credentials_uri=URI)
+    with pytest.raises(StoreCredentialsError) as caught:
+        open_mirrored(config, 5, None, temporary)
+    assert caught.value.problem is CredentialsProblem.NOT_A_BUCKET
+    config = ArtifactConfig(source="s3://models/x", manifest_digest=BLOB, credentials_uri=URI)
+    open_mirrored(config, 5, None, temporary).close()

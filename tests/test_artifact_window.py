@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from agent.artifact.memory import DetachedTmpfs, SealedMemfd
+from agent.artifact.memory import DetachedTmpfs, SealedMemfd, demand_of
 from agent.errors import DestinationError, DestinationProblem
 
 PAGE = mmap.PAGESIZE
@@ -51,10 +51,20 @@ def test_a_window_on_nothing_is_empty() -> None:
     destination.close()
 
 
+def test_a_window_through_which_bytes_are_only_copied_maps_nothing() -> None:
+    destination = SealedMemfd(None)
+    destination.create("w", PAGE)
+    with destination.window("w", 0, PAGE) as window:
+        window.copy_in(0, memoryview(b"12345"))
+        assert "memfd:keyturn" not in Path("/proc/self/maps").read_text()
+    destination.close()
+
+
 def test_a_window_is_kept_out_of_core_files() -> None:
     destination = SealedMemfd(None)
     destination.create("w", PAGE)
-    with destination.window("w", 0, PAGE):
+    with destination.window("w", 0, PAGE) as window:
+        window.populate(0, PAGE)
         smaps = Path("/proc/self/smaps").read_text()
     mapping = smaps[smaps.index("memfd:keyturn") :]
     flags = mapping[mapping.index("VmFlags:") :].splitlines()[0].split()
@@ -64,7 +74,7 @@ def test_a_window_is_kept_out_of_core_files() -> None:
 
 @needs_root
 def test_memory_that_is_not_there_is_an_error_not_a_signal() -> None:
-    destination = DetachedTmpfs(PAGE, None)
+    destination = DetachedTmpfs(demand_of({"w": PAGE}), None)
     destination.create("w", 2 * PAGE)
     with destination.window("w", 0, 2 * PAGE) as window:
         with pytest.raises(DestinationError) as caught:

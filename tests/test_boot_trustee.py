@@ -20,10 +20,11 @@ from agent.evidence import Tee
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee, serve
 from agent.sim.trustee_knobs import REFUSALS, Fault, JweFault, Knobs
+from tests import bucket
 from tests.connect_proxy import ConnectProxy
 from tests.range_server import RangeServer
 from tests.tls import certificate, key_pem, pem
-from tests.world import KEY_URI, World, ask
+from tests.world import CREDENTIALS_URI, KEY_URI, World, ask
 
 
 @dataclass
@@ -113,6 +114,35 @@ def test_the_key_may_lie_elsewhere_and_stays_the_models(site: Site) -> None:
     assert site.paths()[-1] == "vault/models/tiny"
 
 
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+@pytest.mark.parametrize("relay", [False, True])
+def test_a_store_is_opened_with_another_resource_of_the_same_session(
+    tmp_path: Path, silicon: Path, tee: Tee, relay: bool
+) -> None:
+    with ExitStack() as undo:
+        if relay:
+            world = World(tmp_path, silicon, undo, tee=tee)
+            kbs = world.behind_a_relay()
+        else:
+            at = site_of(tmp_path, silicon, undo, tee)
+            world, kbs = at.world, at.kbs
+        kbs.register_resource(CREDENTIALS_URI.removeprefix("kbs:///"), world.keep_credentials())
+        agent = world.start(broker=relay)
+        agent.wait_for("server_ready")
+        assert ask(world.port, "/about")["sha256"] == hashlib.sha256(world.model["model.gguf"]).hexdigest()
+        outcome = agent.stop()
+        assert outcome.status == 0
+        asked = [path for path in Site(world, kbs).paths() if path != "/healthz"]
+        assert asked == ["auth", "attest", "resource/models/store/1", "resource/models/tiny/1"]
+        assert bucket.SECRET not in json.dumps(outcome.events)
+        if relay:
+            assert world.audit() == [
+                ("attest", "relayed", None),
+                ("credentials", "allowed", None),
+                ("release", "allowed", None),
+            ]
+
+
 def failure(site: Site, status: int, *, broker: bool = False) -> dict[str, Any]:
     """How a boot ends, before the gate."""
     outcome = site.world.start(broker=broker).wait()
@@ -154,6 +184,37 @@ def test_what_ends_a_boot_is_told_before_the_gate(site: Site, knobs: Knobs, stat
     failed = failure(site, status)
     assert failed["class"] == name
     assert says in failed["text"]
+
+
+@pytest.mark.parametrize(
+    ("resource", "status", "name", "says"),
+    [
+        (None, 15, "TrusteeRefusedError", ""),
+        (b'{"user": "guest"}', 17, "StoreCredentialsError", "not one JSON object"),
+        (b'{"user": "guest", "secret": "%s"}' % (b"s" * 4096), 17, "StoreCredentialsError", "longer than 4 KiB"),
+        (bytes(32), 17, "StoreCredentialsError", "as long as a model key"),
+        (bytes(33), 17, "StoreCredentialsError", "not one JSON object"),
+        (b"", 17, "StoreCredentialsError", "empty"),
+        (b'{"user": "AKIDEXAMPLE", "secret": "another"}', 18, "ArtifactUnavailableError", "access refused"),
+    ],
+)
+def test_credentials_that_are_none_or_do_not_open_the_store_end_a_boot_before_the_gate(
+    site: Site, resource: bytes | None, status: int, name: str, says: str
+) -> None:
+    site.world.keep_credentials()
+    if resource is not None:
+        site.kbs.register_resource(CREDENTIALS_URI.removeprefix("kbs:///"), resource)
+    failed = failure(site, status)
+    assert failed["class"] == name
+    assert says in failed["text"]
+
+
+def test_credentials_that_a_policy_denies_say_which_claims_failed(site: Site) -> None:
+    site.world.keep_credentials()
+    site.kbs.set_resource_policy("affirming")
+    failed = failure(site, 16)
+    assert failed["fields"]["claim"] == failed["findings"][0]
+    assert site.paths()[-1] == "resource/models/store/1"
 
 
 def test_an_outage_is_waited_out(site: Site) -> None:

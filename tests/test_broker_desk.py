@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from agent.broker.audit import AuditStep
 from agent.broker.desk import CHALLENGE_LIFE_S, VERIFIER_THREADS, AuthorityDesk
 from agent.closed import Ident
 from agent.evidence import RuntimeData, Tee
@@ -37,7 +38,7 @@ def test_every_hello_gets_a_nonce_of_its_own_and_evidence_over_another_is_denied
             assert isinstance(accepted, Accepted) and accepted.session == b""
             key = await desk.release(KeyRequest(Ident("boot-1"), accepted.token, URI))
             assert key.key_version == 1
-            await desk.record_failure(HELLO, Ident("STREAM_TIMEOUT"))
+            await desk.record_failure(AuditStep.ATTEST, HELLO, Ident("STREAM_TIMEOUT"))
             desk.close()
 
     asyncio.run(scene())
@@ -71,7 +72,7 @@ def test_who_has_a_verdict_gets_its_key_while_others_wait_for_theirs(tmp_path: P
             try:
                 async with asyncio.timeout(20):
                     key = await desk.release(KeyRequest(HELLO.request_id, accepted.token, URI))
-                    await desk.record_failure(HELLO, Ident("STREAM_TIMEOUT"))
+                    await desk.record_failure(AuditStep.ATTEST, HELLO, Ident("STREAM_TIMEOUT"))
                 assert key.key_version == 1 and not any(each.done() for each in waiting)
             finally:
                 busy.let_go.set()

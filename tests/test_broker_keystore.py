@@ -1,4 +1,4 @@
-"""The directory store gives out exactly 32 bytes of a file that is its own, and nothing else."""
+"""The directory store gives out exactly 32 bytes of a file that is its own, or credentials, and nothing else."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,7 @@ import pytest
 from agent.broker.keystore import DirectoryKeyStore, KeyStore
 from agent.closed import Ident
 from agent.errors import BrokerFailureError
+from tests.fuzz.targets import keyset_seeds
 
 KEY = bytes(range(32))
 URI = Ident("kbs:///models/tiny/1")
@@ -130,3 +131,34 @@ def test_a_folder_is_no_key(tmp_path: Path) -> None:
 
 def test_a_store_that_is_not_there_has_no_keys(tmp_path: Path) -> None:
     assert reason(DirectoryKeyStore(tmp_path / "missing")) == "KEY_NOT_FOUND"
+
+
+CREDENTIALS = b'{"user": "guest", "secret": "correct horse"}'
+
+
+def credentials_reason(store: KeyStore, uri: Ident = URI) -> str:
+    with pytest.raises(BrokerFailureError) as caught:
+        store.fetch_credentials(uri)
+    assert "horse" not in f"{caught.value}"
+    return caught.value.reason
+
+
+def test_credentials_come_as_they_lie_there_and_are_no_key(tmp_path: Path) -> None:
+    put(tmp_path / "models/tiny/1", CREDENTIALS)
+    store = DirectoryKeyStore(tmp_path)
+    assert store.fetch_credentials(URI) == CREDENTIALS
+    assert reason(store) == "KEY_FILE_LENGTH"
+
+
+@pytest.mark.parametrize("data", [KEY, b"", b"{}", keyset_seeds()[0], CREDENTIALS.ljust(4097), b"guest:correct horse"])
+def test_what_is_no_credentials_is_not_given_as_such(tmp_path: Path, data: bytes) -> None:
+    put(tmp_path / "models/tiny/1", data)
+    assert credentials_reason(DirectoryKeyStore(tmp_path)) == "CREDENTIALS_FILE"
+
+
+def test_credentials_that_are_not_there_or_not_ours_alone_are_not_given(tmp_path: Path) -> None:
+    store = DirectoryKeyStore(tmp_path)
+    assert credentials_reason(store) == "CREDENTIALS_NOT_FOUND"
+    assert credentials_reason(store, Ident("kbs:///models/../1")) == "CREDENTIALS_NOT_FOUND"
+    put(tmp_path / "models/tiny/1", CREDENTIALS, 0o640)
+    assert credentials_reason(store) == "KEY_FILE_MODE"

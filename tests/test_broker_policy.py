@@ -351,6 +351,29 @@ def test_an_empty_list_matches_nothing(field: str, claim: Claim) -> None:
     assert (error.reason, error.claim) == (DenialReason.REFERENCE_VALUE, claim.value)
 
 
+STORE = Ident("kbs:///models/store/1")
+
+
+def denied_credentials(data: bytes, uri: Ident = STORE) -> KeyReleaseDeniedError:
+    table = parse_policy(data)
+    with pytest.raises(KeyReleaseDeniedError) as caught:
+        table.check_credentials(table.live_row(URI, NOW), uri)
+    assert caught.value.claim == Claim.CREDENTIALS_URI.value
+    return caught.value
+
+
+def test_a_row_that_names_no_credentials_gives_none() -> None:
+    assert denied_credentials(policy()).reason is DenialReason.REFERENCE_VALUE
+
+
+def test_other_credentials_than_the_rows_are_denied() -> None:
+    data = policy(credentials_uri=f'"{STORE}"')
+    table = parse_policy(data)
+    table.check_credentials(table.live_row(URI, NOW), STORE)
+    assert denied_credentials(data, Ident("kbs:///models/store/2")).reason is DenialReason.CLAIM
+    assert denied_credentials(data, URI).reason is DenialReason.CLAIM
+
+
 def test_every_field_of_a_row_is_required_by_the_schema_or_matches_nothing_without() -> None:
     for field in ROW.keys() - {"lease_s"}:
         with pytest.raises((KeyReleaseDeniedError, ConfigError)):
@@ -391,7 +414,7 @@ def test_what_no_reference_value_can_allow_is_denied_by_its_name(
 
 def test_the_tables_above_reach_every_claim() -> None:
     reached = {claim for _, claim, _ in WRONG_CLAIMS} | set(MISSING.values()) | {claim for _, _, claim in OTHER_DENIALS}
-    reached |= set(TDX_MISSING.values())
+    reached |= set(TDX_MISSING.values()) | {Claim.CREDENTIALS_URI}  # that one is asked for after the Verdict, above
     assert reached == set(Claim)
 
 
@@ -490,6 +513,8 @@ BROKEN = [
     (tdx_policy(tdx__rtmr_0=TDX_ROW["tdx__rtmr_1"]), ConfigProblem.BAD_VALUE, "row[0].tdx.rtmr_1"),
     (tdx_policy(tdx__debug="false"), ConfigProblem.UNKNOWN_KEY, "row[0].tdx.debug"),
     (policy() + policy().split(b"\n", 2)[2], ConfigProblem.BAD_VALUE, "row[1].key_uri"),
+    (policy(credentials_uri='"kbs:///models/store"'), ConfigProblem.BAD_VALUE, "row[0].credentials_uri"),
+    (policy(credentials_uri=f'"{URI}"'), ConfigProblem.BAD_VALUE, "row[0].credentials_uri"),
 ]  # fmt: skip
 
 

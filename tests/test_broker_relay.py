@@ -53,6 +53,8 @@ from agent.handshake import (
     Challenge,
     Hello,
     KeyRequest,
+    SealedCredentials,
+    SealedKey,
     ear,
     rcar,
 )
@@ -61,7 +63,7 @@ from agent.handshake.grpc_client import InitData
 from agent.handshake.grpc_status import OVERLOADED, Failure, reason_of, refusal_of
 from agent.handshake.machine import Trust
 from agent.jose import pack_b64
-from agent.keys import open_jwe
+from agent.keys import EphemeralKey, open_credentials, open_jwe
 from agent.sim.machine import SimulatedMachine
 from agent.sim.trustee import Trustee
 from agent.sim.trustee_knobs import REFUSALS, CookieFault, Fault, JweFault, Knobs, TokenFault
@@ -308,6 +310,43 @@ def test_what_cannot_be_recorded_is_not_passed_on(site: RelaySite) -> None:
     error = failure(site)
     assert isinstance(error, BrokerFailureError)
     assert (error.status, error.reason) == (9, "AUDIT_LOG")
+
+
+def test_credentials_are_another_resource_behind_a_relay_with_a_line_of_their_own(site: RelaySite) -> None:
+    site.kbs.register_resource("models/store/1", b'{"user": "guest", "secret": "correct horse"}')
+
+    async def scene() -> tuple[EphemeralKey, SealedCredentials, SealedKey]:
+        async with site.client() as broker:
+            verdict, key = await broker.attest(URI, site.tee, site.guest())
+            credentials = await broker.release_credentials(verdict, Ident("kbs:///models/store/1"))
+            return key, credentials, await broker.release_key(verdict)
+
+    key, credentials, sealed = played(site, scene)
+    assert open_credentials(credentials, key).secret == "correct horse"
+    opened = bytearray(32)
+    open_jwe(sealed.jwe, key, memoryview(opened))
+    assert bytes(opened) == KEY
+    lines = site.audit()
+    assert [(line["step"], line["decision"], line["key_id"]) for line in lines] == [
+        ("attest", "relayed", URI),
+        ("credentials", "allowed", "kbs:///models/store/1"),
+        ("release", "allowed", URI),
+    ]
+    assert "horse" not in site.audit_path.read_text()
+
+
+def test_credentials_that_the_kbs_denies_are_denied_in_the_words_of_the_token(site: RelaySite) -> None:
+    site.kbs.set_resource_policy("deny_all")
+
+    async def scene() -> None:
+        async with site.client() as broker:
+            verdict, _ = await broker.attest(URI, site.tee, site.guest())
+            await broker.release_credentials(verdict, Ident("kbs:///models/store/1"))
+
+    with pytest.raises(KeyReleaseDeniedError):
+        played(site, scene)
+    assert [line["step"] for line in site.audit()] == ["attest", "credentials"]
+    assert site.audit()[1]["decision"] == "denied"
 
 
 # --- what the guest believes --------------------------------------------------------------------------------------------

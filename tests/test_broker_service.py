@@ -21,10 +21,19 @@ from agent.closed import Ident
 from agent.errors import BrokerFailureError, DenialReason, InternalError, KeyReleaseDeniedError
 from agent.evidence import CompositeEvidence, GpuEvidence, Nonce, RuntimeData, Tee
 from agent.evidence.binding import additional_evidence, device_nonce, parse_additional_evidence, report_data
-from agent.handshake import MAX_MESSAGE_BYTES, Attestation, Challenge, Denied, Hello, KeyRequest, TeePublicKey
+from agent.handshake import (
+    MAX_MESSAGE_BYTES,
+    Attestation,
+    Challenge,
+    CredentialsRequest,
+    Denied,
+    Hello,
+    KeyRequest,
+    TeePublicKey,
+)
 from agent.handshake import grpc_wire as wire
 from agent.handshake.grpc_status import DETAILS_KEY, Denial, Failure, parse_failure
-from agent.keys import EphemeralKey, open_jwe
+from agent.keys import EphemeralKey, open_credentials, open_jwe
 from agent.sim.machine import SimulatedMachine
 from tests.broker_site import KEY, OTHER_URI, URI, Collector, Site, in_thread, policy_for
 
@@ -241,6 +250,108 @@ def refused_release(site: Site, between: Callable[[], None], key_uri: Ident = UR
 
 def test_the_token_of_one_key_does_not_open_another(site: Site) -> None:
     assert refused_release(site, lambda: None, OTHER_URI) == (7, "TOKEN_KEY_URI")
+
+
+# --- credentials of the model's store ---------------------------------------------------------------------------------
+
+STORE = Ident("kbs:///models/store/1")
+
+
+@pytest.fixture
+def store_site(site: Site) -> Site:
+    """Whose rows name credentials."""
+    path = site.made.directory / "keys" / STORE.removeprefix("kbs:///")
+    path.parent.mkdir()
+    path.touch(mode=0o600)
+    path.write_text('{"user": "guest", "secret": "correct horse"}')
+    site.policy = policy_for(site.machine, credentials_uri=f'"{STORE}"')
+    return site
+
+
+def test_a_genuine_guest_gets_the_credentials_and_then_its_key_with_one_key_pair(store_site: Site) -> None:
+    async def scene() -> Any:
+        async with store_site.client() as broker:
+            verdict, key = await broker.attest(URI, Tee.SNP, in_thread(store_site.collect))
+            return verdict, key, await broker.release_credentials(verdict, STORE), await broker.release_key(verdict)
+
+    verdict, key, credentials, sealed = played(store_site, scene)
+    assert open_credentials(credentials, key).secret == "correct horse"
+    opened = bytearray(32)
+    open_jwe(sealed.jwe, key, memoryview(opened))
+    assert bytes(opened) == KEY
+    attest, given, release = store_site.audit()
+    assert [line["step"] for line in (attest, given, release)] == ["attest", "credentials", "release"]
+    expected = {"decision": "allowed", "key_id": STORE, "request_id": verdict.request_id, "nonce": attest["nonce"]}
+    assert given.items() >= (expected | {"release_channel": "test", "key_version": None}).items()
+    assert "horse" not in store_site.audit_path.read_text() and b"horse" not in credentials.jwe
+
+
+async def ask_for_credentials(site: Site, token: str, uri: Ident) -> Failure:
+    async with site.channel() as channel:
+        request = wire.pack_credentials_request(CredentialsRequest(Ident("boot-2"), token, uri))
+        return await failure_of(channel.unary_unary(wire.RELEASE_CREDENTIALS_METHOD)(request))
+
+
+def refused_credentials(site: Site, uri: Ident = STORE, between: Callable[[], None] = lambda: None) -> tuple[int, str]:
+    async def scene() -> Failure:
+        verdict, _ = await site.attest()
+        between()
+        return await ask_for_credentials(site, verdict.token, uri)
+
+    failure = played(site, scene)
+    assert failure.request_id == "boot-2"
+    line = site.audit()[-1]
+    assert (line["step"], line["key_id"], line["request_id"]) == ("credentials", uri, "boot-2")
+    assert line["decision"] in ("denied", "failed")
+    return failure.code, failure.reason
+
+
+def test_only_the_credentials_of_the_keys_row_are_given(store_site: Site) -> None:
+    for other in (Ident("kbs:///models/store/2"), URI, OTHER_URI):  # no key either
+        assert refused_credentials(store_site, other) == (7, "POLICY_CREDENTIALS_URI")
+    store_site.policy = policy_for(store_site.machine)
+    assert refused_credentials(store_site) == (7, "POLICY_CREDENTIALS_URI")
+    assert store_site.audit()[-1]["reason"] == "reference-value"
+
+
+def test_credentials_are_held_to_the_same_token_as_a_key(store_site: Site) -> None:
+    assert played(store_site, lambda: ask_for_credentials(store_site, "a.b.c", STORE)).code == 16
+
+    async def revoked() -> Failure:
+        async with store_site.running() as authority:
+            verdict, _ = await store_site.attest()
+            authority.policy = parse_policy(policy_for(store_site.machine, "2", credentials_uri=f'"{STORE}"', revoked="true"))
+            return await ask_for_credentials(store_site, verdict.token, STORE)
+
+    assert asyncio.run(revoked()).reason == "POLICY_REVOKED"
+    assert refused_credentials(store_site, between=lambda: store_site.clock.advance(TOKEN_LIFE_S + 1)) == (16, "TOKEN_EXPIRED")
+
+
+def test_credentials_that_are_none_are_the_brokers_failure(store_site: Site) -> None:
+    path = store_site.made.directory / "keys" / STORE.removeprefix("kbs:///")
+    path.write_text('{"user": "guest"}')
+    assert refused_credentials(store_site) == (9, "CREDENTIALS_FILE")
+    path.write_bytes(KEY)
+    assert refused_credentials(store_site) == (9, "CREDENTIALS_FILE")
+    path.unlink()
+    assert refused_credentials(store_site) == (5, "CREDENTIALS_NOT_FOUND")
+
+
+def test_a_request_for_credentials_that_does_not_parse_is_recorded(site: Site) -> None:
+    async def scene() -> Failure:
+        async with site.channel() as channel:
+            return await failure_of(channel.unary_unary(wire.RELEASE_CREDENTIALS_METHOD)(b"\xff\xfftell me"))
+
+    assert played(site, scene) == Failure(3, Ident("PROTOCOL_MALFORMED"))
+    (line,) = site.audit()
+    assert (line["step"], line["decision"], line["reason"]) == ("credentials", "failed", "PROTOCOL_MALFORMED")
+
+
+def test_no_credentials_are_released_whose_release_cannot_be_recorded(store_site: Site) -> None:
+    verdict, _ = played(store_site, store_site.attest)
+    store_site.audit_path = Path("/dev/full")
+    failure = played(store_site, lambda: ask_for_credentials(store_site, verdict.token, STORE))
+    assert (failure.code, failure.reason) == (9, "AUDIT_LOG")
 
 
 def test_a_key_request_that_does_not_parse_is_recorded(site: Site) -> None:
@@ -542,6 +653,9 @@ def test_a_key_that_is_revoked_after_the_verdict_is_denied_to_the_guest_in_the_w
 class BuggyKeyStore:
     def fetch(self, key_uri: Ident) -> StoredKey:
         raise RuntimeError("the key is 1234")
+
+    def fetch_credentials(self, uri: Ident) -> bytes:
+        raise RuntimeError("the password is 1234")
 
 
 def test_a_bug_is_told_by_its_place_and_never_by_its_text(site: Site) -> None:

@@ -31,27 +31,6 @@ def test_for_a_td_the_digest_is_as_long_as_mrconfigid(tmp_path: Path, capsys: py
     assert json.loads(capsys.readouterr().out)["mr_config_id"] == digest
 
 
-def test_check_says_what_a_boot_of_it_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The start modes and what each of them gives up: in words here, as words of a list in receipts."""
-    text = EXAMPLE.partition("[server]")[0].replace('destination = "auto"', 'destination = "directory"\ndirectory = "/run/m"')
-    coco = text.replace('attester = "snp"', 'attester = "coco"').replace('ready_state = "own"', 'ready_state = "preset"')
-    held: dict[str, list[str]] = {
-        EXAMPLE: [],
-        EXAMPLE.replace("port = 8080", 'port = 8080\noutput = "inherit"'): ["server-output"],
-        EXAMPLE.replace("port = 8080", "port = 8080\nunsafe_run_as_root = true"): ["server-root"],
-        text: ["unsupervised", "modes-only", "outlives-agent"],
-        coco: ["unsupervised", "modes-only", "outlives-agent", "ready-preset", "pod-evidence"],
-    }
-    for number, (content, expected) in enumerate(held.items()):
-        path = tmp_path / f"{number}.toml"
-        path.write_text(content)
-        assert main(["config", "check", "--json", str(path)]) == 0
-        assert json.loads(capsys.readouterr().out)["not_held"] == expected
-        assert main(["config", "check", str(path)]) == 0
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not held: ")]
-        assert [line.split(": ")[1] for line in lines] == expected
-
-
 def test_explain_one_key_or_all(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["config", "explain", "gpu.ready_state"]) == 0
     assert capsys.readouterr().out == EXPLAIN["gpu.ready_state"] + "\n"

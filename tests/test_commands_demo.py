@@ -11,7 +11,8 @@ KEYTURN = [sys.executable, "-I", "-m", "agent"]
 def test_help_names_every_option() -> None:
     shown = subprocess.run([*KEYTURN, "demo", "--help"], capture_output=True, text=True)
     assert shown.returncode == 0
-    options = ("--once", "--json", "--flip-byte", "--tee", "--via", "--attester", "--broker", "--gpus", "--ppcie")
+    options = ["--once", "--json", "--flip-byte", "--tee", "--via", "--attester", "--broker", "--gpus", "--ppcie"]
+    options += ["--source", "--credentials"]
     assert all(option in shown.stdout for option in options)
 
 
@@ -50,6 +51,8 @@ except ModuleNotFoundError as error:
         ["--broker", "rcar", "--tee", "sample", "--attester", "coco"],
         ["--broker", "rcar", "--tee", "sample", "--via", "configfs"],
         ["--broker", "http://127.0.0.1:1"],
+        ["--credentials", "kbs"],
+        ["--credentials", "kbs", "--source", "https"],
     ],
 )
 def test_what_goes_together_with_no_kbs_is_a_usage_error(words: list[str]) -> None:

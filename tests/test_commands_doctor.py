@@ -8,6 +8,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
 from agent.sim.nvml import CALL_LOG, KERNEL_LOG
 from tests.range_server import RangeServer
+from tests.test_artifact_compact_jwe import sealed as jwe_of
 from tests.tls import certificate, pem
 from tests.world import DEADLINE_S, World
 
@@ -302,6 +304,43 @@ ROWS = (
     Row("server not on the path", server_not_on_path, {"server-program": "ServerStartError"}, 30),
     Row("port taken", port_taken, {"server-address": "ConfigError"}, 10),
 )
+
+
+def kept_by_kserve(world: World) -> Path:
+    """The model as KServe's files, one of them in clear."""
+    folder = world.folder / "kserve"
+    folder.mkdir()
+    (folder / "a.gguf.jwe").write_bytes(jwe_of(b"weights"))
+    (folder / "config.json").write_bytes(b"{}")
+    world.artifact = {"source": str(folder), "format": "kserve-jwe", "name": "tiny", "jwe_files": ["a.gguf.jwe"]}
+    world.artifact["plain_files"] = {"config.json": f"sha256:{hashlib.sha256(b'{}').hexdigest()}"}
+    return folder
+
+
+def test_kserves_files_are_looked_at_as_far_as_that_needs_no_key(world: World) -> None:
+    folder = kept_by_kserve(world)
+    found = diagnosed("--offline", *guest(world))
+    assert (found.failures(), found.status) == ({}, 0)
+    assert next(entry for entry in found.checks if entry["check"] == "store")["seen"] == {"jwe": "1-files", "plain": "1-files"}
+    assert found.outcome("memory") == "ok"
+    (folder / "config.json").write_bytes(b"[]")
+    assert diagnosed("--offline", *guest(world)).failures() == {"store": "ManifestDigestError"}
+    (folder / "config.json").write_bytes(b"{}")
+    (folder / "a.gguf.jwe").write_bytes(b"plaintext")
+    assert diagnosed("--offline", *guest(world)).failures() == {"store": "MalformedHeaderError"}
+
+
+def test_of_several_allowed_models_one_is_looked_at(world: World) -> None:
+    selection = {key: world.artifact.pop(key) for key in ("source", "manifest_digest")}
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        world.artifact |= {"destination": "directory", "directory": folder}
+        world.artifact["allowed"] = [{"uri": "x://a", **selection}, {"uri": "x://b", **selection, "min_version": 9}]
+        world.server = {}
+        assert diagnosed("--offline", *guest(world)).failures()["configuration"] == "ConfigError"
+        other = diagnosed("--offline", "--uri=x://c", *guest(world))
+        assert other.failures()["configuration"] == "ConfigNotMeasuredError"
+        assert diagnosed("--offline", "--uri=x://b", *guest(world)).failures() == {"store": "RollbackError"}
+        assert diagnosed("--offline", "--uri=x://a", *guest(world)).failures() == {}
 
 
 def test_the_switches_are_a_line_of_their_own(world: World) -> None:

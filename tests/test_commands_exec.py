@@ -26,7 +26,8 @@ from agent.commands.exec import NOT_HANDED_ON, check_statement, environment_of_s
 from agent.config import parse as parse_config
 from agent.errors import ReceiptError
 from agent.evidence import Tee
-from agent.receipt import Mode, parse_receipt
+from agent.modes import Mode
+from agent.receipt import parse_receipt
 from agent.sim.api_server_rest import Components
 from agent.sim.machine import SimulatedMachine
 from tests.test_commands_load import load, loads
@@ -257,7 +258,7 @@ def test_a_mount_inside_the_model_is_refused(snp: Left) -> None:
 
 STATEMENTS: dict[str, tuple[dict[str, Any], str]] = {
     "simulated": ({"simulated": True}, "it is of simulated silicon"),
-    "mode": ({"mode": Mode.RUN}, "it is not of a boot"),
+    "mode": ({"mode": Mode.GUEST}, "it is not of a boot"),
     "config": ({"config_digest": bytes(32)}, "it is of a guest with another configuration"),
     "no config": ({"config_digest": b""}, "it is of a guest with another configuration"),
     "manifest": ({"manifest_digest": "sha256:" + "00" * 32}, "it is of another model"),

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.artifact.seal import seal_model
+from agent.artifact.signature import public_pem
 from agent.artifact.stream import SEGMENT_BYTES
 from agent.cli import main
 from tests.range_server import Fault, RangeServer, make_certificate
+from tests.test_artifact_compact_jwe import sealed as jwe_of
 
 KEY = bytes(range(32))
 URI = "kbs:///default/model/llama"
@@ -50,6 +53,59 @@ def blob_of(layout: Path, path: str, capsys: pytest.CaptureFixture[str]) -> Path
     assert main(["inspect", str(layout), "--json"]) == 0
     digests = {file["path"]: str(file["blob_digest"]) for file in json.loads(capsys.readouterr().out)["files"]}
     return layout / "blobs" / "sha256" / digests[path].removeprefix("sha256:")
+
+
+# --- files of KServe's ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def jwes(tmp_path: Path) -> Path:
+    folder = tmp_path / "kserve"
+    (folder / "w").mkdir(parents=True)
+    (folder / "w" / "a.gguf.jwe").write_bytes(jwe_of(os.urandom(2_000_000)))
+    (folder / "b.json.jwe").write_bytes(jwe_of(b"{}", "dir"))
+    return folder
+
+
+NAMES = ("--jwe-file", "w/a.gguf.jwe", "--jwe-file", "b.json.jwe")
+
+
+def test_of_kserves_files_algorithm_and_size_can_be_seen(
+    jwes: Path, key_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(jwes), *NAMES]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-2:] for line in lines[1:]] == [["A256KW", "w/a.gguf"], ["dir", "b.json"]]
+    with RangeServer(jwes) as server:
+        assert check(server.url, key_file, "--json", *NAMES) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "format": "kserve-jwe",
+        "checked": True,
+        "files": [
+            {"path": "w/a.gguf", "algorithm": "A256KW", "size": 2_000_000},
+            {"path": "b.json", "algorithm": "dir", "size": 2},
+        ],
+    }
+
+
+def test_a_file_of_kserves_that_does_not_open_is_told(jwes: Path, key_file: Path, tmp_path: Path) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_bytes(bytes(32))
+    assert check(str(jwes), wrong, *NAMES) == 17
+    content = bytearray((jwes / "w" / "a.gguf.jwe").read_bytes())
+    content[1_000_000] ^= 1
+    (jwes / "w" / "a.gguf.jwe").write_bytes(content)
+    assert check(str(jwes), key_file, *NAMES) == 19
+    (jwes / "b.json.jwe").write_bytes(b"{}")
+    assert main(["inspect", str(jwes), *NAMES]) == 19
+
+
+def test_what_is_about_a_manifest_does_not_go_with_files_of_kserves(jwes: Path, tmp_path: Path) -> None:
+    signer = tmp_path / "signer.pem"
+    signer.write_text(public_pem(ec.generate_private_key(ec.SECP256R1())))
+    with pytest.raises(SystemExit) as ended:
+        main(["inspect", str(jwes), *NAMES, "--signed-by", str(signer)])
+    assert ended.value.code == 2
 
 
 # --- showing ----------------------------------------------------------------------------------------------------------

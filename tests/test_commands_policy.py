@@ -102,6 +102,17 @@ def test_the_broker_releases_the_key_under_the_printed_row(site: Site, capsys: p
     assert denied.value.claim == Claim.HOST_DATA.value
 
 
+def test_the_row_and_trustees_policy_name_the_credentials_of_the_store(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    assert row.credentials_uri is None
+    site.text = site.text.replace("manifest_digest =", 'credentials_uri = "kbs:///models/store/1"\nmanifest_digest =')
+    site.text = site.text.replace("https://models.example.com/my-model", "s3://models/tiny")
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    assert row.credentials_uri == "kbs:///models/store/1"
+    assert '[["resource"], ["models", "store", "1"]],' in printed(capsys, site.words("--for=trustee"))
+
+
 def test_the_row_for_a_td_releases_the_key_too(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
     site.write(TDX, GPU, ON_TDX)
     text = printed(capsys, site.words(END)).encode()
@@ -119,6 +130,19 @@ def test_a_model_of_kserve_is_pinned_by_its_list(site: Site, capsys: pytest.Capt
     (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
     artifact = parse(site.file("keyturn.toml").read_bytes()).config.artifact
     assert ([each.value for each in row.manifest_digests], row.min_model_version) == ([list_digest(artifact)], 0)
+
+
+def test_of_several_allowed_models_one_is_asked_for(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = site.text[site.text.index("[artifact]") : site.text.index("[server]")].replace("destination =", "#")
+    entry = artifact.replace("[artifact]", '[[artifact.allowed]]\nuri = "keyturn://a"')
+    other = entry.replace("//a", "//b") + 'key_uri = "kbs:///models/other/1"\n'
+    shared = '[artifact]\ndestination = "directory"\ndirectory = "/mnt/models"\n'
+    site.text = site.text[: site.text.index("[artifact]")] + shared + other + entry
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END, "--uri=keyturn://a")).encode()).rows.values()
+    assert row.key_uri == URI
+    for more in ((), ("--uri=keyturn://b",), ("--uri=keyturn://c",)):
+        assert main(site.words(END, *more)) == 10
 
 
 def test_a_configuration_without_initdata_is_pinned_by_its_own_digest(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

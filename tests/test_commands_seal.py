@@ -17,6 +17,7 @@ from agent.artifact.stream import SEGMENT_BYTES, key_commitment
 from agent.cli import main
 from agent.commands.seal import read_key_file, size_text
 from agent.errors import ConfigError
+from tests.script_server import Reply, ScriptServer
 
 URI = "kbs:///default/model/llama"
 
@@ -111,6 +112,26 @@ def test_a_key_inside_what_is_sealed_or_uploaded_is_refused(model: Path, tmp_pat
     (tmp_path / "layout").mkdir()
     (tmp_path / where).write_bytes(bytes(32))
     assert main(command(model, tmp_path / "layout", "--key-file", str(tmp_path / where))) == 19
+
+
+@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+def test_more_files_than_a_registry_takes_are_told_before_anything_is_sealed_or_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    folder = tmp_path / "model" / ("f" * 250)
+    folder.mkdir(parents=True)
+    for i in range(6_000):
+        (folder / f"{i:0250}").touch()
+    monkeypatch.chdir(tmp_path)
+    with ScriptServer(lambda _: Reply(404)) as server:
+        to = f"oci+http://{server.host}/a"
+        status = main(["seal", "model", "--to", to, "--key-uri", URI, "--name", "llama", "--version", "1", *more])
+    assert status == 19
+    told = error_of(capsys.readouterr().err)
+    assert told["class"] == "ManifestTooLargeError"
+    assert "seal --to DIR" in str(told["next_step"])
+    assert {request.method for request in server.seen} == {"HEAD"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
 @pytest.mark.parametrize("name", ["../evil", "a/b", ""])

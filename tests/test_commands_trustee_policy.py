@@ -89,6 +89,23 @@ def test_the_policy_is_for_the_place_where_the_guest_asks_for_its_key() -> None:
     assert "POST its 32 bytes" not in script(plugin)
 
 
+def test_the_policy_allows_the_credentials_that_the_guest_asks_for_and_no_others() -> None:
+    approved = replace(APPROVED, credentials_uri="kbs:///models/store/1")
+    request = REQUEST | {"resource-path": ["models", "store", "1"]}
+    assert allows(approved, GOOD)
+    for asked in (request, request | {"resource-path": "/models/store/1"}, {"resource-path": "resource/models/store/1"}):
+        assert allows(approved, GOOD, asked)
+        assert not allows(APPROVED, GOOD, asked)
+        assert not allows(approved, token("snp", "22" * 31 + "23", 2), asked)
+    assert not allows(approved, GOOD, REQUEST | {"resource-path": ["models", "store", "2"]})
+    assert not allows(approved, GOOD, request | {"plugin": "vault"})
+    elsewhere = replace(approved, resource_uri="kbs+vault:///site/keys/7")
+    assert allows(elsewhere, GOOD, {"plugin": "vault", "resource-path": ["site", "keys", "7"], "query": {}})
+    assert allows(elsewhere, GOOD, request)
+    assert not allows(elsewhere, GOOD, request | {"plugin": "vault"})
+    assert any("/kbs/v0/resource/models/store/1" in hint for hint in hints(approved))
+
+
 def changed(change: Callable[[Members], object]) -> Members:
     claims: Members = json.loads(json.dumps(GOOD))
     change(claims["submods"])

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agent.config import EXAMPLE, EXPLAIN, keys, parse
+from agent.config import EXAMPLE, EXPLAIN, Selection, keys, parse
 from agent.config_source import MAX_CONFIG_BYTES
-from agent.errors import AgentError, ConfigError, ConfigProblem
+from agent.errors import AgentError, Asked, ConfigError, ConfigNotMeasuredError, ConfigProblem
 
 SIMULATED = EXAMPLE.replace('attester = "snp"', 'attester = "simulated-snp"') + '[simulation]\nmachine = "/machine"\n'
 
@@ -207,6 +207,50 @@ plain_files = { "config.json" = "sha256:%s" }
 #""" % ("0" * 64)
 
 
+CREDENTIALS = 'credentials_uri = "kbs:///models/store/1"\nmanifest_digest ='
+
+
+def with_credentials(source: str, text: str = CREDENTIALS, more: str = "") -> str:
+    return change("manifest_digest =", f"{more}{text}", change("https://models.example.com/my-model", source))
+
+
+def test_credentials_from_the_broker_are_for_a_closed_store_and_a_pinned_manifest() -> None:
+    bucket = 'endpoint = "{}"\n'
+    for good in (
+        with_credentials("oci://registry.example.com/x"),
+        with_credentials("s3://models/x"),
+        with_credentials("s3://models/x", more=bucket.format("https://s3.example.com")),
+        with_credentials("s3://models/x", more=bucket.format("http://127.0.0.1:9000")),
+        with_credentials("oci+http://localhost:5000/x"),
+        with_credentials("oci+http://[::1]:5000/x"),
+    ):
+        assert parse(good.encode()).config.artifact.credentials_uri == "kbs:///models/store/1"
+    signed = 'credentials_uri = "kbs:///models/store/1"\n' + SIGNED
+    in_list = 'credentials_uri = "kbs:///models/store/1"\n' + KSERVE
+    for bad in (
+        with_credentials("/models/x"),
+        with_credentials("https://models.example.com/x"),
+        with_credentials("oci://registry.example.com/x", more='user = "u"\nsecret = "s"\n'),
+        with_credentials("oci://registry.example.com/x", signed),
+        with_credentials("s3://models/x", in_list).replace("min_version = 1 ", "#"),
+        with_credentials("s3://models/x", CREDENTIALS.replace("store", "my-model")),  # the model key
+        with_credentials("oci+http://registry.example.com/x"),
+        with_credentials("oci+http://localhost.example.com/x"),
+        with_credentials("s3://models/x", more=bucket.format("http://s3.example.com")),
+        with_credentials("s3://models/x", more=bucket.format("http://127.0.0.1.example.com")),
+    ):
+        assert failure(bad) == (ConfigProblem.NEEDS_OTHER_KEY, "artifact.credentials_uri"), bad
+    elsewhere = change(
+        ENDPOINTS, 'url = "https://kbs.example.com"\nresource_uri = "kbs:///models/store/1"', with_credentials("s3://m/x")
+    )
+    for text in (elsewhere, elsewhere.replace('store/1"', 'store/1?version=2"', 1)):
+        assert failure(text) == (ConfigProblem.NEEDS_OTHER_KEY, "artifact.credentials_uri")
+    assert failure(with_credentials("s3://m/x", CREDENTIALS.replace("/1", ""))) == (
+        ConfigProblem.BAD_VALUE,
+        "artifact.credentials_uri",
+    )
+
+
 def test_a_kserve_model_does_not_lie_in_a_registry() -> None:
     for text in (kserve(KSERVE.replace("format", 'mirrors = ["oci://host/x"]\nformat')),):
         with pytest.raises(ConfigError) as caught:
@@ -251,6 +295,91 @@ def test_a_kserve_model_is_its_list_and_nothing_else() -> None:
     for name in ("../a.jwe", "/a.jwe", "a//b.jwe", "a.bin", ".a.jwe", "a b.jwe", "%2e.jwe"):
         with pytest.raises(ConfigError):
             parse(kserve(KSERVE.replace("a/b.bin.jwe", name)).encode())
+
+
+ENTRY = """[[artifact.allowed]]
+uri = "keyturn://a"
+source = "https://models.example.com/a"
+manifest_digest = "sha256:%s"
+""" % ("1" * 64)
+SECOND = f"""{ENTRY.replace("//a", "//b").replace("1" * 64, "2" * 64)}
+key_uri = "kbs:///models/b/2"
+name = "b"
+"""
+
+
+def allowing(*entries: str, common: str = 'destination = "directory"\ndirectory = "/mnt/models"') -> str:
+    return EXAMPLE[: EXAMPLE.index("[artifact]")] + f"[artifact]\nmin_version = 1\n{common}\n" + "".join(entries)
+
+
+def test_an_allowed_model_is_an_entry_over_what_all_of_them_share() -> None:
+    measured = parse(allowing(ENTRY, SECOND).encode())
+    first, second = measured.allowed
+    assert measured.config == first
+    assert (first.artifact.source, first.artifact.min_version) == ("https://models.example.com/a", 1)
+    assert (first.broker.key_uri, second.broker.key_uri) == ("kbs:///models/my-model/1", "kbs:///models/b/2")
+    assert (second.artifact.name, second.artifact.directory, second.artifact.uri) == ("b", "/mnt/models", "keyturn://b")
+    chosen = measured.select(Selection("keyturn://b", "kbs:///models/b/2", "True"))
+    assert (chosen.config, chosen.digest) == (second, measured.digest)
+    assert chosen.select(None).config == second
+
+
+def test_where_several_models_are_allowed_one_has_to_be_asked_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(allowing(ENTRY, SECOND).encode()).select(None)
+    assert (caught.value.problem, caught.value.key) == (ConfigProblem.UNSELECTED, "artifact.allowed")
+    assert parse(allowing(ENTRY).encode()).select(None).config.artifact.uri == "keyturn://a"
+    assert parse(EXAMPLE.encode()).select(None).config.artifact.uri is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        *((Selection(uri), Asked.URI) for uri in ("keyturn://c", "keyturn://a/", "KEYTURN://a", "keyturn://", "")),
+        (Selection("keyturn://a", "kbs:///models/b/2"), Asked.RESOURCE_ID),
+        (Selection("keyturn://b", "kbs:///models/my-model/1"), Asked.RESOURCE_ID),
+        (Selection("keyturn://a", ""), Asked.RESOURCE_ID),
+        *((Selection("keyturn://a", None, said), Asked.CONFIDENTIAL) for said in ("false", "", "1")),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_must_be_an_entry_in_every_word(asked: Selection, why: Asked) -> None:
+    with pytest.raises(ConfigNotMeasuredError) as caught:
+        parse(allowing(ENTRY, SECOND).encode()).select(asked)
+    assert caught.value.asked is why
+    assert caught.value.exit_status == 10
+
+
+def test_where_nothing_is_allowed_nothing_can_be_asked_for() -> None:
+    with pytest.raises(ConfigNotMeasuredError):
+        parse(EXAMPLE.encode()).select(Selection("https://models.example.com/my-model"))
+
+
+def test_every_mistake_in_an_entry_names_it() -> None:
+    server = EXAMPLE[EXAMPLE.index("[server]") :]
+    for text, problem, key in (
+        (allowing(ENTRY, ENTRY), ConfigProblem.BAD_VALUE, "artifact.allowed[1].uri"),
+        (allowing(ENTRY, SECOND.replace("name =", "nmae =")), ConfigProblem.UNKNOWN_KEY, "artifact.allowed[1].nmae"),
+        (allowing(ENTRY.replace("uri =", "name =")), ConfigProblem.BAD_VALUE, "artifact.allowed[0].name"),
+        (allowing(ENTRY.replace('uri = "keyturn://a"', "")), ConfigProblem.MISSING_KEY, "artifact.allowed[0].uri"),
+        (allowing(ENTRY.replace("keyturn://a", "my model")), ConfigProblem.BAD_VALUE, "artifact.allowed[0].uri"),
+        (allowing(ENTRY.replace("keyturn://a", "x://a b")), ConfigProblem.BAD_VALUE, "artifact.allowed[0].uri"),
+        (allowing(ENTRY, SECOND.replace("kbs:", "kbs")), ConfigProblem.BAD_VALUE, "artifact.allowed[1].key_uri"),
+        (allowing(ENTRY + 'resource_uri = "kbs:///a/b/c"'), ConfigProblem.NEEDS_OTHER_KEY, "artifact.allowed[0].resource_uri"),
+        (allowing(ENTRY + "allowed = []"), ConfigProblem.UNKNOWN_KEY, "artifact.allowed[0].allowed"),
+        (allowing(ENTRY + "timeout_s = 0"), ConfigProblem.BAD_VALUE, "artifact.allowed[0].timeout_s"),
+        (allowing(ENTRY.replace("source =", "#")), ConfigProblem.MISSING_KEY, "artifact.source"),
+        (allowing(ENTRY, common='destination = "tmpfs"'), ConfigProblem.NEEDS_OTHER_KEY, "artifact.allowed"),
+        (allowing(ENTRY, server), ConfigProblem.NEEDS_OTHER_KEY, "artifact.allowed"),
+        (allowing(ENTRY, common='uri = "x://y"'), ConfigProblem.NEEDS_OTHER_KEY, "artifact.uri"),
+        (allowing(common="allowed = []"), ConfigProblem.BAD_VALUE, "artifact.allowed"),
+        (allowing(common="allowed = 1"), ConfigProblem.WRONG_TYPE, "artifact.allowed"),
+        (allowing(common="allowed = [1]"), ConfigProblem.WRONG_TYPE, "artifact.allowed"),
+        (allowing(*(ENTRY.replace("//a", f"//a{i}") for i in range(65))), ConfigProblem.BAD_VALUE, "artifact.allowed"),
+        (change("manifest_digest =", 'uri = "x://y"\nmanifest_digest ='), ConfigProblem.NEEDS_OTHER_KEY, "artifact.uri"),
+    ):
+        assert failure(text) == (problem, key)
+    assert len(parse(allowing(*(ENTRY.replace("//a", f"//a{i}") for i in range(64))).encode()).allowed) == 64
 
 
 def test_a_model_is_named_by_digest_or_by_signature() -> None:

@@ -17,9 +17,10 @@ from agent.commands.initdata import ANNOTATION
 from agent.commands.manifests import Setting, parse_documents, pods
 from agent.config_source import from_initdata_file
 from agent.guest.initdata import parse_initdata, unpack_gzip
+from tests.kserve_pod import make_pod, objects_in
 
 DEPLOY = Path(__file__).resolve().parents[1] / "deploy"
-BASES = ("entrypoint", "entrypoint-gpu", "load", "load-gpu")
+BASES = ("base/entrypoint", "base/entrypoint-gpu", "base/load", "base/load-gpu", "kserve")
 RENDERED = sorted((DEPLOY / "rendered").glob("*.yaml"))
 
 
@@ -27,15 +28,20 @@ RENDERED = sorted((DEPLOY / "rendered").glob("*.yaml"))
 def test_document_and_annotation_are_made_from_the_configuration(
     base: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = DEPLOY / "base" / base
+    folder = DEPLOY / base
     out = tmp_path / "initdata.toml"
     assert main(["initdata", "--config", str(folder / "keyturn.toml"), "--out", str(out), "--json"]) == 0
     annotation = json.loads(capsys.readouterr().out)["annotation"]
     assert out.read_bytes() == (folder / "initdata.toml").read_bytes()
     (patch,) = parse_documents((folder / "annotation.yaml").read_bytes())
-    assert patch.at("spec", "template", "metadata", "annotations").value == {annotation["name"]: annotation["value"]}
+    at = ("predictor",) if base == "kserve" else ("template", "metadata")
+    assert patch.at("spec", *at, "annotations").value == {annotation["name"]: annotation["value"]}
     cfg = config.parse(from_initdata_file(str(out)).data).config
-    assert (cfg.tee.attester, cfg.gpu.count > 0, cfg.server is None) == ("coco", base.endswith("-gpu"), base.startswith("load"))
+    assert (cfg.tee.attester, cfg.gpu.count > 0, cfg.server is None) == (
+        "coco",
+        base.endswith("-gpu"),
+        "entrypoint" not in base,
+    )
 
 
 def configure(folder: Path) -> "subprocess.CompletedProcess[str]":
@@ -65,7 +71,7 @@ def test_configure_stops_at_a_configuration_that_no_guest_takes(tmp_path: Path) 
 
 def test_there_is_a_rendering_of_every_overlay() -> None:
     overlays = {path.name for path in (DEPLOY / "overlays").iterdir()} | {"broker", "broker-relay"}
-    assert {path.stem for path in RENDERED} == overlays
+    assert {path.stem for path in RENDERED} == overlays | {"kserve"}
     classes = {"snp", "tdx", "coco-dev", "nvidia-gpu-snp", "nvidia-gpu-tdx"}
     assert overlays == {f"{mode}-{name}" for mode in ("entrypoint", "load") for name in classes} | {"broker", "broker-relay"}
 
@@ -73,12 +79,12 @@ def test_there_is_a_rendering_of_every_overlay() -> None:
 @pytest.mark.parametrize("file", RENDERED, ids=lambda path: path.stem)
 def test_the_rendering_brings_the_guest_the_document_of_its_annotation(file: Path) -> None:
     documents = parse_documents(file.read_bytes())
-    (pod,) = pods(documents)
+    (pod,) = pods([Setting(make_pod(objects_in(file)))] if file.stem == "kserve" else documents)
     name = pod.spec.at("runtimeClassName").text
     if name is None:
         assert file.stem.startswith("broker")
         return
-    assert file.stem.endswith(name.removeprefix("kata-qemu-"))
+    assert file.stem.endswith(("kserve", name.removeprefix("kata-qemu-")))
     (config_map,) = [document for document in documents if document.at("kind").text == "ConfigMap"]
     annotation = pod.metadata.at("annotations", ANNOTATION).text or ""
     assert unpack_gzip(base64.b64decode(annotation)).decode() == config_map.at("data", "initdata.toml").text

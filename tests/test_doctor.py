@@ -143,6 +143,14 @@ def test_gpus_that_no_other_process_holds_are_not_opened(monkeypatch: pytest.Mon
     assert finding("gpu-inventory", guest) == Finding("gpu-inventory", skipped=Skip.GPU_NOT_OPEN)
 
 
+def test_a_store_whose_credentials_come_with_a_verdict_is_not_asked() -> None:
+    """Without them it would refuse, and that would say nothing."""
+    text = EXAMPLE.replace("https://models.example.com/my-model", "oci://127.0.0.1:1/x")
+    guest = guest_with(text.replace("manifest_digest =", 'credentials_uri = "kbs:///models/store/1"\nmanifest_digest ='))
+    assert finding("store", guest) == Finding("store", skipped=Skip.NO_CREDENTIALS)
+    assert finding("memory", guest) == Finding("memory", skipped=Skip.NO_MANIFEST)
+
+
 def tdx_guest(machine: SimulatedMachine, tmp_path: Path) -> Guest:
     text = configured(machine).data.decode().replace("simulated-snp", "simulated-tdx")
     names = ("measurements", "event_log", "attest_conf")

@@ -13,11 +13,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from agent.closed import Ident
 from agent.errors import (
     AgentError,
+    CredentialsProblem,
     GpuCountError,
     GuestApiError,
     GuestApiProblem,
     KeyNotDeliveredError,
     SimulationRefusedError,
+    StoreCredentialsError,
     TokenCheck,
     TokenError,
 )
@@ -27,7 +29,7 @@ from agent.guest.api_server import ApiServer
 from agent.handshake import KeptKey, Verdict
 from agent.handshake.cdh import CdhBroker
 from agent.handshake.machine import Trust
-from agent.keys import EphemeralKey, unwrap
+from agent.keys import EphemeralKey, open_credentials, unwrap
 from agent.sim.api_server_rest import Components, serve
 from agent.tink_keyset import parse_keyset
 from tests.fuzz.targets import keyset_seeds
@@ -220,3 +222,34 @@ def test_no_token_is_asked_for_once() -> None:
         this.attest()
     assert (caught.value.call, caught.value.problem, caught.value.status) == ("token", GuestApiProblem.FAILED, 500)
     assert this.components.asked == ["/aa/token"]
+
+
+STORE = Ident("kbs:///models/store/1")
+
+
+def test_credentials_are_fetched_when_they_are_opened_and_the_key_is_still_to_come() -> None:
+    with guest(token()) as this:
+        verdict, ephemeral = this.attest()
+        kept = asyncio.run(this.broker.release_credentials(verdict, STORE))
+        assert this.components.asked == ["/aa/token"]
+        this.components.resources = {"models/store/1": b'{"user": "guest", "secret": "correct horse"}'}
+        assert open_credentials(kept, ephemeral).secret == "correct horse"
+    assert this.components.asked == ["/aa/token", "/cdh/resource/models/store/1"]
+
+
+@pytest.mark.parametrize("resource", [None, b"", b"x" * 4097, KEY])
+def test_credentials_that_do_not_come_are_told_as_a_key_is(resource: bytes | None) -> None:
+    with guest(token()) as this:
+        verdict, ephemeral = this.attest()
+        this.components.resources = {} if resource is None else {"models/store/1": resource}
+        with pytest.raises(KeyNotDeliveredError):
+            open_credentials(asyncio.run(this.broker.release_credentials(verdict, STORE)), ephemeral)
+
+
+def test_what_comes_and_is_no_credentials_is_the_authoritys() -> None:
+    with guest(token()) as this:
+        verdict, ephemeral = this.attest()
+        this.components.resources = {"models/store/1": KEY * 2}
+        with pytest.raises(StoreCredentialsError) as caught:
+            open_credentials(asyncio.run(this.broker.release_credentials(verdict, STORE)), ephemeral)
+    assert (caught.value.problem, caught.value.exit_status) == (CredentialsProblem.FORM, 17)

@@ -20,6 +20,8 @@ from agent.handshake import (
     Accepted,
     Attestation,
     Challenge,
+    CredentialsRequest,
+    CredentialsResponse,
     Denied,
     Hello,
     KeyRequest,
@@ -47,6 +49,7 @@ DENIALS = [
     if reason.name != "UNSPECIFIED"
 ]
 RESPONSES: list[Challenge | Accepted | Denied] = [CHALLENGE, ACCEPTED, *DENIALS]
+CREDENTIALS_REQUEST, CREDENTIALS_RESPONSE = CredentialsRequest(ID, "a.b.c", URI, b"s"), CredentialsResponse(ID, b"{}")
 KEY_REQUEST, KEY_RESPONSE = KeyRequest(ID, "a.b.c", URI), KeyResponse(ID, b"{}", Ident("id-1"), 1)
 
 
@@ -115,6 +118,23 @@ def test_key_request_and_response_come_back() -> None:
     assert wire.parse_key_response(wire.pack_key_response(KEY_RESPONSE), STATE) == KEY_RESPONSE
 
 
+def test_credentials_request_and_response_come_back() -> None:
+    assert wire.parse_credentials_request(wire.pack_credentials_request(CREDENTIALS_REQUEST), STATE) == CREDENTIALS_REQUEST
+    assert wire.parse_credentials_response(wire.pack_credentials_response(CREDENTIALS_RESPONSE), STATE) == CREDENTIALS_RESPONSE
+
+
+def test_credentials_out_of_form_are_refused() -> None:
+    for fields in ({"token": ""}, {"credentials_uri": "x"}, {"credentials_uri": ""}, {"request_id": ""}):
+        sent: dict[str, Any] = {"request_id": ID, "token": "t", "credentials_uri": URI} | fields
+        data = pb.ReleaseCredentialsRequest(**sent).SerializeToString()
+        assert problem(wire.parse_credentials_request, data) is ProtocolProblem.MALFORMED
+    data = pb.ReleaseCredentialsRequest(request_id=ID, token="t", credentials_uri=URI, session=b"s" * 4097).SerializeToString()
+    assert problem(wire.parse_credentials_request, data) is ProtocolProblem.OVERSIZED
+    for expected, jwe in ((ProtocolProblem.MALFORMED, b""), (ProtocolProblem.OVERSIZED, b"j" * ((8 << 10) + 1))):
+        data = pb.ReleaseCredentialsResponse(request_id=ID, jwe=jwe).SerializeToString()
+        assert problem(wire.parse_credentials_response, data) is expected
+
+
 def test_every_denial_reason_of_the_proto_is_ours() -> None:
     wire_names = pb.DESCRIPTOR.enum_types_by_name["DenialReason"].values_by_name
     names = {name.removeprefix("DENIAL_REASON_") for name in wire_names}
@@ -124,7 +144,7 @@ def test_every_denial_reason_of_the_proto_is_ours() -> None:
 def test_the_method_names_are_the_protos() -> None:
     service = pb.DESCRIPTOR.services_by_name["KeyBroker"]
     paths = {f"/{service.full_name}/{method.name}" for method in service.methods}
-    assert paths == {wire.ATTEST_METHOD, wire.RELEASE_KEY_METHOD}
+    assert paths == {wire.ATTEST_METHOD, wire.RELEASE_KEY_METHOD, wire.RELEASE_CREDENTIALS_METHOD}
 
 
 @pytest.mark.parametrize(
@@ -276,6 +296,8 @@ PARSERS: list[tuple[Any, Any, list[bytes]]] = [
     (wire.parse_attest_request, wire.pack_attest_request, [wire.pack_attest_request(m) for m in (HELLO, ATTESTATION)]),
     (wire.parse_attest_response, wire.pack_attest_response, [wire.pack_attest_response(m) for m in RESPONSES]),
     (wire.parse_key_request, wire.pack_key_request, [wire.pack_key_request(KEY_REQUEST)]),
+    (wire.parse_credentials_request, wire.pack_credentials_request, [wire.pack_credentials_request(CREDENTIALS_REQUEST)]),
+    (wire.parse_credentials_response, wire.pack_credentials_response, [wire.pack_credentials_response(CREDENTIALS_RESPONSE)]),
     (wire.parse_key_response, wire.pack_key_response, [wire.pack_key_response(KEY_RESPONSE)]),
 ]
 

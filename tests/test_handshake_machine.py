@@ -23,7 +23,19 @@ from agent.errors import (
     Unreachable,
 )
 from agent.evidence import CompositeEvidence, Evidence, Nonce, RuntimeData, Tee
-from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, KeyResponse, SealedKey, TeePublicKey
+from agent.handshake import (
+    Accepted,
+    Attestation,
+    Challenge,
+    CredentialsResponse,
+    Denied,
+    Hello,
+    KeyRequest,
+    KeyResponse,
+    SealedCredentials,
+    SealedKey,
+    TeePublicKey,
+)
 from agent.handshake.machine import (
     MAX_CHALLENGES,
     Closed,
@@ -32,6 +44,7 @@ from agent.handshake.machine import (
     Event,
     Expired,
     Handshake,
+    HaveCredentials,
     NeedEvidence,
     SendAttestation,
     SendHello,
@@ -51,6 +64,7 @@ HELLO = Hello(ID, URI, Tee.SNP)
 EVIDENCE = CompositeEvidence(Evidence(Tee.SNP, b"r" * 1184), "")
 CHALLENGE = Challenge(ID, NONCE, 180)
 DENIED = Denied(ID, DenialReason.CLAIM, Ident("snp.measurement"), None, Ident("p1"))
+CREDENTIALS = CredentialsResponse(ID, b"{}")
 KEY = KeyResponse(ID, b"{}", Ident("id"), 2)
 
 
@@ -79,7 +93,7 @@ PATH: list[tuple[State, Event]] = [
     (State.AWAIT_VERDICT, ACCEPTED),
     (State.AWAIT_KEY, KEY),
 ]
-PEER_EVENTS: list[Event] = [CHALLENGE, ACCEPTED, DENIED, KEY, Closed()]
+PEER_EVENTS: list[Event] = [CHALLENGE, ACCEPTED, DENIED, CREDENTIALS, KEY, Closed()]
 OWN_EVENTS: list[Event] = [Collected(EVIDENCE), Expired()]
 
 
@@ -114,9 +128,18 @@ def test_the_whole_handshake() -> None:
     assert made.state is State.DONE
 
 
+def test_credentials_come_between_verdict_and_key() -> None:
+    made = machine(State.AWAIT_KEY)
+    for _ in range(2):
+        assert made.receive(CREDENTIALS, NOW) == HaveCredentials(SealedCredentials(b"{}"))
+        assert made.state is State.AWAIT_KEY
+    assert made.receive(KEY, NOW) == Done(SealedKey(b"{}", Ident("id"), 2))
+
+
 ALLOWED = {
     *((state, type(event)) for state, event in PATH),
     (State.AWAIT_VERDICT, Denied),
+    (State.AWAIT_KEY, CredentialsResponse),
     *((state, Expired) for state in (State.AWAIT_CHALLENGE, State.AWAIT_EVIDENCE, State.AWAIT_VERDICT, State.AWAIT_KEY)),
     *((state, Closed) for state in (State.AWAIT_CHALLENGE, State.AWAIT_VERDICT)),
 }

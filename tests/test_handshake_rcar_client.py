@@ -650,3 +650,44 @@ def test_an_answer_may_be_chunked() -> None:
     boot = Boot(Kbs().on("auth", raw(head.encode() + body + b"\r\n0\r\n\r\n")))
     assert boot.run() == KEY
     assert boot.kbs.connections == 1
+
+
+STORE = Ident("kbs:///models/store/1")
+
+
+async def with_credentials(kbs: Kbs) -> tuple[bytes, bytes, EphemeralKey]:
+    """What was sealed for the guest: credentials, then the key."""
+    async with served(kbs) as url, RcarBroker(replace(SITE, url=url), TRUST, 20) as broker:
+        verdict, pair = await broker.attest(URI, Tee.SAMPLE, sample)
+        credentials = await broker.release_credentials(verdict, STORE)
+        return credentials.jwe, (await broker.release_key(verdict)).jwe, pair
+
+
+def test_credentials_are_another_resource_of_the_same_session() -> None:
+    kbs = Kbs()
+    credentials, sealed, pair = asyncio.run(with_credentials(kbs))
+    assert [each.target.removeprefix("/kbs/v0/") for each in kbs.asked] == [
+        *("auth", "attest"),
+        *("resource/models/store/1", "resource/models/demo/key"),
+    ]
+    assert len({each.headers["cookie"] for each in kbs.asked[2:]}) == 1
+    for jwe in (credentials, sealed):  # one key pair for both
+        opened = bytearray(32)
+        open_jwe(jwe, pair, memoryview(opened))
+        assert bytes(opened) == KEY
+
+
+def test_a_session_that_is_forgotten_before_the_credentials_is_made_anew_and_still_good_for_the_key() -> None:
+    kbs = Kbs().on("resource", refuses("TokenNotFound"))
+    _, sealed, pair = asyncio.run(with_credentials(kbs))
+    opened = bytearray(32)
+    open_jwe(sealed, pair, memoryview(opened))
+    assert bytes(opened) == KEY
+    assert (kbs.times("attest"), kbs.times("resource")) == (2, 3)
+
+
+def test_denied_credentials_end_it_before_the_key_is_asked_for() -> None:
+    kbs = Kbs().on("resource", refuses("PolicyDeny"))
+    with pytest.raises(KeyReleaseDeniedError):
+        asyncio.run(with_credentials(kbs))
+    assert kbs.times("resource") == 1

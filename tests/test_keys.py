@@ -9,6 +9,7 @@ import pickle
 import re
 import resource
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,14 @@ from jwcrypto import jwe as jwcrypto_jwe
 from jwcrypto import jwk as jwcrypto_jwk
 
 from agent.closed import Ident
-from agent.errors import KeyUnwrapError, UnwrapCheck
+from agent.errors import CredentialsProblem, KeyUnwrapError, StoreCredentialsError, UnwrapCheck
 from agent.evidence import Nonce
 from agent.evidence.gate import ExpectedReady, SecuredDevices, secure
 from agent.guest import hardening
-from agent.handshake import KeptKey, SealedKey, TeePublicKey, TokenClaims, Verdict
+from agent.handshake import KeptCredentials, KeptKey, SealedCredentials, SealedKey, TeePublicKey, TokenClaims, Verdict
 from agent.jose import pack_b64url, pack_jwk, parse_b64url
-from agent.keys import EphemeralKey, ReleasedKey, SecretBuffer, open_jwe, unwrap
+from agent.keys import EphemeralKey, ReleasedKey, SecretBuffer, open_credentials, open_jwe, unwrap
+from agent.store_credentials import MAX_CREDENTIALS_BYTES, StoreCredentials
 from tests.children import in_child
 from tests.shared import shared_data
 
@@ -302,3 +304,103 @@ def test_secret_memory_that_cannot_be_locked_says_so_and_is_still_in_no_core() -
         return secret.locked, flags_of(secret) & {"lo", "dd", "wf"}
 
     assert in_child(scenario) == (False, {"dd", "wf"})
+
+
+# --- credentials of the model's store -----------------------------------------------------------------------------------
+
+CREDENTIALS = b'{"user": "guest", "secret": "correct horse"}'
+
+
+def test_credentials_open_and_leave_the_key_pair_for_the_model_key() -> None:
+    pair = key()
+    assert open_credentials(SealedCredentials(sealed_by_joserfc(CREDENTIALS)), pair) == StoreCredentials(
+        "guest", "correct horse"
+    )
+    longest = CREDENTIALS.ljust(MAX_CREDENTIALS_BYTES)
+    assert open_credentials(SealedCredentials(sealed_by_jwcrypto(longest)), pair).user == "guest"
+    with unwrap(SealedKey(SEALED, Ident("id"), 1), pair, secured()) as released:
+        assert bytes(released.secret.view()) == MODEL_KEY
+
+
+def kept(resource: bytes, seen: list[memoryview] | None = None) -> KeptCredentials:
+    def fetch(into: memoryview) -> int:
+        into[: len(resource)] = resource
+        if seen is not None:
+            seen.append(into[: len(resource)])
+        return len(resource)
+
+    return KeptCredentials(fetch)
+
+
+def test_kept_credentials_are_fetched() -> None:
+    assert open_credentials(kept(CREDENTIALS), key()) == StoreCredentials("guest", "correct horse")
+
+
+@pytest.mark.parametrize("resource", [CREDENTIALS, b"no credentials"])
+def test_credentials_leave_nothing_in_the_memory_they_were_opened_in(resource: bytes) -> None:
+    seen: list[memoryview] = []
+    with suppress(StoreCredentialsError):
+        open_credentials(kept(resource, seen), key())
+    assert [bytes(view) for view in seen] == [bytes(len(resource))]
+
+
+def sealed_badly(name: str) -> bytes:
+    """Credentials of which one member was changed on the way."""
+    members: Members = json.loads(sealed_by_joserfc(CREDENTIALS))
+    data = bytearray(parse_b64url(members[name]))
+    data[0] ^= 1
+    members[name] = pack_b64url(bytes(data))
+    return json.dumps(members).encode()
+
+
+def bad_credentials() -> dict[str, tuple[SealedCredentials | KeptCredentials, CredentialsProblem, UnwrapCheck | None]]:
+    too_long = CREDENTIALS.ljust(MAX_CREDENTIALS_BYTES + 1)
+    return {
+        "no JWE": (SealedCredentials(b"{}"), CredentialsProblem.SEALED, UnwrapCheck.FORMAT),
+        "another key pair": (SealedCredentials(sealed_badly("encrypted_key")), CredentialsProblem.SEALED, UnwrapCheck.KEY_WRAP),
+        "altered": (SealedCredentials(sealed_badly("ciphertext")), CredentialsProblem.SEALED, UnwrapCheck.CONTENT),
+        "empty": (SealedCredentials(sealed_by_joserfc(b"")), CredentialsProblem.LENGTH, None),
+        "too long": (SealedCredentials(sealed_by_joserfc(too_long)), CredentialsProblem.LENGTH, None),
+        "another resource": (SealedCredentials(sealed_by_joserfc(bytes(300))), CredentialsProblem.FORM, None),
+        "kept, and another resource": (kept(bytes(300)), CredentialsProblem.FORM, None),
+    }
+
+
+@pytest.mark.parametrize("case", bad_credentials())
+def test_what_is_no_credentials_is_told_by_its_problem_and_never_by_its_bytes(case: str) -> None:
+    sealed, problem, check = bad_credentials()[case]
+    with pytest.raises(StoreCredentialsError) as raised:
+        open_credentials(sealed, key())
+    assert (raised.value.problem, raised.value.check) == (problem, check)
+    assert raised.value.__cause__ is None
+    assert (raised.value.exit_status, raised.value.retryable) == (17, False)
+
+
+def test_a_model_key_in_the_place_of_credentials_stays_sealed() -> None:
+    """Whoever passes messages on could put it there. It is refused by its length, before anything is decrypted."""
+    altered = json.loads(SEALED)
+    altered["tag"] = pack_b64url(bytes(16))  # what shows when it is decrypted
+    for jwe in (SEALED, json.dumps(altered).encode()):
+        with pytest.raises(StoreCredentialsError) as raised:
+            open_credentials(SealedCredentials(jwe), key())
+        assert raised.value.problem is CredentialsProblem.LENGTH
+
+
+@pytest.mark.parametrize("case", bad_credentials())
+def test_the_ephemeral_key_is_destroyed_when_credentials_do_not_open(case: str) -> None:
+    pair = key()
+    with pytest.raises(StoreCredentialsError):
+        open_credentials(bad_credentials()[case][0], pair)
+    with pytest.raises(RuntimeError):
+        pair.exchange(PRIVATE.public_key())
+
+
+def test_no_pair_and_no_memory_are_left_when_a_fetch_fails() -> None:
+    def fetch(_: memoryview) -> int:
+        raise KeyError
+
+    pair = key()
+    with pytest.raises(KeyError):
+        open_credentials(KeptCredentials(fetch), pair)
+    with pytest.raises(RuntimeError):
+        pair.exchange(PRIVATE.public_key())

@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -49,6 +51,30 @@ def test_a_memfd_is_named_by_its_number_and_scratch_goes_with_the_boot() -> None
     assert not Path(place.scratch).exists()
     with pytest.raises(OSError):
         os.fstat(memfd)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can have few capabilities")
+def test_scratch_goes_with_the_boot_when_root_may_not_look_into_it() -> None:
+    """With the capabilities of deploy/base/entrypoint but SYS_ADMIN."""
+    script = """
+import os, pathlib
+from contextlib import ExitStack
+from agent.artifact import DestinationKind
+from agent.publish import publish
+from tests.test_publish import handed
+with ExitStack() as undo:
+    scratch = publish(handed(DestinationKind.MEMFD, (os.memfd_create("model"),)), False, undo).scratch
+    os.seteuid(65532)
+    os.makedirs(f"{scratch}/prompts", 0o700)
+    pathlib.Path(scratch, "prompts", "one").write_text("x")
+    os.seteuid(0)
+assert not os.path.exists(scratch)
+"""
+    few = ["setpriv", "--bounding-set=-all,+setuid,+setgid,+setpcap,+chown,+kill,+ipc_lock", "--inh-caps=-all"]
+    done = subprocess.run(
+        [*few, sys.executable, "-B", "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_given_directory_is_used_as_it_is_and_emptied_at_the_end(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from agent.closed import Ident
 from agent.errors import ReceiptError, ReceiptProblem
 from agent.events import Stage
 from agent.evidence import Evidence, Tee, Unsupported
+from agent.modes import Mode, Unheld
 from agent.receipt import (
-    NOT_HELD,
-    Mode,
     NotHeld,
     ReadyState,
     Receipt,
@@ -40,7 +39,7 @@ FILES = (LoadedFile("b/weights", 3), LoadedFile("a", 1))
 STATEMENT = Statement(
     agent=Ident("0.1.0"),
     mode=Mode.LOAD,
-    not_held=(NotHeld.UNSUPERVISED, NotHeld.READY_PRESET),
+    not_held=(NotHeld.GATE, NotHeld.SERVER),
     simulated=False,
     tee=Tee.SNP,
     interface=Ident("api-server-rest"),
@@ -108,7 +107,7 @@ def test_the_statement_is_a_map_of_sorted_text_keys() -> None:
     members = cbor2.loads(packed)
     assert list(members) == sorted(members, key=lambda key: (len(key), key))
     assert packed.startswith(b"\xb8\x1a\x63tee\x63snp")
-    assert members["not_held"] == ["unsupervised", "ready-preset"]
+    assert members["not_held"] == ["gate", "server"]
     assert STATEMENT.digest() == hashlib.sha384(packed).digest()
 
 
@@ -124,8 +123,8 @@ def test_the_files_digest_is_over_paths_and_sizes_in_the_order_of_utf_8() -> Non
     assert digest_of_files([LoadedFile("a", 2)]) != digest_of_files([LoadedFile("a", 1)])
 
 
-def test_everything_that_is_not_held_is_told_in_words() -> None:
-    assert NOT_HELD.keys() == set(NotHeld)
+def test_what_a_mode_does_not_hold_has_its_word_in_receipts() -> None:
+    assert [item.value for item in NotHeld][: len(Unheld)] == [promise.label for promise in Unheld]
 
 
 def test_the_document_names_every_member_and_every_word() -> None:
@@ -287,10 +286,10 @@ DEFECTS: dict[str, tuple[Callable[[], bytes], ReceiptProblem]] = {
     "another schema": (lambda: with_member("schema", "keyturn/v2/receipt"), ReceiptProblem.MALFORMED),
     "no files": (lambda: with_member("statement.files", 0), ReceiptProblem.MALFORMED),
     "not held in another order": (
-        lambda: with_member("statement.not_held", ["ready-preset", "unsupervised"]),
+        lambda: with_member("statement.not_held", ["server", "gate"]),
         ReceiptProblem.MALFORMED,
     ),
-    "not held twice": (lambda: with_member("statement.not_held", ["unsupervised"] * 2), ReceiptProblem.MALFORMED),
+    "not held twice": (lambda: with_member("statement.not_held", ["gate"] * 2), ReceiptProblem.MALFORMED),
     "measured and not measured": (lambda: with_member("rtmr_3", bytes(48)), ReceiptProblem.MALFORMED),
     "a longer way to say so": (
         lambda: signed_payload(b"\xb8\x08" + cbor2.loads(sign_receipt(RECEIPT, KEY)).value[2][1:]),

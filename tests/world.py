@@ -35,10 +35,12 @@ from agent.sim.api_server_rest import Components, serve
 from agent.sim.machine import SimulatedMachine
 from agent.sim.tdx import make_td_report
 from agent.sim.trustee import Trustee
+from tests import bucket
 from tests.test_handshake_ear import SERVICE, payload, signed, submod
 from tests.tls import pem
 
 KEY_URI = "kbs:///models/tiny/1"
+CREDENTIALS_URI = "kbs:///models/store/1"
 KEY = bytes(range(100, 132))
 MODEL_BYTES = 3 * (1 << 20) + 12345
 DEADLINE_S = 60
@@ -209,6 +211,24 @@ class World:
         keys = [signing_key] if signing_key else []
         return seal_model(self.folder / "source", self.layout, key, KEY_URI, "tiny", version, lambda *_: None, keys)
 
+    # --- credentials from the broker ----------------------------------------------------------------------------------
+
+    def keep_credentials(self, secret: str = bucket.SECRET, **more: object) -> bytes:
+        """The model lies in a bucket that checks signatures, and the broker has what opens it; gives that resource."""
+        store = self.undo.enter_context(bucket.Bucket(self.layout))
+        self.artifact |= {"source": f"s3://models/{bucket.PREFIX}", "endpoint": store.url, "region": bucket.REGION}
+        return self.broker_has({"user": bucket.KEY_ID, "secret": secret, "session_token": bucket.TOKEN} | more)
+
+    def broker_has(self, credentials: dict[str, object] | bytes) -> bytes:
+        """What lies at `artifact.credentials_uri`, which the row of the key names."""
+        resource = credentials if isinstance(credentials, bytes) else json.dumps(credentials).encode()
+        self.credentials_file = self.key_file.parents[2] / CREDENTIALS_URI.removeprefix("kbs:///")
+        self.credentials_file.parent.mkdir(parents=True, exist_ok=True)
+        self.credentials_file.write_bytes(resource)
+        self.credentials_file.chmod(0o600)
+        self.artifact["credentials_uri"] = self.row["credentials_uri"] = CREDENTIALS_URI
+        return resource
+
     # --- CoCo ---------------------------------------------------------------------------------------------------------
 
     def through_coco(self) -> Components:
@@ -363,7 +383,8 @@ class World:
         if status_file is not None:
             flags = ("--status-file", status_file or str(self.folder / "status" / "status.json"), *flags)
         source = "--initdata" if initdata else "--config"
-        return Agent(self.folder, self.undo, (source, str(config), *flags), wrapper, self.cwd)
+        command = [*wrapper, sys.executable, "-m", "agent", "run", "--termination-log", str(self.folder / "termination")]
+        return Agent(self.folder, self.undo, [*command, source, str(config), *flags], self.cwd)
 
     def write_initdata(self, config: Path, algorithm: str) -> Path:
         """An initdata document with the configuration in it."""
@@ -390,13 +411,9 @@ class World:
 class Agent:
     """A running `keyturn run`."""
 
-    def __init__(
-        self, folder: Path, undo: ExitStack, flags: tuple[str, ...], wrapper: tuple[str, ...], cwd: Path | None = None
-    ) -> None:
+    def __init__(self, folder: Path, undo: ExitStack, command: list[str], cwd: Path | None = None) -> None:
         self.termination_log = folder / "termination"
         self.status_file = folder / "status" / "status.json"
-        command = [*wrapper, sys.executable, "-m", "agent", "run"]
-        command += ["--termination-log", str(self.termination_log), *flags]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, cwd=cwd)
         self.events: list[dict[str, Any]] = []
         undo.callback(self._kill)

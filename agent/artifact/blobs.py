@@ -117,7 +117,7 @@ def unchanged_files(sealing: Sealing, sizes: dict[str, int], previous: ModelConf
 class _Blob:
     """One file becoming a blob. Fields change under the lock of the sealer, `digest` in the turn of a segment."""
 
-    def __init__(self, sealing: Sealing, path: str, size: int, index: int, undo: ExitStack) -> None:
+    def __init__(self, sealing: Sealing, path: str, size: int, index: int) -> None:
         self.path = path
         self.size = size
         self.index = index
@@ -134,7 +134,6 @@ class _Blob:
         with ExitStack() as opened:
             self._source = (sealing.model / path).open("rb", buffering=0)
             opened.callback(self._source.close)
-            undo.callback(self._temporary.unlink, missing_ok=True)
             self._target = self._temporary.open("xb", buffering=0)
             opened.callback(self._target.close)
             self._modified = os.fstat(self._source.fileno()).st_mtime_ns
@@ -153,19 +152,20 @@ class _Blob:
         _write_at(self._target.fileno(), out, offset)
         return out
 
-    def finish(self, undo: ExitStack) -> SealedFile:
-        """Give it the name of its digest, once it is on disk."""
+    def finish(self, made: list[str]) -> SealedFile:
+        """Give it the name of its digest, once it is on disk; `made` gets the digest of a blob that was not there."""
         after = os.fstat(self._source.fileno())
         # refusal: test_artifact_seal.py::test_a_file_that_changes_while_it_is_read_is_refused
         if (after.st_size, after.st_mtime_ns) != (self.size, self._modified):
             raise self._changed()
         os.fsync(self._target.fileno())
+        digest = f"sha256:{self.digest.hexdigest()}"
         final = self._blobs / self.digest.hexdigest()
         if not final.exists():
-            undo.callback(final.unlink, missing_ok=True)
+            made.append(digest)
         self._temporary.rename(final)
         self.close()
-        return SealedFile(self.path, self.size, f"sha256:{self.digest.hexdigest()}", self._version, self.header)
+        return SealedFile(self.path, self.size, digest, self._version, self.header)
 
     def close(self) -> None:
         self._opened.close()
@@ -179,7 +179,9 @@ class _Sealer:
 
     def __init__(self, sealing: Sealing, sizes: dict[str, int], undo: ExitStack, advance: Advance) -> None:
         self._sealing = sealing
-        self._undo = undo
+        # One callback for all: one for each of very many files would take more memory than everything else.
+        self._made: list[str] = []
+        undo.callback(_remove, sealing.blobs, self._made)
         self._advance = advance
         self._waiting = iter(enumerate(sizes.items()))
         self._open: list[_Blob] = []
@@ -227,7 +229,7 @@ class _Sealer:
         if (blob is None or blob.sealer.claimed > blob.digested) and len(self._open) < THREADS:
             index, (path, size) = next(self._waiting, (0, ("", None)))
             if size is not None:
-                self._open.append(_Blob(self._sealing, path, size, index, self._undo))
+                self._open.append(_Blob(self._sealing, path, size, index))
                 return self._open[-1]
         return blob if blob and blob.sealer.claimed - blob.digested < _IN_FLIGHT else None
 
@@ -241,13 +243,20 @@ class _Sealer:
         blob.digest.update(out)
         last = segment == blob.layout.segments - 1
         if last:
-            self._sealed[blob.index] = blob.finish(self._undo)
+            self._sealed[blob.index] = blob.finish(self._made)
         with self._turn:
             blob.digested += 1
             if last:
                 self._open.remove(blob)
             self._advance(blob.layout.plaintext_range(segment)[1])
             self._turn.notify_all()
+
+
+def _remove(blobs: Path, made: list[str]) -> None:
+    for digest in made:
+        (blobs / digest.removeprefix("sha256:")).unlink(missing_ok=True)
+    for leftover in blobs.glob(f"{TEMPORARY}*"):
+        leftover.unlink(missing_ok=True)
 
 
 # --- comparing --------------------------------------------------------------------------------------------------------

@@ -50,6 +50,11 @@ class CompactJwe:
     text_bytes: int
 
     @property
+    def algorithm(self) -> str:
+        """How the content key comes: `A256KW` or `dir`."""
+        return "A256KW" if self.wrapped_key else "dir"
+
+    @property
     def plaintext_bytes(self) -> int:
         return self.text_bytes * 3 // 4
 
@@ -93,6 +98,20 @@ def parse_compact(head: bytes, tail: bytes, size: int) -> CompactJwe:
     return jwe
 
 
+def decode(text: memoryview) -> bytes:
+    """A piece of the ciphertext; needs no key.
+
+    Args:
+        text: base64url; a multiple of 4 bytes, except for the last.
+
+    Raises:
+        ValueError: not base64url.
+    """
+    base64 = text.tobytes().translate(_TO_BASE64) + b"=" * (-len(text) % 4)
+    # refusal: test_damage_and_foreign_digits_do_not_authenticate
+    return binascii.a2b_base64(base64, strict_mode=True)
+
+
 class JweOpener:
     """Opens the ciphertext of one JWE from its start to its end."""
 
@@ -115,19 +134,8 @@ class JweOpener:
         self._decryptor = Cipher(algorithms.AES256(content_key), modes.GCM(jwe.iv, jwe.tag)).decryptor()
         self._decryptor.authenticate_additional_data(jwe.protected)
 
-    def update(self, text: memoryview, out: memoryview) -> None:
-        """The next of the ciphertext.
-
-        Args:
-            text: base64url; a multiple of 4 bytes, except for the last.
-            out: of exactly the length that comes out.
-
-        Raises:
-            ValueError: not base64url.
-        """
-        base64 = text.tobytes().translate(_TO_BASE64) + b"=" * (-len(text) % 4)
-        # refusal: test_damage_and_foreign_digits_do_not_authenticate
-        ciphertext = binascii.a2b_base64(base64, strict_mode=True)
+    def update(self, ciphertext: bytes | memoryview, out: memoryview) -> None:
+        """The next of the ciphertext, decoded; `out` is of the same length."""
         self._decryptor.update_into(ciphertext, out)
 
     def finish(self) -> None:

@@ -2,13 +2,18 @@
 
 A given directory is somebody else's tmpfs: the kernel frees nothing there when an agent is killed. So an agent makes the folder
 `.keyturn` first and holds a lock on it for as long as it or its supervisor lives. A mark that nobody has locked is a dead
-agent's, and so are the plaintext in it and the `model` beside it. Standard library only, because the supervisor imports it.
+agent's, and so are the plaintext in it and the `model` beside it.
+
+A model may also be spread: its files lie in the folder itself, and in the end without a mark, because a server that looks there
+may take any folder for a model. Then the file `.keyturn-spread` says that all of them are an agent's: the folder was empty when
+it came. Standard library only, because the supervisor imports it.
 """
 
 import errno
 import fcntl
 import os
 import shutil
+import stat
 import time
 from contextlib import suppress
 
@@ -17,6 +22,7 @@ MARK_NAME = ".keyturn"
 PUBLISHED_NAME = "model"
 RECEIPT_NAME = "receipt.cbor"
 """Of an agent that leaves the model to others; appears after it, as the last."""
+SPREAD_NAME = ".keyturn-spread"
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 20
@@ -58,7 +64,8 @@ def release(folder: int, mark: int) -> None:
         OSError: something cannot be removed; then the mark stays.
     """
     _empty(folder, mark)
-    os.rmdir(MARK_NAME, dir_fd=folder)
+    with suppress(FileNotFoundError):  # a spread model has none
+        os.rmdir(MARK_NAME, dir_fd=folder)
 
 
 def leave_receipt(folder: int, mark: int, receipt: bytes) -> None:
@@ -91,6 +98,8 @@ def wipe(path: str) -> None:
         return
     try:
         mark = _locked(folder)
+        if mark is None and {MARK_NAME, SPREAD_NAME} & set(os.listdir(folder)) == {SPREAD_NAME}:
+            mark = acquire(folder)
         if mark is not None:
             try:
                 release(folder, mark)
@@ -98,6 +107,31 @@ def wipe(path: str) -> None:
                 os.close(mark)
     finally:
         os.close(folder)
+
+
+def spread(folder: int, mark: int) -> None:
+    """Publish the complete model file by file, in the folder itself, where its readers look once they may.
+
+    Raises:
+        OSError: the kernel refused; what was moved is the agent's all the same.
+    """
+    os.close(os.open(SPREAD_NAME, os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o400, dir_fd=folder))
+    model = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=mark)
+    try:
+        for name in os.listdir(model):
+            os.rename(name, name, src_dir_fd=model, dst_dir_fd=folder)
+    finally:
+        os.close(model)
+    os.rmdir(PUBLISHED_NAME, dir_fd=mark)
+    os.rmdir(MARK_NAME, dir_fd=folder)
+
+
+def strangers(folder: int) -> set[str]:
+    """What lies in the folder and is no agent's."""
+    names = set(os.listdir(folder))
+    if SPREAD_NAME in names:
+        return set()
+    return names - {MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME} if MARK_NAME in names else names
 
 
 def is_held(folder: int) -> bool:
@@ -129,6 +163,14 @@ def _locked(folder: int) -> int | None:
 
 
 def _empty(folder: int, mark: int) -> None:
+    names = set(os.listdir(folder))
+    if SPREAD_NAME in names:
+        for name in names - {MARK_NAME, SPREAD_NAME}:
+            if stat.S_ISDIR(os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode):
+                shutil.rmtree(name, dir_fd=folder)
+            else:
+                os.unlink(name, dir_fd=folder)
+        os.unlink(SPREAD_NAME, dir_fd=folder)  # last: until then everything is an agent's
     for parent in (folder, mark):
         with suppress(FileNotFoundError):
             os.unlink(RECEIPT_NAME, dir_fd=parent)

@@ -9,13 +9,14 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, TypeVar
 
 import msgspec
 
 from agent.artifact.stream import HEADER_BYTES, MAX_PLAINTEXT_BYTES, StreamLayout, parse_header
 from agent.closed import MAX_IDENT_CHARS, Ident
-from agent.errors import MalformedManifestError, ManifestDigestError
+from agent.errors import MalformedManifestError, ManifestDigestError, ManifestTooLargeError
 
 MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
@@ -26,10 +27,15 @@ FILE_TYPE = "application/vnd.keyturn.model.file.v1+aes256-gcm-hkdf-1mb"
 TITLE = "org.opencontainers.image.title"
 REF_NAME = "org.opencontainers.image.ref.name"
 
-MAX_MANIFEST_BYTES = 4 << 20
-MAX_CONFIG_BYTES = 16 << 20
+MAX_MANIFEST_BYTES = 128 << 20
+MAX_CONFIG_BYTES = 128 << 20
+"""The most files with the longest paths, every character of which JSON writes as two: at most 1274 bytes a row in either."""
+REGISTRY_MANIFEST_BYTES = 4 << 20
+"""What registries take (distribution-spec 1.1, "Pushing Manifests"); most take no more."""
 MAX_INDEX_BYTES = 4 << 20
-MAX_FILES = 10_000
+MAX_FILES = 100_000
+MAX_FOLDERS = 100_000
+"""Those above all files. Each costs memory in the guest, and a path can name 255 of them."""
 MAX_PATH_BYTES = 512
 MAX_SEGMENT_BYTES = 255
 MAX_VERSION = (1 << 53) - 1
@@ -122,7 +128,7 @@ class _OciManifest(msgspec.Struct, frozen=True, rename="camel"):
     media_type: str
     artifact_type: str
     config: _Descriptor
-    layers: tuple[_Descriptor, ...]
+    layers: tuple[msgspec.Raw, ...]  # each decoded by itself: 100,000 of them at a time would take twice the memory
     annotations: dict[str, str] = {}
 
 
@@ -145,7 +151,7 @@ class _Config(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     version: int
     key_uri: str
     key_commitment: str
-    files: tuple[_File, ...]
+    files: tuple[msgspec.Raw, ...]  # `_File`s, for the same reason
 
 
 def digest_of(data: bytes) -> str:
@@ -177,7 +183,7 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     if digest_of(manifest_bytes) != expected_digest:
         raise ManifestDigestError()
     # 2. Bounded and well formed.
-    # refusal: test_a_manifest_above_4_mib_is_refused
+    # refusal: test_a_manifest_above_128_mib_is_refused
     if len(manifest_bytes) > MAX_MANIFEST_BYTES:
         raise _malformed("manifest.bytes")
     oci = _decode(manifest_bytes, _OciManifest, "manifest")
@@ -192,7 +198,8 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     # 4. Its blobs. That they are the ones of the file table is checked with the file table.
     _require(0 < len(oci.layers) <= MAX_FILES, "layers")
     layers = []
-    for i, layer in enumerate(oci.layers):
+    for i, row in enumerate(oci.layers):
+        layer = _decode(row, _Descriptor, "manifest")
         # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
         _require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
         _require(is_digest(layer.digest), f"layers[{i}].digest")
@@ -210,13 +217,21 @@ def pack_manifest(config: ModelConfig) -> bytes:
             media_type=MANIFEST_TYPE,
             artifact_type=ARTIFACT_TYPE,
             config=_Descriptor(CONFIG_TYPE, digest_of(config_bytes), len(config_bytes)),
-            layers=tuple(
-                _Descriptor(FILE_TYPE, file.blob_digest, file.layout.ciphertext_bytes, annotations={TITLE: file.path})
-                for file in config.files
-            ),
+            layers=tuple(_row(_layer(file)) for file in config.files),
             annotations={TITLE: str(config.model_name), "org.opencontainers.image.version": str(config.version)},
         )
     )
+
+
+def check_for_registry(manifest_bytes: int, files: int) -> None:
+    """Check that registries take a manifest of this size. Raises ManifestTooLargeError."""
+    # refusal: test_a_manifest_that_no_registry_takes_is_refused
+    if manifest_bytes > REGISTRY_MANIFEST_BYTES:
+        raise ManifestTooLargeError(files, manifest_bytes, REGISTRY_MANIFEST_BYTES)
+
+
+def _layer(file: SealedFile) -> _Descriptor:
+    return _Descriptor(FILE_TYPE, file.blob_digest, file.layout.ciphertext_bytes, annotations={TITLE: file.path})
 
 
 # --- config blob ------------------------------------------------------------------------------------------------------
@@ -240,13 +255,13 @@ def parse_config(config_bytes: bytes, manifest: Manifest) -> ModelConfig:
     # 2. One way only to write it: no doubled members, no other spelling of a number or a string.
     raw = _decode(config_bytes, _Config, "config")
     # refusal: test_a_config_blob_in_any_other_spelling_is_refused test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(_canonical(raw) == config_bytes, "config.canonical")
+    _require(_canonical(raw) == config_bytes, "config.canonical")  # of the rows, each below
     # 3. Single values.
     _require(raw.schema == _SCHEMA, "schema")
     check_identity(raw.model_name, raw.version, raw.key_uri)
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(0 < len(raw.files) <= MAX_FILES, "files")
-    files = tuple(_parse_file(i, file, raw.version) for i, file in enumerate(raw.files))
+    files = tuple(_parse_file(i, row, raw.version) for i, row in enumerate(raw.files))
     # 4. Paths among themselves.
     check_paths([file.path for file in files])
     # 5. File table and layers say the same.
@@ -274,13 +289,17 @@ def pack_config(config: ModelConfig) -> bytes:
             key_uri=str(config.key_uri),
             key_commitment=config.key_commitment.hex(),
             files=tuple(
-                _File(file.path, file.size, file.blob_digest, file.sealed_version, file.header.hex()) for file in config.files
+                _row(_File(file.path, file.size, file.blob_digest, file.sealed_version, file.header.hex()))
+                for file in config.files
             ),
         )
     )
 
 
-def _parse_file(i: int, raw: _File, version: int) -> SealedFile:
+def _parse_file(i: int, row: msgspec.Raw, version: int) -> SealedFile:
+    raw = _decode(row, _File, "config")
+    # refusal: test_a_config_blob_in_any_other_spelling_is_refused test_a_config_blob_with_one_defect_is_refused_at_that_field
+    _require(_canonical(raw) == bytes(row), "config.canonical")
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
     _require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
     _require(is_digest(raw.blob_digest), f"files[{i}].blob_digest")
@@ -309,10 +328,12 @@ def check_paths(paths: Sequence[str]) -> None:
         paths: in the order of the file table.
 
     Raises:
-        MalformedManifestError: `field` is `files[i].path` of the first offending path.
+        MalformedManifestError: `field` is `files[i].path` of the first offending path, `folders` where there are too many.
     """
-    seen: dict[str, tuple[str, bool]] = {}  # case-folded prefix -> its one spelling, and whether it is a file
+    seen: set[str] = set()  # files and folders, in one letter case
     previous = b""
+    before: list[str] = []  # folders of the path before
+    folders = 0
     for i, path in enumerate(paths):
         field = f"files[{i}].path"
         # isprintable refuses the Unicode categories C and Z but for the space, and with them lone surrogates.
@@ -323,14 +344,19 @@ def check_paths(paths: Sequence[str]) -> None:
         _require(len(encoded) <= MAX_PATH_BYTES and encoded > previous, field)
         previous = encoded
         segments = path.split("/")
-        for depth, segment in enumerate(segments, start=1):
+        # In this order the files of a folder follow each other, so that each name comes up once.
+        known = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, segments[:-1], strict=False)))
+        before = segments[:-1]
+        folders += len(before) - known
+        # refusal: test_folders_are_counted
+        _require(folders <= MAX_FOLDERS, "folders")
+        for depth, segment in enumerate(segments[known:], start=known + 1):
             # refusal: test_a_path_that_is_not_clean_is_refused
             _require(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_SEGMENT_BYTES, field)
-            prefix = "/".join(segments[:depth])
-            entry = (prefix, depth == len(segments))
-            folded = unicodedata.normalize("NFC", prefix.casefold())
+            folded = unicodedata.normalize("NFC", "/".join(segments[:depth]).casefold())
             # refusal: test_paths_that_cannot_lie_side_by_side_are_refused
-            _require(seen.setdefault(folded, entry) == entry, field)
+            _require(folded not in seen, field)
+            seen.add(folded)
 
 
 # --- index ------------------------------------------------------------------------------------------------------------
@@ -400,7 +426,7 @@ def add_to_index(
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _decode(data: bytes, kind: type[_T], what: str) -> _T:
+def _decode(data: bytes | msgspec.Raw, kind: type[_T], what: str) -> _T:
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
@@ -410,6 +436,10 @@ def _decode(data: bytes, kind: type[_T], what: str) -> _T:
 def _canonical(value: object) -> bytes:
     # RFC 8785 for what stands here: sorted ASCII member names, integers below 2^53, no control characters in strings.
     return msgspec.json.encode(value, order="sorted")
+
+
+def _row(value: object) -> msgspec.Raw:
+    return msgspec.Raw(_canonical(value))
 
 
 def _unhex(text: str, length: int, field: str) -> bytes:

@@ -8,12 +8,13 @@ import errno
 import fcntl
 import mmap
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Protocol
 
 from agent.artifact import DestinationKind, given
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
+from agent.artifact.given import PUBLISHED_NAME
 from agent.artifact.window import Window, translated
 from agent.errors import (
     DestinationError,
@@ -31,6 +32,50 @@ _MFD_NOEXEC_SEAL = 8  # Linux 6.3
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _OPEN = os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+
+
+_PAGE_NODE_BYTES = 10
+"""For each page the kernel keeps a 64th of an xarray node of 584 bytes, and nodes above it; fewer where pages are huge."""
+_INODE_BYTES = 1280
+"""For each file and folder an inode of 752 bytes, a name of 192, of 448 where it is long, and what the parent and a security
+module keep of it (measured with names of 40 characters on Linux 6.18: 860 bytes)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a model takes in memory.
+
+    Attributes:
+        files: how many.
+        folders: above them, the root not counted.
+        file_bytes: of all files, each in whole pages: what a file system counts.
+    """
+
+    files: int
+    folders: int
+    file_bytes: int
+
+    @property
+    def inodes(self) -> int:
+        return self.files + self.folders + 1
+
+    @property
+    def memory_bytes(self) -> int:
+        """With what the kernel keeps beside the pages."""
+        return self.file_bytes + self.file_bytes // mmap.PAGESIZE * _PAGE_NODE_BYTES + self.inodes * _INODE_BYTES
+
+
+def demand_of(files: Mapping[str, int]) -> Demand:
+    """What files take, by their clean path and size in bytes."""
+    folders: set[str] = set()
+    pages = 0
+    for path, size in files.items():
+        pages += -(-size // mmap.PAGESIZE)
+        folder = path.rpartition("/")[0]
+        while folder and folder not in folders:
+            folders.add(folder)
+            folder = folder.rpartition("/")[0]
+    return Demand(len(files), len(folders), pages * mmap.PAGESIZE)
 
 
 class Destination(Protocol):
@@ -67,20 +112,20 @@ class DetachedTmpfs:
     kind = DestinationKind.TMPFS
     directory: str | None = None
 
-    def __init__(self, size_bytes: int, gid: int | None) -> None:
+    def __init__(self, demand: Demand, gid: int | None) -> None:
         """Make the mount.
 
         Args:
-            size_bytes: of all files, each rounded up to pages.
+            demand: what it must hold.
             gid: group that may read, or None: our own.
 
         Raises:
             DestinationError: the kernel refused; code EPERM without CAP_SYS_ADMIN.
         """
         with translated():
-            # A tmpfs of size 0 would be one without a limit.
-            size_bytes = max(size_bytes, mmap.PAGESIZE)
-            self._mount = mounts.detached_tmpfs(size_bytes, os.getegid() if gid is None else gid, uid=os.geteuid())
+            # A tmpfs of size 0 would be one without a limit. By default a small guest has no inodes for many small files.
+            size_bytes, group = max(demand.file_bytes, mmap.PAGESIZE), os.getegid() if gid is None else gid
+            self._mount = mounts.detached_tmpfs(size_bytes, group, uid=os.geteuid(), inodes=demand.inodes)
         self.noswap = self._mount.noswap
         self._tree = _Tree(self._mount.fd, gid)
         self._closed = False
@@ -159,7 +204,8 @@ class SealedMemfd:
 
 
 class GivenDirectory:
-    """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it.
+    """A folder on somebody else's tmpfs. Whole or nothing: the model appears by one rename, as `model` below it; or, `spread`,
+    its files appear in the folder itself, one after the other.
 
     After a SIGKILL nobody cleans up here before an agent starts again, and others may write: the kernel keeps neither promise
     for a given directory. A `.keyturn` that nobody has locked is a dead agent's, and so is the `model` beside it.
@@ -168,19 +214,21 @@ class GivenDirectory:
     kind = DestinationKind.DIRECTORY
     noswap = False  # its owner may have mounted it so, but a mount option is no answer about whoever mounts it next
 
-    def __init__(self, path: str, size_bytes: int, gid: int | None) -> None:
+    def __init__(self, path: str, demand: Demand, gid: int | None, *, spread: bool = False) -> None:
         """Check the folder, and wipe what a killed predecessor left.
 
         Args:
             path: an existing, empty directory on tmpfs.
-            size_bytes: of all files, each rounded up to pages.
+            demand: what it must hold.
             gid: group that may read, or None: our own.
+            spread: as above.
 
         Raises:
-            DestinationError: not a directory, not tmpfs, not empty, or a living agent's.
+            DestinationError: not a directory, not tmpfs, not empty, a living agent's, or without inodes for every file.
             InsufficientMemoryError: the file system is too small.
         """
-        self.directory: str | None = os.path.join(path, PUBLISHED_NAME)
+        self.directory: str | None = path if spread else os.path.join(path, PUBLISHED_NAME)
+        self._spread = spread
         self._gid = gid
         self._closed = False
         self._parent = _open_given(path)
@@ -193,7 +241,7 @@ class GivenDirectory:
                     raise DestinationError(DestinationProblem.IN_USE) from None
                 undo.callback(os.close, self._mark)
                 undo.callback(given.release, self._parent, self._mark)
-                _check_space(self._parent, size_bytes)
+                _check_space(self._parent, demand)
                 os.mkdir(PUBLISHED_NAME, 0o700, dir_fd=self._mark)
                 folder = os.open(PUBLISHED_NAME, _FOLDER, dir_fd=self._mark)
             undo.pop_all()
@@ -208,6 +256,9 @@ class GivenDirectory:
     def seal_read_only(self) -> None:
         self._tree.seal()
         with translated():
+            if self._spread:
+                given.spread(self._parent, self._mark)
+                return
             if self._gid is not None:
                 os.fchown(self._tree.root, -1, self._gid)
             os.fchmod(self._tree.root, _FOLDER_MODE)
@@ -239,16 +290,19 @@ class _Tree:
 
     def create(self, path: str, size: int) -> None:
         with translated():
-            for i, character in enumerate(path):
-                if character == "/" and path[:i] not in self._folders:
-                    os.mkdir(path[:i], 0o700, dir_fd=self.root)
-                    self._folders.add(path[:i])
+            self._make_folder(path.rpartition("/")[0])
             fd = os.open(path, _CREATE, 0o600, dir_fd=self.root)
             try:
                 os.ftruncate(fd, size)
             finally:
                 os.close(fd)
         self._files.append(path)
+
+    def _make_folder(self, path: str) -> None:
+        if path and path not in self._folders:
+            self._make_folder(path.rpartition("/")[0])
+            os.mkdir(path, 0o700, dir_fd=self.root)
+            self._folders.add(path)
 
     def window(self, path: str, offset: int, length: int) -> Window:
         with translated():
@@ -265,37 +319,44 @@ class _Tree:
 
 
 def choose_destination(
-    kind: str, directory: str | None, sizes: Sequence[int], gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+    kind: str,
+    directory: str | None,
+    demand: Demand,
+    gid: int | None,
+    *,
+    allow_swap: bool,
+    memory: MemoryInfo,
+    spread: bool = False,
 ) -> Destination:
     """Make the destination a configuration asks for.
 
     Args:
         kind: `tmpfs`, `memfd`, `directory`, or `auto`: a tmpfs where the kernel lets us, else a memfd.
         directory: for `directory`: an empty folder on tmpfs.
-        sizes: of the files, in bytes.
+        demand: what it must hold.
         gid: group that may read the files, or None: our own.
         allow_swap: go on although swap could carry plaintext out of memory. Only for a demonstration, which says so.
         memory: where to ask for swap.
+        spread: for `directory`: the files go into the folder itself.
 
     Raises:
         DestinationError: not possible here.
         InsufficientMemoryError: a given file system is too small.
         SwapActiveError: there is swap, and the destination is not exempt from it.
     """
-    size_bytes = in_pages(sizes)
     destination: Destination
     if kind == "directory":
         assert directory is not None  # the schema asks for it
-        destination = GivenDirectory(directory, size_bytes, gid)
+        destination = GivenDirectory(directory, demand, gid, spread=spread)
     elif kind == "memfd":
-        destination = _memfd(sizes, gid)
+        destination = _memfd(demand, gid)
     else:
         try:
-            destination = DetachedTmpfs(size_bytes, gid)
+            destination = DetachedTmpfs(demand, gid)
         except DestinationError as error:
             if kind == "tmpfs" or error.code not in (errno.EPERM, errno.ENOSYS):
                 raise
-            destination = _memfd(sizes, gid)
+            destination = _memfd(demand, gid)
     try:
         _check_swap(destination.noswap, allow_swap, memory)
     except BaseException:
@@ -305,11 +366,11 @@ def choose_destination(
 
 
 def check_destination(
-    kind: str, directory: str | None, sizes: Sequence[int], gid: int | None, *, allow_swap: bool, memory: MemoryInfo
+    kind: str, directory: str | None, demand: Demand, gid: int | None, *, allow_swap: bool, memory: MemoryInfo
 ) -> None:
     """Raise what `choose_destination` would, and leave everything as it is: a given folder may hold somebody's model."""
     if kind != "directory":
-        choose_destination(kind, directory, sizes, gid, allow_swap=allow_swap, memory=memory).close()
+        choose_destination(kind, directory, demand, gid, allow_swap=allow_swap, memory=memory).close()
         return
     assert directory is not None  # the schema asks for it
     folder = _open_given(directory)
@@ -317,17 +378,17 @@ def check_destination(
         with translated():
             if given.is_held(folder):
                 raise DestinationError(DestinationProblem.IN_USE)
-            _check_space(folder, in_pages(sizes))
+            _check_space(folder, demand)
     finally:
         os.close(folder)
     _check_swap(GivenDirectory.noswap, allow_swap, memory)
 
 
-def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) -> None:
+def check_memory(demand: Demand, headroom_bytes: int, memory: MemoryInfo) -> None:
     """Check, before a byte is fetched, that the model fits.
 
     Args:
-        sizes: of the files, in bytes.
+        demand: of the model.
         headroom_bytes: what must stay free beside them.
         memory: where to ask.
 
@@ -335,7 +396,7 @@ def check_memory(sizes: Sequence[int], headroom_bytes: int, memory: MemoryInfo) 
         InsufficientMemoryError: with the limit that bites.
         DestinationError: the kernel does not tell.
     """
-    needed = in_pages(sizes) + headroom_bytes
+    needed = demand.memory_bytes + headroom_bytes
     with _figures():
         limits = {MemoryLimit.AVAILABLE: memory.available_bytes(), MemoryLimit.CGROUP: memory.cgroup_available_bytes()}
     for limit, available in limits.items():
@@ -350,13 +411,8 @@ def swap_is_active(memory: MemoryInfo) -> bool:
         return memory.swap_is_active()
 
 
-def in_pages(sizes: Sequence[int]) -> int:
-    """Bytes that files of these sizes take, each in whole pages."""
-    return sum(-(-size // mmap.PAGESIZE) * mmap.PAGESIZE for size in sizes)
-
-
-def _memfd(sizes: Sequence[int], gid: int | None) -> SealedMemfd:
-    if len(sizes) != 1:
+def _memfd(demand: Demand, gid: int | None) -> SealedMemfd:
+    if demand.files != 1:
         raise DestinationError(DestinationProblem.MANY_FILES)
     return SealedMemfd(gid)
 
@@ -369,11 +425,8 @@ def _open_given(path: str) -> int:
             # refusal: test_a_given_directory_must_be_memory
             if not mounts.is_tmpfs(folder):
                 raise DestinationError(DestinationProblem.NOT_MEMORY)
-            names = set(os.listdir(folder))
-            if MARK_NAME in names:
-                names -= {MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME}
             # refusal: test_a_given_directory_must_be_empty
-            if names:
+            if given.strangers(folder):
                 raise DestinationError(DestinationProblem.NOT_EMPTY)
         except BaseException:
             os.close(folder)
@@ -387,13 +440,16 @@ def _check_swap(noswap: bool, allow_swap: bool, memory: MemoryInfo) -> None:
         raise SwapActiveError()
 
 
-def _check_space(fd: int, needed: int) -> None:
+def _check_space(fd: int, demand: Demand) -> None:
     figures = os.fstatvfs(fd)
     available = figures.f_bavail * figures.f_frsize
-    # A tmpfs mounted with size=0 has no limit, and says so with no blocks at all.
+    # A tmpfs mounted with size=0 or nr_inodes=0 has no limit, and says so with none at all.
     # refusal: test_a_given_directory_must_have_room
-    if figures.f_blocks and available < needed:
-        raise InsufficientMemoryError(MemoryLimit.DESTINATION, needed, available)
+    if figures.f_blocks and available < demand.file_bytes:
+        raise InsufficientMemoryError(MemoryLimit.DESTINATION, demand.file_bytes, available)
+    # refusal: test_a_given_directory_must_have_inodes
+    if figures.f_files and figures.f_favail < demand.inodes:
+        raise DestinationError(DestinationProblem.INODES)
 
 
 @contextmanager

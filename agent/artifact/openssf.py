@@ -26,7 +26,7 @@ from agent.errors import BundleCheck, ConfigError, ConfigProblem, ModelSignature
 from agent.jose import parse_b64, parse_object, string
 
 MAX_BUNDLE_BYTES = 8 << 20
-"""10 000 files with long names."""
+"""10 000 files with long names, 40 000 with names of 40 characters."""
 
 _BUNDLE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD = "application/vnd.in-toto+json"

@@ -53,6 +53,7 @@ def push_layout(
     Raises:
         ArtifactUnavailableError: layout or registry do not deliver; what was finished is there, without the name.
         MalformedManifestError, ManifestDigestError: the layout holds no sound sealed model.
+        ManifestTooLargeError: no registry takes one of its manifests; nothing was sent.
     """
     with (
         closing(DirectorySource(str(layout))) as source,
@@ -62,11 +63,16 @@ def push_layout(
         if not named:
             raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
         pusher = _Pusher(source, registry, progress)
-        models = [
-            (entry, m.parse_manifest(source.read_manifest(entry.digest, m.MAX_MANIFEST_BYTES), entry.digest)) for entry in named
-        ]
+        models = [(entry, _read_manifest(source, entry.digest)) for entry in named]
         pusher.total = sum(layer.ciphertext_bytes for _, manifest in models for layer in manifest.layers)
         return tuple(pusher.push(manifest, str(entry.ref_name)) for entry, manifest in models)
+
+
+def _read_manifest(source: DirectorySource, digest: str) -> m.Manifest:
+    data = source.read_manifest(digest, m.MAX_MANIFEST_BYTES)
+    manifest = m.parse_manifest(data, digest)
+    m.check_for_registry(len(data), len(manifest.layers))
+    return manifest
 
 
 def check_repository(repository: Repository, ca_pem: str | None, access: Access, timeout_s: float) -> None:

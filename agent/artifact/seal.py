@@ -16,7 +16,7 @@ import msgspec
 from agent.artifact import manifest as m
 from agent.artifact import signature
 from agent.artifact.blobs import TEMPORARY, Sealing, UnsafeFixedSalt, seal_files, unchanged_files
-from agent.artifact.stream import key_commitment
+from agent.artifact.stream import HEADER_BYTES, KEY_BYTES, key_commitment
 from agent.closed import Ident
 from agent.cose import PrivateKey
 from agent.errors import ArtifactError, MalformedManifestError, SealError, SealProblem
@@ -135,6 +135,14 @@ def plan_seal(
     return SealPlan(sizes, kept)
 
 
+def check_for_registry(plan: SealPlan, key_uri: str, name: str, version: int) -> None:
+    """Check before hours of sealing that registries would take the manifest. Raises ManifestTooLargeError."""
+    digest, header = m.digest_of(b""), bytes(HEADER_BYTES)  # of the size of any other
+    files = tuple(m.SealedFile(path, size, digest, version, header) for path, size in plan.sizes.items())
+    config = m.ModelConfig(Ident(name), version, Ident(key_uri), bytes(KEY_BYTES), files)
+    m.check_for_registry(len(m.pack_manifest(config)), len(files))
+
+
 def _check_places(model_dir: Path, out_dir: Path, name: str, version: int, key_uri: str) -> tuple[Path, Path]:
     """The two folders, resolved."""
     check_identity(name, version, key_uri)
@@ -244,12 +252,19 @@ def _list_model(root: Path) -> dict[str, int]:
             sizes[path] = target.stat().st_size
     if not sizes:
         raise SealError(SealProblem.EMPTY)
+    return _in_order(sizes)
+
+
+def _in_order(sizes: dict[str, int]) -> dict[str, int]:
+    """As the file table has them, once they are known to fit into one."""
     if len(sizes) > m.MAX_FILES:
         raise SealError(SealProblem.BAD_VALUE, Ident("files"))
     paths = sorted(sizes, key=os.fsencode)
     try:
         m.check_paths(paths)
     except MalformedManifestError as error:
+        if error.field == "folders":
+            raise SealError(SealProblem.BAD_VALUE, error.field) from error
         index = int(error.field.removeprefix("files[").partition("]")[0])
         raise SealError(SealProblem.BAD_PATH, Ident.of_peer(paths[index])) from error
     return {path: sizes[path] for path in paths}

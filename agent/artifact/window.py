@@ -38,25 +38,27 @@ class Window:
     """
 
     def __init__(self, fd: int, offset: int, length: int) -> None:
-        """Map `length` bytes from `offset`, perhaps none. The descriptor is the window's from now on."""
+        """Of `length` bytes from `offset`, perhaps none, mapped when that is asked for. The descriptor is the window's now."""
         self._fd = fd
         # Of huge pages that lie in the mapping only in part each small page would be mapped by a fault of its own.
         self._start = offset - offset % _HUGE_BYTES
+        self._end = -(-(offset + length) // _HUGE_BYTES) * _HUGE_BYTES if length else self._start
         self._map: mmap.mmap | None = None
-        try:
-            if length:
-                end = min(-(-(offset + length) // _HUGE_BYTES) * _HUGE_BYTES, os.fstat(fd).st_size)
-                self._map = mmap.mmap(fd, end - self._start, offset=self._start)
+
+    def _mapped(self) -> mmap.mmap | bytearray:
+        if self._map is None and self._end > self._start:
+            with translated():
+                size = min(self._end, os.fstat(self._fd).st_size) - self._start
+                self._map = mmap.mmap(self._fd, size, offset=self._start)
                 self._map.madvise(mmap.MADV_DONTDUMP)
-                with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
-                    self._map.madvise(mmap.MADV_HUGEPAGE)
-        except OSError as error:
-            self.close()
-            raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
+                if size >= _HUGE_BYTES:
+                    with suppress(OSError):  # for a tmpfs mounted huge=advise; EINVAL: this kernel has no huge pages
+                        self._map.madvise(mmap.MADV_HUGEPAGE)
+        return self._map or bytearray()
 
     def view(self, offset: int, length: int) -> memoryview:
-        """The bytes themselves. Release the view before the window is closed."""
-        with memoryview(self._map or bytearray()) as whole:
+        """The bytes themselves. Release the view before the window is closed. Raises DestinationError."""
+        with memoryview(self._mapped()) as whole:
             return whole[offset - self._start : offset - self._start + length]
 
     def populate(self, offset: int, length: int) -> None:
@@ -65,11 +67,11 @@ class Window:
         Raises:
             DestinationError: the kernel has no memory for them; here it can still say so.
         """
-        if self._map is not None:
+        if self._mapped():
             start = (offset - self._start) // mmap.PAGESIZE * mmap.PAGESIZE
             size = offset - self._start + length - start
             # Not `mmap.madvise`, which keeps every other thread waiting: to zero pages takes as long as to open segments.
-            with translated(), memoryview(self._map) as whole:
+            with translated(), memoryview(self._mapped()) as whole:
                 address = ctypes.addressof(ctypes.c_char.from_buffer(whole))
                 if _LIBC.madvise(ctypes.c_void_p(address + start), ctypes.c_size_t(size), ctypes.c_int(_MADV_POPULATE_WRITE)):
                     raise OSError(ctypes.get_errno(), "madvise")

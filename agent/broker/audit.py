@@ -24,6 +24,7 @@ Evidence."""
 
 class AuditStep(enum.Enum):
     ATTEST = "attest"
+    CREDENTIALS = "credentials"  # of the model's store
     RELEASE = "release"
 
 
@@ -40,7 +41,8 @@ class AuditRecord:
 
     Attributes:
         time: UTC, `2026-11-21T12:00:00.123Z` (`timestamp`).
-        request_id, key_id: as the guest gave them; None for a request that could not be read.
+        request_id, key_id: as the guest gave them; None for a request that could not be read. With step `credentials` it is
+            their URI; the key that they go with stands in the line of the attestation.
         measurement, host_data: hexadecimal, out of a report whose signature was verified; of a TD its MRTD and MRCONFIGID. A
             relay has them from the token of the Trustee behind it.
         chip_id_hash: SHA-256 of the chip id or of a TDX platform's PPID, hexadecimal: tells machines apart without naming them.

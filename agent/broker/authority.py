@@ -1,10 +1,12 @@
-"""The two decisions of the broker: is this guest what the policy wants, and may this token have its key.
+"""The decisions of the broker: is this guest what the policy wants, and may this token have its key, and before it the
+credentials that the key's row names.
 
 Verifies through `agent/verify`, appraises through `policy.py`, and writes one audit line for every decision before anybody
 learns of it. Blocking: the service calls it in worker threads. Knows no wire and keeps no nonce.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -12,7 +14,7 @@ from agent.broker.anchors import TrustAnchors
 from agent.broker.audit import AuditLog, AuditRecord, AuditStep, Decision, timestamp
 from agent.broker.jwe import seal
 from agent.broker.keystore import KeyStore
-from agent.broker.policy import PROTECTED_PCIE, PolicyTable, appraise
+from agent.broker.policy import PROTECTED_PCIE, PolicyTable, Row, appraise
 from agent.broker.token import TOKEN_LIFE_S, TokenKey
 from agent.closed import Ident
 from agent.errors import (
@@ -28,7 +30,17 @@ from agent.errors import (
 )
 from agent.evidence import Evidence, GpuEvidence, GpuNonce, Nonce, RuntimeData, Tee
 from agent.evidence.binding import KeyturnClaims, device_nonce, parse_additional_evidence, report_data, split
-from agent.handshake import Accepted, Attestation, Denied, Hello, KeyRequest, KeyResponse, TokenClaims
+from agent.handshake import (
+    Accepted,
+    Attestation,
+    CredentialsRequest,
+    CredentialsResponse,
+    Denied,
+    Hello,
+    KeyRequest,
+    KeyResponse,
+    TokenClaims,
+)
 from agent.verify.nvidia import GpuClaims, SwitchClaims, verify_gpu
 from agent.verify.ppcie import verify_ppcie
 from agent.verify.snp import SnpClaims, verify_snp
@@ -61,6 +73,15 @@ _PREFIX = {
     EvidenceFormat.NVIDIA_TOPOLOGY: "ppcie",
     EvidenceFormat.ADDITIONAL: "evidence",
 }
+
+
+Asked = Hello | KeyRequest | CredentialsRequest
+"""What a call of the service is about."""
+
+
+def uri_of(asked: Asked) -> Ident:
+    """What it asks for."""
+    return asked.credentials_uri if isinstance(asked, CredentialsRequest) else asked.key_uri
 
 
 class Authority:
@@ -171,53 +192,82 @@ class Authority:
         """
         policy, now = self.policy, self._now()
         record = self._record(AuditStep.RELEASE, request.request_id, request.key_uri, policy, now)
-        try:
-            # 1. We signed the token, and it has not expired.
-            claims = self._token_key.read(request.token, int(now.timestamp()))
-            record = replace(record, nonce=Ident(claims.nonce.hex()), simulated=claims.simulated)
-
-            # 2. It is for this key. A replica that shares our token key may accept simulated evidence; we do not.
+        with self._recorded(record) as attempt:
+            claims, _ = self._live(attempt, request.token, policy, now)
             # refusal: test_broker_service.py::test_the_token_of_one_key_does_not_open_another
             if claims.key_uri != request.key_uri:
                 raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.key_uri"), None, policy.version)
-            # refusal: test_broker_service.py::test_a_broker_without_simulation_roots_releases_nothing_for_a_simulated_token
-            if claims.simulated and not self._anchors.simulation_roots:
-                raise KeyReleaseDeniedError(DenialReason.COLLATERAL, Ident("token.simulated"), None, policy.version)
 
-            # 3. The row is still there: it may have been revoked since the Verdict.
-            row = policy.live_row(claims.key_uri, now)
-            record = replace(record, release_channel=Ident(row.release_channel))
-
-            # 4. So are its values: the Verdict was reached under this version of the policy, and its floor and lease stand in
-            #    the token. Evidence is not kept, so after any change the guest must attest again.
-            # refusal: test_broker_service.py::test_a_token_of_an_earlier_policy_is_refused_and_a_new_one_counts
-            if claims.policy_version != policy.version:
-                raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.policy_version"), None, policy.version)
-
-            # 5. Only now is the key touched.
+            # Only now is the key touched.
             stored = self._keys.fetch(claims.key_uri)
             sealed = seal(stored.key, claims.tee_pubkey)
-        except KeyReleaseDeniedError as error:
-            self._record_denial(record, error)
-            raise
-        except (TokenError, RemoteProtocolError, BrokerFailureError) as error:
-            self._audit.append(replace(record, decision=Decision.FAILED, reason=failure_reason(error)))
-            raise
-        self._audit.append(replace(record, decision=Decision.ALLOWED, key_version=stored.version))
+            attempt.record = replace(attempt.record, key_version=stored.version)
         return KeyResponse(request.request_id, sealed, stored.key_id, stored.version)
 
-    def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
+    def release_credentials(self, request: CredentialsRequest) -> CredentialsResponse:
+        """The credentials that go with the key that the token names, sealed to the key pair that the token names.
+
+        Raises:
+            KeyReleaseDeniedError: the row of that key does not name them, or as `release`.
+            AgentError: as `release`.
+        """
+        policy, now = self.policy, self._now()
+        record = self._record(AuditStep.CREDENTIALS, request.request_id, request.credentials_uri, policy, now)
+        with self._recorded(record) as attempt:
+            claims, row = self._live(attempt, request.token, policy, now)
+            # refusal: test_broker_service.py::test_only_the_credentials_of_the_keys_row_are_given
+            policy.check_credentials(row, request.credentials_uri)
+            sealed = seal(self._keys.fetch_credentials(request.credentials_uri), claims.tee_pubkey)
+        return CredentialsResponse(request.request_id, sealed)
+
+    def _live(self, attempt: "_Attempt", token: str, policy: PolicyTable, now: datetime) -> tuple[TokenClaims, Row]:
+        """What a token says, and the row that it still holds under."""
+        # 1. We signed the token, and it has not expired.
+        claims = self._token_key.read(token, int(now.timestamp()))
+        attempt.record = replace(attempt.record, nonce=Ident(claims.nonce.hex()), simulated=claims.simulated)
+
+        # 2. A replica that shares our token key may accept simulated evidence; we do not.
+        # refusal: test_broker_service.py::test_a_broker_without_simulation_roots_releases_nothing_for_a_simulated_token
+        if claims.simulated and not self._anchors.simulation_roots:
+            raise KeyReleaseDeniedError(DenialReason.COLLATERAL, Ident("token.simulated"), None, policy.version)
+
+        # 3. The row is still there: it may have been revoked since the Verdict.
+        row = policy.live_row(claims.key_uri, now)
+        attempt.record = replace(attempt.record, release_channel=Ident(row.release_channel))
+
+        # 4. So are its values: the Verdict was reached under this version of the policy, and its floor and lease stand in
+        #    the token. Evidence is not kept, so after any change the guest must attest again.
+        # refusal: test_broker_service.py::test_a_token_of_an_earlier_policy_is_refused_and_a_new_one_counts
+        if claims.policy_version != policy.version:
+            raise KeyReleaseDeniedError(DenialReason.POLICY, Ident("token.policy_version"), None, policy.version)
+        return claims, row
+
+    @contextmanager
+    def _recorded(self, record: AuditRecord) -> Iterator["_Attempt"]:
+        """One audit line for what is released in the block, or refused."""
+        attempt = _Attempt(record)
+        try:
+            yield attempt
+        except KeyReleaseDeniedError as error:
+            self._record_denial(attempt.record, error)
+            raise
+        except (TokenError, RemoteProtocolError, BrokerFailureError) as error:
+            self._audit.append(replace(attempt.record, decision=Decision.FAILED, reason=failure_reason(error)))
+            raise
+        self._audit.append(replace(attempt.record, decision=Decision.ALLOWED))
+
+    def record_failure(self, step: AuditStep, asked: Asked | None, reason: Ident) -> None:
         """The audit line of what ended before there was anything to decide.
 
         Args:
-            asked: what the attestation began with, or the key request; None: a key request that does not parse.
+            step: of which.
+            asked: what the attestation began with, or the request; None: one that does not parse.
             reason: why it ended.
         Raises:
             BrokerFailureError: the line could not be written.
         """
-        step = AuditStep.ATTEST if isinstance(asked, Hello) else AuditStep.RELEASE
-        request_id, key_uri = (asked.request_id, asked.key_uri) if asked else (None, None)
-        record = self._record(step, request_id, key_uri, self.policy, self._now())
+        request_id, uri = (asked.request_id, uri_of(asked)) if asked else (None, None)
+        record = self._record(step, request_id, uri, self.policy, self._now())
         tee = Ident(asked.tee.value) if isinstance(asked, Hello) else None
         self._audit.append(replace(record, decision=Decision.FAILED, reason=reason, tee=tee))
 
@@ -261,6 +311,13 @@ class Authority:
     def _record_denial(self, record: AuditRecord, denial: KeyReleaseDeniedError) -> None:
         reason, value = Ident(denial.reason.value), denial.reference_value_id
         self._audit.append(replace(record, reason=reason, claim=denial.claim, reference_value_id=value))
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A release under way, and what is known of it so far."""
+
+    record: AuditRecord
 
 
 @dataclass(frozen=True, slots=True)

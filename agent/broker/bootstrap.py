@@ -37,6 +37,7 @@ version = "1"
 #revoked = false
 #not_after = 2027-12-31T00:00:00Z
 #min_model_version = 1                 # older models are refused by the guest
+#credentials_uri = "kbs:///models/store/1"   # of the model's store: a file {"user": …, "secret": …} in place of a key
 #lease_s = 86400                       # the guest asks again from half of it on, and stops at its end; leave it out for no end
 ## `keyturn seal` prints the digest of the manifest
 #manifest_digests = [{ id = "my-model-v1", value = "sha256:0000000000000000000000000000000000000000000000000000000000000000" }]

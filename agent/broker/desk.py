@@ -10,10 +10,22 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol, TypeVar
 
-from agent.broker.authority import Authority
+from agent.broker.audit import AuditStep
+from agent.broker.authority import Asked, Authority
 from agent.closed import Ident
 from agent.evidence import NONCE_BYTES, Nonce
-from agent.handshake import Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, KeyResponse, TokenKind
+from agent.handshake import (
+    Accepted,
+    Attestation,
+    Challenge,
+    CredentialsRequest,
+    CredentialsResponse,
+    Denied,
+    Hello,
+    KeyRequest,
+    KeyResponse,
+    TokenKind,
+)
 from agent.handshake.grpc_status import Failure
 
 CHALLENGE_LIFE_S = 300
@@ -61,7 +73,10 @@ class Desk(Protocol):
             AgentError, UpstreamFailedError: no key.
         """
 
-    async def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
+    async def release_credentials(self, request: CredentialsRequest) -> CredentialsResponse:
+        """The credentials of the model's store, as `release`."""
+
+    async def record_failure(self, step: AuditStep, asked: Asked | None, reason: Ident) -> None:
         """As `Authority.record_failure`."""
 
     def close(self) -> None:
@@ -89,8 +104,11 @@ class AuthorityDesk:
     async def release(self, request: KeyRequest) -> KeyResponse:
         return await _in_thread(self._releases, self._authority.release, request)
 
-    async def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
-        await _in_thread(self._releases, self._authority.record_failure, asked, reason)
+    async def release_credentials(self, request: CredentialsRequest) -> CredentialsResponse:
+        return await _in_thread(self._releases, self._authority.release_credentials, request)
+
+    async def record_failure(self, step: AuditStep, asked: Asked | None, reason: Ident) -> None:
+        await _in_thread(self._releases, self._authority.record_failure, step, asked, reason)
 
     def close(self) -> None:
         self._verifiers.shutdown()

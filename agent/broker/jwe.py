@@ -1,4 +1,4 @@
-"""Seals a model key to the guest's ephemeral key, as Trustee's KBS does: JWE, flattened JSON, RFC 7516.
+"""Seals a model key, or credentials, to the guest's ephemeral key, as Trustee's KBS does: JWE, flattened JSON, RFC 7516.
 
 `ECDH-ES+A256KW` with P-256 and `A256GCM`, nothing else. Upstream's client serialises the header again and uses that as
 associated data, so the header is written exactly as it would: `alg`, `enc`, `epk` with sorted members, no spaces.
@@ -26,11 +26,11 @@ class _GuestKey(ECKey):
         return {name: members[name] for name in sorted(members)}
 
 
-def seal(key: bytes, tee_pubkey: TeePublicKey) -> bytes:
-    """The key as JWE to `tee_pubkey`, UTF-8.
+def seal(secret: bytes, tee_pubkey: TeePublicKey) -> bytes:
+    """The secret as JWE to `tee_pubkey`, UTF-8.
 
     Args:
-        key: the model key, 32 bytes.
+        secret: the model key, 32 bytes, or credentials, at most 4 KiB.
         tee_pubkey: the ephemeral key out of a verified token, never out of an unsigned field.
     Raises:
         RemoteProtocolError: `tee_pubkey` is not a point on P-256.
@@ -39,7 +39,7 @@ def seal(key: bytes, tee_pubkey: TeePublicKey) -> bytes:
         recipient = _GuestKey.import_key({**pack_jwk(tee_pubkey)})
     except ValueError:
         raise RemoteProtocolError(ProtocolProblem.MALFORMED, Ident("tee_pubkey")) from None
-    compact = jwe.encrypt_compact({"alg": ALG, "enc": ENC}, key, recipient, algorithms=[ALG, ENC])
+    compact = jwe.encrypt_compact({"alg": ALG, "enc": ENC}, secret, recipient, algorithms=[ALG, ENC])
     # The five parts of both serialisations are the same strings (RFC 7516, 7.1 and 7.2.2).
     members = dict(zip(("protected", "encrypted_key", "iv", "ciphertext", "tag"), compact.split("."), strict=True))
     return json.dumps(members, separators=(",", ":")).encode()

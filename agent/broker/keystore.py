@@ -1,4 +1,4 @@
-"""Where the broker finds model keys: the `KeyStore` Protocol and a store that is a directory.
+"""Where the broker finds model keys, and credentials of models' stores: the `KeyStore` Protocol and one that is a directory.
 
 Does not decide who may have a key, and does not encrypt it: `policy.py` and `jwe.py` do.
 """
@@ -12,6 +12,7 @@ from typing import Protocol
 
 from agent.closed import Ident
 from agent.errors import BrokerFailureError
+from agent.store_credentials import MAX_CREDENTIALS_BYTES, parse_credentials
 from agent.tink_keyset import MAX_KEYSET_BYTES, parse_keyset
 
 KEY_BYTES = 32
@@ -42,11 +43,20 @@ class KeyStore(Protocol):
             BrokerFailureError: there is no such key (reason KEY_NOT_FOUND), or the store cannot or must not be used.
         """
 
+    def fetch_credentials(self, uri: Ident) -> bytes:
+        """The credentials of `kbs:///repository/type/tag`, JSON of at most 4 KiB. Never what is something else, such as a key.
+
+        Raises:
+            BrokerFailureError: there are none (reason CREDENTIALS_NOT_FOUND), they are not credentials (CREDENTIALS_FILE), or
+                the store cannot or must not be used.
+        """
+
 
 class DirectoryKeyStore:
-    """`<directory>/<repository>/<type>/<tag>`: files of 32 bytes or a Tink keyset, of root or the broker, only for their owner.
+    """`<directory>/<repository>/<type>/<tag>`: files of 32 bytes, a Tink keyset or credentials, of root or the broker, only for
+    their owner.
 
-    The version stands in a sibling `.<tag>.version` (a decimal number from 1); without one it is 1. The name cannot clash
+    A key's version stands in a sibling `.<tag>.version` (a decimal number from 1); without one it is 1. The name cannot clash
     with a key, since no part of a key URI begins with a dot. Symbolic links are followed inside the directory only, so that
     a mounted Kubernetes secret works and a link to elsewhere does not.
     """
@@ -55,15 +65,7 @@ class DirectoryKeyStore:
         self._directory = directory
 
     def fetch(self, key_uri: Ident) -> StoredKey:
-        match = _KEY_URI.fullmatch(key_uri)
-        # refusal: test_the_version_stands_in_a_sibling_that_no_key_uri_can_name
-        if match is None:
-            raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
-        path = self._directory / match[1]
-        key = self._read(path, MAX_KEYSET_BYTES)
-        # refusal: test_a_store_that_is_not_there_has_no_keys
-        if key is None:
-            raise BrokerFailureError(_NOT_FOUND, Ident("KEY_NOT_FOUND"))
+        path, key = self._find(key_uri, MAX_KEYSET_BYTES, "KEY_NOT_FOUND")
         # refusal: test_a_file_of_another_length_is_refused
         if len(key) != KEY_BYTES:
             try:
@@ -75,6 +77,27 @@ class DirectoryKeyStore:
         if version is not None and not _VERSION.fullmatch(version):
             raise BrokerFailureError(_FAILED_PRECONDITION, Ident("KEY_VERSION_FILE"))
         return StoredKey(key, key_uri, int(version or 1))
+
+    def fetch_credentials(self, uri: Ident) -> bytes:
+        _, credentials = self._find(uri, MAX_CREDENTIALS_BYTES, "CREDENTIALS_NOT_FOUND")
+        try:
+            # refusal: test_what_is_no_credentials_is_not_given_as_such
+            parse_credentials(memoryview(credentials))
+        except ValueError:
+            raise BrokerFailureError(_FAILED_PRECONDITION, Ident("CREDENTIALS_FILE")) from None
+        return credentials
+
+    def _find(self, uri: Ident, limit: int, absent: str) -> tuple[Path, bytes]:
+        match = _KEY_URI.fullmatch(uri)
+        # refusal: test_the_version_stands_in_a_sibling_that_no_key_uri_can_name
+        if match is None:
+            raise BrokerFailureError(_NOT_FOUND, Ident(absent))
+        path = self._directory / match[1]
+        found = self._read(path, limit)
+        # refusal: test_a_store_that_is_not_there_has_no_keys
+        if found is None:
+            raise BrokerFailureError(_NOT_FOUND, Ident(absent))
+        return path, found
 
     def _read(self, path: Path, limit: int) -> bytes | None:
         """At most `limit` + 1 bytes of a file that is ours alone; None when there is none."""

@@ -56,6 +56,7 @@ class Claim(enum.Enum):
     ROW = "policy.row"
     REVOKED = "policy.revoked"
     NOT_AFTER = "policy.not_after"
+    CREDENTIALS_URI = "policy.credentials_uri"
     TEE = "policy.tee"
     MEASUREMENT = "snp.measurement"
     HOST_DATA = "snp.host_data"
@@ -204,6 +205,7 @@ class Row(_Section, frozen=True):
 
     Attributes:
         not_after: the last moment of the row, with a time zone.
+        credentials_uri: the credentials of the model's store that go with the key; None: none do.
         min_model_version: the rollback floor, 0 for none.
         lease_s: seconds the key may be used; None for without end.
         snp, tdx: one of the two: the TEE that the guest must have.
@@ -215,6 +217,7 @@ class Row(_Section, frozen=True):
     lease_s: Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)] | None = None
     revoked: bool | None = None
     not_after: Annotated[datetime, msgspec.Meta(tz=True)] | None = None
+    credentials_uri: _KeyUri | None = None
     manifest_digests: tuple[_Digest, ...] = ()
     server_command_digests: tuple[_Digest, ...] = ()
     snp: SnpRow | None = None
@@ -258,6 +261,19 @@ class PolicyTable:
         if now > row.not_after:
             raise self.denial(DenialReason.POLICY, Claim.NOT_AFTER)
         return row
+
+    def check_credentials(self, row: Row, uri: Ident) -> None:
+        """Do these credentials go with the key of this row?
+
+        Raises:
+            KeyReleaseDeniedError: no.
+        """
+        # refusal: test_a_row_that_names_no_credentials_gives_none
+        if row.credentials_uri is None:
+            raise self.denial(DenialReason.REFERENCE_VALUE, Claim.CREDENTIALS_URI)
+        # refusal: test_other_credentials_than_the_rows_are_denied
+        if row.credentials_uri != uri:
+            raise self.denial(DenialReason.CLAIM, Claim.CREDENTIALS_URI)
 
     def denial(self, reason: DenialReason, claim: Claim, reference_value_id: str | None = None) -> KeyReleaseDeniedError:
         """A denial under this version of the policy."""
@@ -498,6 +514,11 @@ def parse_policy(data: bytes) -> PolicyTable:
             raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].tdx"))
         _check_unique(f"row[{index}]", row)
         rows[row.key_uri] = row
+    for index, row in enumerate(file.row):
+        # A guest opens credentials before its GPU gate, and a key after it.
+        # refusal: test_a_broken_policy_is_refused_with_its_place
+        if row.credentials_uri in rows:
+            raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"row[{index}].credentials_uri"))
     return PolicyTable(Ident(file.version), rows)
 
 

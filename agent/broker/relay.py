@@ -22,6 +22,7 @@ from functools import partial
 import grpc
 
 from agent.broker.audit import AuditLog, AuditRecord, AuditStep, Decision, timestamp
+from agent.broker.authority import Asked, uri_of
 from agent.broker.desk import UpstreamFailedError
 from agent.closed import Ident
 from agent.errors import (
@@ -44,6 +45,8 @@ from agent.handshake import (
     Accepted,
     Attestation,
     Challenge,
+    CredentialsRequest,
+    CredentialsResponse,
     Hello,
     KeyRequest,
     KeyResponse,
@@ -168,7 +171,15 @@ class Relay:
             KeyReleaseDeniedError: its policy denied.
             UpstreamFailedError: there is no key.
         """
-        record = self._record(AuditStep.RELEASE, Decision.ALLOWED, request)
+        jwe = await self._released(AuditStep.RELEASE, request)
+        return KeyResponse(request.request_id, jwe, request.key_uri, 0)
+
+    async def release_credentials(self, request: CredentialsRequest) -> CredentialsResponse:
+        """Another resource, as `release`: which ones this guest may have is for the KBS's policy to say."""
+        return CredentialsResponse(request.request_id, await self._released(AuditStep.CREDENTIALS, request))
+
+    async def _released(self, step: AuditStep, request: KeyRequest | CredentialsRequest) -> bytes:
+        record = self._record(step, Decision.ALLOWED, request)
         try:
             jwe = await self._resource(request)
         except KeyReleaseDeniedError as error:
@@ -179,11 +190,10 @@ class Relay:
             await self._append(replace(record, decision=Decision.FAILED, reason=error.failure.reason))
             raise
         await self._append(record)
-        return KeyResponse(request.request_id, jwe, request.key_uri, 0)
+        return jwe
 
-    async def record_failure(self, asked: Hello | KeyRequest | None, reason: Ident) -> None:
+    async def record_failure(self, step: AuditStep, asked: Asked | None, reason: Ident) -> None:
         """As `Authority.record_failure`."""
-        step = AuditStep.ATTEST if isinstance(asked, Hello) else AuditStep.RELEASE
         tee = Ident(asked.tee.value) if isinstance(asked, Hello) else None
         await self._append(replace(self._record(step, Decision.FAILED, asked), reason=reason, tee=tee))
 
@@ -200,7 +210,7 @@ class Relay:
     def close(self) -> None:
         self._threads.shutdown()
 
-    async def _resource(self, request: KeyRequest) -> bytes:
+    async def _resource(self, request: KeyRequest | CredentialsRequest) -> bytes:
         cookies = parse_session(request.session)
         headers = {}
         # refusal: test_what_is_no_token_does_not_get_into_a_header
@@ -208,7 +218,7 @@ class Relay:
             raise UpstreamFailedError(Failure(_code(grpc.StatusCode.INVALID_ARGUMENT), Ident("PROTOCOL_MALFORMED")))
         if len(request.token) <= rcar.MAX_BEARER_BYTES:  # else the session alone must do
             headers["Authorization"] = f"Bearer {request.token}"
-        path = rcar.resource_path(request.key_uri)
+        path = rcar.resource_path(uri_of(request))
         try:
             jwe = await self._ask(Exchange.RESOURCE, path, None, request.request_id, cookies, headers)
             # refusal: test_a_sealed_key_above_the_bound_or_of_no_bytes_is_the_upstreams_failure
@@ -260,14 +270,14 @@ class Relay:
             self._report(error)
         return UpstreamFailedError(failure_of(error, wait_s))
 
-    def _record(self, step: AuditStep, decision: Decision, asked: Hello | KeyRequest | None) -> AuditRecord:
-        request_id, key_uri = (asked.request_id, asked.key_uri) if asked else (None, None)
+    def _record(self, step: AuditStep, decision: Decision, asked: Asked | None) -> AuditRecord:
+        request_id, uri = (asked.request_id, uri_of(asked)) if asked else (None, None)
         return AuditRecord(
             time=timestamp(self._now()),
             step=step,
             decision=decision,
             request_id=request_id,
-            key_id=key_uri,
+            key_id=uri,
             policy_version=rcar.UNVERSIONED,
         )
 

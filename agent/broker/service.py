@@ -14,17 +14,17 @@ import time
 import traceback
 import urllib.parse
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from agent.broker.audit import AUDIT_LOG
-from agent.broker.authority import failure_reason
+from agent.broker.audit import AUDIT_LOG, AuditStep
+from agent.broker.authority import Asked, failure_reason
 from agent.broker.desk import CHALLENGE_LIFE_S, Desk, UpstreamFailedError
 from agent.closed import Ident
 from agent.errors import (
@@ -38,11 +38,23 @@ from agent.errors import (
     RemoteProtocolError,
     TokenError,
 )
-from agent.handshake import MAX_MESSAGE_BYTES, Accepted, Attestation, Challenge, Denied, Hello, KeyRequest, grpc_wire
+from agent.handshake import (
+    MAX_MESSAGE_BYTES,
+    Accepted,
+    Attestation,
+    Challenge,
+    CredentialsRequest,
+    Denied,
+    Hello,
+    KeyRequest,
+    TokenKind,
+    grpc_wire,
+)
 from agent.handshake.grpc_status import DETAILS_KEY, OVERLOADED, Denial, Failure, pack_failure
 
 SERVICE, _ATTEST = grpc_wire.ATTEST_METHOD.strip("/").split("/")
 _RELEASE_KEY = grpc_wire.RELEASE_KEY_METHOD.rsplit("/", 1)[1]
+_RELEASE_CREDENTIALS = grpc_wire.RELEASE_CREDENTIALS_METHOD.rsplit("/", 1)[1]
 
 MAX_HELLOS = 8  # of one stream
 MAX_CALLS_PER_CONNECTION = 64
@@ -60,6 +72,7 @@ _OPTIONS = [
 ]
 _Context = grpc.aio.ServicerContext[bytes, bytes]
 _Failed = AgentError | UpstreamFailedError
+_Request = TypeVar("_Request", KeyRequest, CredentialsRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +130,7 @@ class BrokerServer:
         handlers = {
             _ATTEST: grpc.stream_stream_rpc_method_handler(self._serve_attest),
             _RELEASE_KEY: grpc.unary_unary_rpc_method_handler(self._serve_release_key),
+            _RELEASE_CREDENTIALS: grpc.unary_unary_rpc_method_handler(self._serve_release_credentials),
         }
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
@@ -188,26 +202,45 @@ class BrokerServer:
 
     async def _fail(self, stream: "_AttestStream", error: _Failed) -> None:
         if stream.hello is not None:  # who said nothing leaves no line: a port scan is no attestation
-            error = await self._recorded(error, stream.hello)
+            error = await self._recorded(error, AuditStep.ATTEST, stream.hello)
         self._report_own(error)
         await _abort(stream.context, error, stream.hello.request_id if stream.hello else None)
 
     # --- release ------------------------------------------------------------------------------------------------------
 
     async def _serve_release_key(self, data: bytes, context: _Context) -> bytes:
+        async def release(request: KeyRequest) -> bytes:
+            return grpc_wire.pack_key_response(await self._desk.release(request))
+
+        return await self._serve_release(AuditStep.RELEASE, data, context, grpc_wire.parse_key_request, release)
+
+    async def _serve_release_credentials(self, data: bytes, context: _Context) -> bytes:
+        async def release(request: CredentialsRequest) -> bytes:
+            return grpc_wire.pack_credentials_response(await self._desk.release_credentials(request))
+
+        return await self._serve_release(AuditStep.CREDENTIALS, data, context, grpc_wire.parse_credentials_request, release)
+
+    async def _serve_release(
+        self,
+        step: AuditStep,
+        data: bytes,
+        context: _Context,
+        parse: Callable[[bytes, Ident, TokenKind], _Request],
+        release: Callable[[_Request], Awaitable[bytes]],
+    ) -> bytes:
         async with self._admitted(context):
-            request: KeyRequest | None = None
+            request: _Request | None = None
             recorded = False
             try:
-                request = grpc_wire.parse_key_request(data, Ident("AWAIT_KEY_REQUEST"), self._desk.tokens)
+                request = parse(data, Ident("AWAIT_KEY_REQUEST"), self._desk.tokens)
                 recorded = True  # what the desk refuses, it records
-                return grpc_wire.pack_key_response(await self._desk.release(request))
+                return await release(request)
             except (AgentError, UpstreamFailedError) as error:
                 failure: _Failed = error
             except Exception as error:  # noqa: BLE001  # as above
                 failure, recorded = _internal(error), False
             if not recorded:
-                failure = await self._recorded(failure, request)
+                failure = await self._recorded(failure, step, request)
             self._report_own(failure)
             await _abort(context, failure, request.request_id if request else None)
 
@@ -227,10 +260,10 @@ class BrokerServer:
             self._open_calls[host] -= 1
             self._open_calls += Counter()  # forgets hosts at zero
 
-    async def _recorded(self, error: _Failed, asked: Hello | KeyRequest | None) -> _Failed:
+    async def _recorded(self, error: _Failed, step: AuditStep, asked: Asked | None) -> _Failed:
         """The failure that the guest is told: this one, or that it could not be recorded."""
         try:
-            await self._desk.record_failure(asked, _failure(error, None).reason)
+            await self._desk.record_failure(step, asked, _failure(error, None).reason)
         except BrokerFailureError as unrecorded:
             return unrecorded
         return error

@@ -55,7 +55,11 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument("--tls-cert", metavar="FILE", help="certificate chain, PEM, leaf first")
     parser.add_argument("--tls-key", metavar="FILE", help="its private key, PEM, mode 0600")
     parser.add_argument("--policy", metavar="FILE", help="policy, TOML")
-    parser.add_argument("--keys", metavar="DIR", help="model keys: <repository>/<type>/<tag>, 32 bytes each, mode 0600")
+    parser.add_argument(
+        "--keys",
+        metavar="DIR",
+        help="model keys: <repository>/<type>/<tag>, 32 bytes each, mode 0600; so too the credentials of models' stores, JSON",
+    )
     parser.add_argument("--token-key", metavar="FILE", help="P-256 private key that signs verdicts, PEM, mode 0600")
     parser.add_argument("--audit", metavar="FILE", help="audit log, appended to")
     parser.add_argument("--endorsements", metavar="DIR", help="AMD certificates (.pem, .der) for hosts that supply none")

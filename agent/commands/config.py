@@ -9,18 +9,20 @@ from agent.closed import Ident
 from agent.config_source import read_bounded
 from agent.errors import ConfigError, ConfigProblem
 from agent.guest.initdata import fit
-from agent.receipt import NOT_HELD, not_held_by
+from agent.modes import Mode, Unheld, unheld
 
 
 def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser("config", help=summary, description=summary, allow_abbrev=False)
     actions = parser.add_subparsers(dest="action", required=True, metavar="check|explain|example")
-    check = actions.add_parser(
-        "check",
-        help="parse a configuration and print its digest (the guest's HOST_DATA or MRCONFIGID), and what a boot of it does not "
-        "hold",
-    )
+    check = actions.add_parser("check", help="parse a configuration and print its digest (the guest's HOST_DATA or MRCONFIGID)")
     check.add_argument("file", metavar="FILE", help="configuration file, - for standard input")
+    check.add_argument(
+        "--mode",
+        choices=[mode.value for mode in Mode],
+        help="also: is it a configuration for `keyturn run --guest` (guest), for `keyturn run` in the server's container "
+        "(entrypoint) or for `keyturn load`, and which promises does that not hold?",
+    )
     check.add_argument("--json", action="store_true", help="print one JSON object")
     explain = actions.add_parser("explain", help="what a key means; without KEY, all of them")
     explain.add_argument("key", metavar="KEY", nargs="?", help="dotted path, e.g. broker.key_uri")
@@ -30,7 +32,7 @@ def add_parser(verbs: Any, summary: str) -> None:
 def run(args: argparse.Namespace) -> int:
     match args.action:
         case "check":
-            return _check(args.file, args.json)
+            return _check(args.file, Mode(args.mode) if args.mode else None, args.json)
         case "explain":
             return _explain(args.key)
         case _:
@@ -38,20 +40,27 @@ def run(args: argparse.Namespace) -> int:
             return 0
 
 
-def _check(file: str, as_json: bool) -> int:
+def _check(file: str, mode: Mode | None, as_json: bool) -> int:
     measured = config.parse(read_bounded(file))
+    promises: tuple[Unheld, ...] = ()
+    if mode:
+        from agent.worker import check_out
+
+        check_out(measured.config, (measured.config.artifact.directory or "") if mode is Mode.LOAD else None)
+        promises = unheld(mode, measured.config)
     if measured.config.tee.attester.endswith("tdx"):
         key, name, digest = "mr_config_id", "MRCONFIGID (SHA-256 of the file, zero-padded)", fit(measured.digest, 48)
     else:
         key, name, digest = "host_data", "HOST_DATA (SHA-256 of the file)", measured.digest
-    not_held = not_held_by(measured.config)
     if as_json:
-        record = {"ok": True, "schema": config.SCHEMA, key: digest.hex()}
-        print(json.dumps(record | {"not_held": [item.value for item in not_held]}))
+        not_held = {"mode": mode.value, "not_held": [promise.label for promise in promises]} if mode else {}
+        print(json.dumps({"ok": True, "schema": config.SCHEMA, key: digest.hex(), **not_held}))
     else:
         print(f"ok: {config.SCHEMA}\n{name}: {digest.hex()}")
-        for item in not_held:
-            print(f"not held: {item.value}: {NOT_HELD[item]}")
+        if mode and not promises:
+            print(f"{mode.value}: every promise is held")
+        for promise in promises:
+            print(f"{mode} does not hold {promise.label}: {promise.text}")
     return 0
 
 

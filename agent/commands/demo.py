@@ -77,6 +77,13 @@ def add_parser(verbs: Any, summary: str) -> None:
         "SeaweedFS bucket with signed requests; default http",
     )
     parser.add_argument(
+        "--credentials",
+        choices=("config", "kbs"),
+        default="config",
+        help="who has the password of --source oci or s3: the configuration (default), or kbs, the key broker, which gives it "
+        "to the attested guest",
+    )
+    parser.add_argument(
         "--once", action="store_true", help="stop when the questions are answered, instead of serving until Ctrl-C"
     )
     parser.add_argument(
@@ -115,6 +122,8 @@ def run(args: argparse.Namespace) -> int:
     from agent.evidence import Tee
 
     source = StoreKind(args.source)
+    if args.credentials == "kbs" and source not in (StoreKind.OCI, StoreKind.S3):
+        args.usage_error("--credentials kbs goes with --source oci or s3, which ask for some")
     if (lacking := missing(source)) is not None:
         args.usage_error(f"--source {args.source} needs {lacking}")
     options = Options(
@@ -127,6 +136,7 @@ def run(args: argparse.Namespace) -> int:
         gpus=args.gpus,
         ppcie=args.ppcie,
         source=source,
+        credentials_at_broker=args.credentials == "kbs",
     )
     try:
         if not args.json:

@@ -3,11 +3,14 @@
 import argparse
 import json
 import warnings
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from agent import unhandled
 from agent.commands.run import add_proxy, open_gpus, open_tee
-from agent.config_source import find_in_guest, from_file, from_initdata_file
+from agent.config import Selection
+from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.doctor import CHECKS
 from agent.examination import Finding, Guest, examine, exit_status
 
@@ -32,6 +35,7 @@ def add_parser(verbs: Any, summary: str) -> None:
         "it",
     )
     source.add_argument("--initdata", metavar="FILE", help="initdata document with an entry keyturn.toml")
+    parser.add_argument("--uri", metavar="URI", help="which entry of artifact.allowed, where there are several")
     parser.add_argument(
         "--offline", action="store_true", help="leave out what needs the network: route, broker, a store by URL"
     )
@@ -43,12 +47,13 @@ def run(args: argparse.Namespace) -> int:
     # stderr is JSON lines, and not for libraries to write; `cryptography` warns about oddities of a host's certificates.
     unhandled.silence_libraries()
     warnings.simplefilter("ignore")
+    find: Callable[[], FoundConfig | None] = find_in_guest
     if args.config is not None:
-        guest = Guest(lambda: from_file(args.config), open_tee, open_gpus, args.offline, args.proxy)
+        find = partial(from_file, args.config)
     elif args.initdata is not None:
-        guest = Guest(lambda: from_initdata_file(args.initdata), open_tee, open_gpus, args.offline, args.proxy)
-    else:
-        guest = Guest(find_in_guest, open_tee, open_gpus, args.offline, args.proxy)
+        find = partial(from_initdata_file, args.initdata)
+    asked = Selection(args.uri) if args.uri else None
+    guest = Guest(find, open_tee, open_gpus, args.offline, args.proxy, asked=asked)
 
     findings = []
     for finding in examine(guest, CHECKS):

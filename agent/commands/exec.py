@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     found = config_finder(args)()
     if found is None:
         raise ConfigError(ConfigProblem.NOT_FOUND)
-    measured = parse(found.data, found.digest, found.initdata)
+    measured = parse(found.data, found.digest, found.initdata).select(None)
     config = measured.config
     # refusal: test_a_configuration_that_leaves_nothing_to_others_is_refused
     if config.server is not None:
@@ -107,7 +107,7 @@ def check_statement(receipt: "Receipt", measured: "Measured") -> None:
     Raises:
         ReceiptError: what it is not.
     """
-    from agent.receipt import Mode
+    from agent.modes import Mode
 
     statement, config = receipt.statement, measured.config
     artifact = config.artifact

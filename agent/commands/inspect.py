@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from agent.artifact import kserve
 from agent.artifact import manifest as m
+from agent.artifact.compact_jwe import CHUNK_BYTES, JweOpener, decode
 from agent.artifact.identify import signatures_of
 from agent.artifact.signature import parse_provider_key, parse_signature, verify_signatures
 from agent.artifact.sources import LayoutSource, open_source
@@ -35,6 +37,7 @@ from agent.errors import (
     ConfigProblem,
     KeyMismatchError,
     MalformedHeaderError,
+    SegmentAuthenticationError,
     StoreProblem,
     TruncatedArtifactError,
 )
@@ -54,6 +57,14 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="folder, http(s) URL or s3://bucket/prefix of an OCI image layout, or oci://host/repository of a registry, with "
         "or without @sha256:… of a manifest; a registry's also with :tag",
     )
+    parser.add_argument(
+        "--jwe-file",
+        metavar="NAME",
+        action="append",
+        help="REF is no layout but a folder of files as KServe's confidential serving keeps them, of which this is one "
+        "(artifact.jwe_files); may be repeated. Without a key it tells the algorithm and the size: nothing says which files "
+        "belong together, in which version, or which of two is which",
+    )
     parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
     parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, as `seal` takes it; for --check")
     add_access(parser)
@@ -69,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
         args.usage_error("--check and --key-file belong together")
     key = read_key_file(args.key_file) if args.check else None
     signer = _read_signer(args.signed_by) if args.signed_by else None
+    if args.jwe_file:
+        if signer is not None:
+            args.usage_error("--signed-by is about a manifest, and --jwe-file has none")
+        return _inspect_jwe(args, key)
     match = _REFERENCE.fullmatch(args.ref)
     if match is None:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("REF"))
@@ -134,11 +149,11 @@ def check_model(source: LayoutSource, config: m.ModelConfig, key: bytes, progres
     segments = _segments(config, key)
     lock = threading.Lock()
     stop = threading.Event()
-    done = 0
+    done, total = 0, config.total_plaintext_bytes
 
     def work() -> None:
         nonlocal done
-        buffers = memoryview(bytearray(SEGMENT_BYTES)), memoryview(bytearray(SEGMENT_BYTES))
+        buffers = memoryview(bytearray(SEGMENT_BYTES + 1)), memoryview(bytearray(SEGMENT_BYTES))
         while not stop.is_set():
             with lock:  # a generator runs in one thread at a time
                 item = next(segments, None)
@@ -147,7 +162,7 @@ def check_model(source: LayoutSource, config: m.ModelConfig, key: bytes, progres
             _check_segment(source, item, *buffers)
             with lock:
                 done += item.file.layout.plaintext_range(item.segment)[1]
-                progress(done, config.total_plaintext_bytes)
+                progress(done, total)
 
     workers = min(_MAX_WORKERS, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
@@ -170,15 +185,52 @@ def _check_segment(source: LayoutSource, item: _Segment, ciphertext: memoryview,
     file, layout = item.file, item.file.layout
     start, length = layout.ciphertext_range(item.segment)
     lead = HEADER_BYTES if item.segment == 0 else 0  # segment 0 is read with the header before it
-    got = source.read_range(file.blob_digest, start - lead, ciphertext[: lead + length])
-    if got < lead + length:
-        raise TruncatedArtifactError(item.index, start - lead + got, layout.ciphertext_bytes)
     # Nothing would read a byte after the last segment; that it is there says that the copy is not the original.
-    if item.segment == layout.segments - 1 and source.read_range(file.blob_digest, start + length, plaintext[:1]):
-        raise TruncatedArtifactError(item.index, start + length + 1, layout.ciphertext_bytes)
+    beyond = 1 if item.segment == layout.segments - 1 else 0
+    got = source.read_range(file.blob_digest, start - lead, ciphertext[: lead + length + beyond])
+    if got != lead + length:
+        raise TruncatedArtifactError(item.index, start - lead + got, layout.ciphertext_bytes)
     if ciphertext[:lead] != file.header[:lead]:
         raise MalformedHeaderError(item.index)
     item.opener.open(item.segment, ciphertext[lead : lead + length], plaintext[: length - TAG_BYTES])
+
+
+# --- files of KServe's ------------------------------------------------------------------------------------------------
+
+
+def _inspect_jwe(args: argparse.Namespace, key: bytes | None) -> int:
+    with contextlib.closing(open_source(args.ref, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
+        files = kserve.find(source, args.jwe_file, threading.Event())
+        if key is not None:
+            with progress_line("checking") as progress:
+                check_jwe(source, files, key, progress)
+    if args.json:
+        found = [{"path": file.path, "algorithm": file.jwe.algorithm, "size": file.jwe.plaintext_bytes} for file in files]
+        print(json.dumps({"format": "kserve-jwe", "checked": args.check, "files": found}))
+        return 0
+    print(f"{'SIZE':>10}  {'ALGORITHM':<9}  PATH")
+    for file in files:
+        print(f"{size_text(file.jwe.plaintext_bytes):>10}  {file.jwe.algorithm:<9}  {file.path}")
+    if args.check:
+        print("\nchecked   every file opens with this key")
+    return 0
+
+
+def check_jwe(source: LayoutSource, files: list[kserve.JweFile], key: bytes, progress: Callable[[int, int], None]) -> None:
+    """Open every file, and keep nothing. Raises as `check_model`."""
+    total, done = sum(file.jwe.plaintext_bytes for file in files), 0
+    text, plaintext = (memoryview(bytearray(CHUNK_BYTES)) for _ in range(2))
+    for file in files:
+        opener = JweOpener(file.jwe, memoryview(key))
+        try:
+            for chunk in range(file.chunks):
+                ciphertext = decode(file.read(chunk, source, text))
+                opener.update(ciphertext, plaintext[: len(ciphertext)])
+                done += len(ciphertext)
+                progress(done, total)
+            opener.finish()
+        except ValueError:
+            raise SegmentAuthenticationError(file.index, 0) from None
 
 
 # --- output -----------------------------------------------------------------------------------------------------------

@@ -113,12 +113,17 @@ class Rule(enum.Enum):
     )
     OUT = (
         "out",
-        "--out of `keyturn load` is not artifact.directory of the configuration",
+        "the folder of `keyturn load` is not artifact.directory of the configuration",
         "write the same path in both",
+    )
+    ASKED = (
+        "asked",
+        "what the pod asks of `keyturn load` is no entry of artifact.allowed",
+        "ask for one that is there, in every word, or add the entry",
     )
     MEMORY_VOLUME = (
         "memory-volume",
-        "the folder of --out is no memory emptyDir: plaintext would lie on a disk, and the agent refuses it",
+        "the folder of `keyturn load` is no memory emptyDir: plaintext would lie on a disk, and the agent refuses it",
         "mount emptyDir: {medium: Memory} there",
     )
     NOT_SHARED = (

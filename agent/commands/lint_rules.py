@@ -16,7 +16,7 @@ from agent.commands.lint_findings import Finding, Rule
 from agent.commands.manifests import Container, Pod, Setting, find
 from agent.commands.run import health_address
 from agent.config_source import ENTRY, INITDATA_FILE
-from agent.errors import AgentError, ConfigError, InitdataError
+from agent.errors import AgentError, ConfigError, ConfigNotMeasuredError, InitdataError
 from agent.guest.initdata import Initdata, parse_initdata, unpack_gzip
 
 KERNEL_PARAMETERS = "io.katacontainers.config.hypervisor.kernel_params"
@@ -42,7 +42,7 @@ class Launch:
     path: str
     document: bytes
     initdata: Initdata
-    configuration: config.MeasuredConfig | None
+    measured: config.Measured | None
 
 
 Found = Iterator[tuple[Setting, Rule] | tuple[Setting, Rule, AgentError]]
@@ -118,24 +118,25 @@ def _launch(pod: Pod) -> tuple[Launch | None, list[tuple[Setting, Rule] | tuple[
         return None, [(annotation, Rule.INITDATA)]
     except InitdataError as error:
         return None, [(annotation, Rule.INITDATA, InitdataError(INITDATA_FILE, error.problem))]
-    configuration: config.MeasuredConfig | None = None
+    measured: config.Measured | None = None
     problems: list[tuple[Setting, Rule] | tuple[Setting, Rule, AgentError]] = []
     entry = initdata.entry(ENTRY)
     try:
         if entry is None:
             problems.append((annotation, Rule.CONFIGURATION))
         else:
-            configuration = config.parse(entry, initdata.digest).config
+            measured = config.parse(entry, initdata.digest)
     except ConfigError as error:
         problems.append((annotation, Rule.CONFIGURATION, error))
-    return Launch(pod.name, annotation.path, document, initdata, configuration), problems
+    return Launch(pod.name, annotation.path, document, initdata, measured), problems
 
 
 # --- a guest ----------------------------------------------------------------------------------------------------------
 
 
 def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_bytes: int | None) -> Found:
-    cfg = launch.configuration if launch else None
+    measured = launch.measured if launch else None
+    cfg = measured.config if measured else None
     name = pod.spec.at("runtimeClassName")
     known = _TEE_CLASS.fullmatch(name.text or "")
     if _NO_TEE_CLASS.fullmatch(name.text or ""):
@@ -164,7 +165,7 @@ def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_byte
         elif agent.verb == "run":
             yield from _entrypoint(pod, agent, cfg, model_bytes)
         else:
-            yield from _load(pod, agent, documents, launch, model_bytes)
+            yield from _load(pod, agent, documents, launch, measured, model_bytes)
     yield from _gpus(pod, agents, cfg)
 
 
@@ -219,9 +220,24 @@ def _entrypoint(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, m
             yield startup.at("failureThreshold"), Rule.STARTUP
 
 
-def _load(pod: Pod, agent: Container, documents: list[Setting], launch: Launch | None, model_bytes: int | None) -> Found:
-    cfg = launch.configuration if launch else None
-    out = agent.option("--out")
+def _load(
+    pod: Pod,
+    agent: Container,
+    documents: list[Setting],
+    launch: Launch | None,
+    measured: config.Measured | None,
+    model_bytes: int | None,
+) -> Found:
+    cfg = None
+    asked = _asked(agent)
+    try:
+        if measured is not None:
+            environment = {item.at("name").text: item.at("value").text for item in agent.setting.at("env").items()}
+            words = [environment.get(name) for name in ("CONFIDENTIAL_RESOURCE_ID", "CONFIDENTIAL_ENABLED")]
+            cfg = measured.select(config.Selection(asked[0].text or "", *words) if asked else None).config
+    except (ConfigError, ConfigNotMeasuredError) as error:
+        yield asked[0] if asked else agent.setting.at("args"), Rule.ASKED, error
+    out = _out(agent)
     folder = ((out.text if out else None) or "").rstrip("/")
     if cfg is not None and (cfg.server is not None or cfg.artifact.destination != "directory"):
         yield agent.setting, Rule.MODE
@@ -261,6 +277,18 @@ def _load(pod: Pod, agent: Container, documents: list[Setting], launch: Launch |
         yield from _given_memory(pod, [agent, *(server for server, _ in servers)], size)
 
 
+def _asked(agent: Container) -> tuple[Setting, Setting] | None:
+    """Storage URI and folder, where `keyturn load` is called as KServe calls its storage initializer."""
+    uri, folder = [Setting(None), Setting(None), *agent.arguments][-2:]
+    return (uri, folder) if "://" in (uri.text or "") and (folder.text or "").startswith("/") else None
+
+
+def _out(agent: Container) -> Setting | None:
+    """The folder of `keyturn load`."""
+    asked = _asked(agent)
+    return asked[1] if asked else agent.option("--out")
+
+
 def _given_memory(pod: Pod, holders: list[Container], size: int) -> Found:
     """The model counts in each of `holders`, and fits half of the guest, whose memory is the pod's limit."""
 
@@ -287,7 +315,7 @@ def _mounting(pod: Pod, agent: Container, mount: Setting) -> Iterator[tuple[Cont
 def _gpus(pod: Pod, agents: list[Container], cfg: config.MeasuredConfig | None) -> Found:
     holders = {id(agent) for agent in agents}
     for agent in agents:
-        mount = agent.mount(((agent.option("--out") or Setting("")).text or "").rstrip("/")) if agent.verb == "load" else None
+        mount = agent.mount(((_out(agent) or Setting("")).text or "").rstrip("/")) if agent.verb == "load" else None
         holders |= {id(server) for server, _ in _mounting(pod, agent, mount)} if mount else set()
     for container in pod.containers:
         limits = container.setting.at("resources", "limits")

@@ -64,6 +64,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--initdata", metavar="FILE", help="initdata document that guests are launched with")
     source.add_argument("--config", metavar="FILE", help="configuration that guests are launched with, without initdata")
+    parser.add_argument("--uri", metavar="URI", help="which entry of artifact.allowed, where there are several")
     parser.add_argument("--model", metavar="LAYOUT", required=True, help="folder, URL, oci:// or s3:// of the sealed model")
     parser.add_argument(
         "--gpu",
@@ -110,6 +111,7 @@ def broker_policy(approved: Approved, not_after: datetime | None) -> str:
         if not_after
         else "# not_after = 2027-12-31T00:00:00Z  # decide: without it nothing is released"
     )
+    credentials = f'credentials_uri = "{approved.credentials_uri}"\n' if approved.credentials_uri else ""
     return f"""\
 # Whatever a row leaves out matches nothing. Raise `version` with every change; see the example of `keyturn broker init`.
 schema = "{SCHEMA}"
@@ -121,7 +123,7 @@ release_channel = "stable"
 revoked = false
 {end}
 min_model_version = {approved.model_version}
-# lease_s = 86400  # the guest asks again from half of it on, and stops at its end
+{credentials}# lease_s = 86400  # the guest asks again from half of it on, and stops at its end
 manifest_digests = [{{ id = "model-v{approved.model_version}", value = "{approved.manifest_digest}" }}]
 server_command_digests = [{{ id = "server-command", value = "{approved.server_command_digest}" }}]
 
@@ -210,7 +212,7 @@ def _approved(args: argparse.Namespace) -> Approved:
     devices = [parse_gpu(_read(file, "gpu")) for file in args.gpu]
     gpus = tuple(device for device in devices if isinstance(device, GpuVersions))
     found: FoundConfig = from_file(args.config) if args.initdata is None else from_initdata_file(args.initdata)
-    measured = config.parse(found.data).config
+    measured = config.parse(found.data).select(config.Selection(args.uri) if args.uri else None).config
     _check_tee(image, measured)
     # refusal: test_gpus_in_another_mode_than_the_configuration_wants_are_refused
     if any(gpu.protected_pcie not in (None, bool(measured.gpu.switches)) for gpu in gpus):
@@ -231,6 +233,7 @@ def _approved(args: argparse.Namespace) -> Approved:
         manifest_digest=manifest_digest,
         server_command_digest=command_digest(plan.argv if plan else ()),
         resource_uri=measured.broker.resource_uri,
+        credentials_uri=measured.artifact.credentials_uri,
     )
 
 

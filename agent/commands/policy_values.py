@@ -90,6 +90,7 @@ class Approved:
         switches: versions, where they are known; switch_count: the configured number, with which protected PCIe goes.
         gpu_ready_preset: an image's init sets the ready state before the first handshake.
         resource_uri: where a Trustee KBS has the key, when elsewhere than `key_uri` says.
+        credentials_uri: where the key broker has the credentials of the model's store, if it does.
     """
 
     image: Image | None
@@ -105,6 +106,7 @@ class Approved:
     manifest_digest: str
     server_command_digest: str
     resource_uri: str | None = None
+    credentials_uri: str | None = None
 
     @property
     def tee(self) -> Tee | None:

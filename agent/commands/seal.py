@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from agent.artifact.push import check_repository, push_layout
-from agent.artifact.seal import check_identity, plan_seal, seal_model
+from agent.artifact.seal import check_for_registry, check_identity, plan_seal, seal_model
 from agent.artifact.signature import parse_signing_key, public_pem
 from agent.artifact.sources import check_secrecy
 from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
@@ -81,6 +81,9 @@ def run(args: argparse.Namespace) -> int:
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
         raise SealError(SealProblem.INSIDE)
     signing_keys = [_read_signing_key(path) for path in args.sign]
+    if repository is not None:
+        plan = plan_seal(args.model, out, None, args.key_uri, args.name, args.model_version, lambda _, __: None)
+        check_for_registry(plan, args.key_uri, args.name, args.model_version)
     if args.dry_run:
         return _plan(args, out)
     with _termination_unwinds(), contextlib.ExitStack() as undo:

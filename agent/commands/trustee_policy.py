@@ -33,8 +33,17 @@ class Call:
 
 
 def resource_policy(approved: Approved) -> str:
-    """The policy that releases this one key to this one image, configuration and number of GPUs and NVSwitches."""
-    plugin, path = _asked(approved)
+    """The policy that releases this one key to this one image, configuration and number of GPUs and NVSwitches.
+
+    With it the credentials of the model's store, where the configuration asks for them.
+    """
+    requests = "\n".join(
+        f"""\
+		[["{plugin}"], {json.dumps(path.split("/"))}],
+		[["{plugin}"], "/{path}"],
+		[[], "{plugin}/{path}"],"""
+        for plugin, path in _asked(approved)
+    )
     gpus = (f"gpu{number}" for number in range(approved.gpu_count))
     switches = (f"switch{number}" for number in range(approved.switch_count))
     devices = json.dumps(["cpu0", *gpus, *switches, *(["ppcie0"] if approved.switch_count else [])])
@@ -54,12 +63,10 @@ default allow := false
 
 # {approved.model_name} version {approved.model_version}
 allow if {{
-	# One request, as releases from v0.17 on, some in between and those before write it down.
+	# What the guest asks for, as releases from v0.17 on, some in between and those before write it down.
 	asked := [[plugin | plugin := data.plugin], data["resource-path"]]
 	asked in [
-		[["{plugin}"], {json.dumps(path.split("/"))}],
-		[["{plugin}"], "/{path}"],
-		[[], "{plugin}/{path}"],
+{requests}
 	]
 	evidence := input.submods.cpu0["ear.veraison.annotated-evidence"]
 {evidence}
@@ -73,11 +80,11 @@ allow if {{
 """
 
 
-def _asked(approved: Approved) -> tuple[str, str]:
-    """The plugin that the guest asks for its key, and the path there; the policy is not about a query."""
-    path = resource_path(approved.resource_uri or approved.key_uri).removeprefix(f"{PREFIX}/").partition("?")[0]
-    plugin, _, rest = path.partition("/")
-    return plugin, rest
+def _asked(approved: Approved) -> list[tuple[str, str]]:
+    """The plugin that the guest asks for its key, and the path there; then for credentials. The policy is not about a query."""
+    uris = [approved.resource_uri or approved.key_uri, *([approved.credentials_uri] if approved.credentials_uri else [])]
+    paths = (resource_path(uri).removeprefix(f"{PREFIX}/").partition("?")[0] for uri in uris)
+    return [(plugin, rest) for plugin, _, rest in (path.partition("/") for path in paths)]
 
 
 def reference_values(approved: Approved) -> dict[str, object]:
@@ -127,6 +134,11 @@ def hints(approved: Approved) -> tuple[str, ...]:
         "The service has one resource policy: where it has other keys too, put their rules `allow` into the same file.",
         "A registration replaces the values of the same name: list those of other images that still run beside these.",
     ]
+    if approved.credentials_uri:
+        found.append(
+            "POST the credentials of the model's store, one JSON object of user, secret and perhaps session_token, to "
+            f"{PREFIX}/resource/{_asked(approved)[1][1]}."
+        )
     match approved.image:
         case SnpImage(_, tcb):
             found.append(
@@ -167,7 +179,7 @@ def script(approved: Approved) -> str:
         for hint in hints(approved)
     )
     values = ",\n".join(f"  {json.dumps(name)}: {json.dumps(value)}" for name, value in reference_values(approved).items())
-    plugin, path = _asked(approved)
+    plugin, path = _asked(approved)[0]
     at = (
         f"POST its 32 bytes to\n# {PREFIX}/resource/{path}" if plugin == "resource" else f"that is the plugin {plugin}'s affair"
     )

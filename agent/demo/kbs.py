@@ -26,7 +26,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent.broker import bootstrap
-from agent.demo.site import KEY_URI, SealedModel, await_event, start_keyturn
+from agent.demo.site import CREDENTIALS_URI, KEY_URI, SealedModel, await_event, start_keyturn
 from agent.evidence import Tee
 from agent.sim import trustee
 from agent.sim.machine import SimulatedMachine
@@ -56,13 +56,15 @@ class Kbs:
     _http: urllib3.PoolManager
     _called: Called
 
-    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel) -> None:
-        """Store the key, register what is known of this guest, and let sample evidence have the key where it is asked to.
+    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel, credentials: bytes | None = None) -> None:
+        """Store key and credentials, register what is known of this guest, and let sample evidence have them if it is to.
 
         Raises:
             KbsRefusedError: administration is not open.
         """
-        self._call("POST", f"/resource/{KEY_URI.removeprefix('kbs:///')}", model.key)
+        for uri, secret in ((KEY_URI, model.key), (CREDENTIALS_URI, credentials)):
+            if secret is not None:
+                self._call("POST", f"/resource/{uri.removeprefix('kbs:///')}", secret)
         payload = base64.b64encode(json.dumps(_reference_values(machine, tee)).encode()).decode()
         self._call("POST", "/reference-value", {"version": "0.1.0", "type": "sample", "payload": payload})
         if tee is Tee.SAMPLE:

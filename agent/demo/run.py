@@ -50,6 +50,7 @@ class Options:
         gpus: how many the machine has.
         ppcie: with eight GPUs, and the four NVSwitches between them.
         source: the store that the model is read from.
+        credentials_at_broker: not the configuration has its password, but the key broker, for this guest alone.
     """
 
     once: bool
@@ -61,6 +62,7 @@ class Options:
     gpus: int = 1
     ppcie: bool = False
     source: StoreKind = StoreKind.HTTP
+    credentials_at_broker: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,9 @@ def run(options: Options, view: View) -> Result:
         with ExitStack() as running:
             with view.preparing("model store and key broker"):
                 store = running.enter_context(stores.serve(options.source, model.layout, folder))
+                credentials = None
+                if options.credentials_at_broker:
+                    store, credentials = stores.at_broker(store, site.CREDENTIALS_URI)
                 broker = running.enter_context(_broker(options, folder, machine, model, view))
                 api_server = None
                 if options.coco:
@@ -173,7 +178,7 @@ def run(options: Options, view: View) -> Result:
                 (folder / "keyturn.toml").write_bytes(text)
                 machine.host_data = hashlib.sha256(text).digest()
                 machine.save()
-                broker.approve(machine, options.tee, model)
+                broker.approve(machine, options.tee, model, credentials)
             result = _boot(folder, model, port, options, view)
             if report_root and os.listdir(report_root):
                 result.left_behind.append("configfs-tsm entry")

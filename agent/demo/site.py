@@ -34,6 +34,7 @@ MODEL_ID = "all-MiniLM-L6-v2"
 MODEL_FILE = "model.gguf"
 MODEL_VERSION = 1
 KEY_URI = "kbs:///demo/all-minilm-l6-v2/1"
+CREDENTIALS_URI = "kbs:///demo/store/1"
 SERVER_UID = 65532
 BROKER_START_S = 30
 CONFIGFS_START_S = 30
@@ -131,9 +132,11 @@ class Broker:
             f"ca_pem = {json.dumps(files.ca_pem)}\ntoken_keys = [{json.dumps(files.token_key_pem)}]\n"
         )
 
-    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel) -> None:
-        """Let this machine, as it is launched, have the key."""
-        self.load_policy(policy_text(machine, tee, model))
+    def approve(self, machine: SimulatedMachine, tee: Tee, model: SealedModel, credentials: bytes | None = None) -> None:
+        """Let this machine, as it is launched, have the key; and the credentials of its store, if there are any."""
+        if credentials is not None:
+            _store(self.files.directory, CREDENTIALS_URI, credentials)
+        self.load_policy(policy_text(machine, tee, model, CREDENTIALS_URI if credentials else None))
 
     def load_policy(self, text: str) -> None:
         """Replace the policy; when this returns, the broker decides by it."""
@@ -147,10 +150,7 @@ def run_broker(folder: Path, machine: SimulatedMachine, key: bytes) -> Iterator[
     """A broker of its own process, with the model key in its store and a policy that denies everything."""
     files = bootstrap.create(folder / "broker", "localhost", datetime.now(UTC))
     home = files.directory
-    stored = home / "keys" / KEY_URI.removeprefix("kbs:///")
-    stored.parent.mkdir(mode=0o700, parents=True)
-    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-        file.write(key)
+    _store(home, KEY_URI, key)
     arguments = {
         "listen": "127.0.0.1:0",
         "tls-cert": home / "tls.pem",
@@ -166,6 +166,14 @@ def run_broker(folder: Path, machine: SimulatedMachine, key: bytes) -> Iterator[
         address = str(await_event(process, "listening")["address"])
         await_event(process, "policy_loaded")
         yield Broker(files, process, int(address.rpartition(":")[2]))
+
+
+def _store(home: Path, uri: str, secret: bytes) -> None:
+    """Put a key or credentials where the broker finds them."""
+    stored = home / "keys" / uri.removeprefix("kbs:///")
+    stored.parent.mkdir(mode=0o700, parents=True)
+    with open(os.open(stored, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secret)
 
 
 def await_event(process: subprocess.Popen[str], name: str) -> dict[str, object]:
@@ -241,8 +249,9 @@ def _start(module: str, *arguments: str, stdin: int, stdout: int, stderr: int | 
             process.terminate()
 
 
-def policy_text(machine: SimulatedMachine, tee: Tee, model: SealedModel) -> str:
+def policy_text(machine: SimulatedMachine, tee: Tee, model: SealedModel, credentials_uri: str | None = None) -> str:
     """The broker's policy: one row, for exactly this machine, configuration, model and server command."""
+    credentials = f'credentials_uri = "{credentials_uri}"\n' if credentials_uri else ""
     return f"""\
 schema = "keyturn-policy/v1"
 version = "demo"
@@ -253,7 +262,7 @@ release_channel = "demo"
 revoked = false
 not_after = {(datetime.now(UTC) + timedelta(days=1)).isoformat(timespec="seconds")}
 min_model_version = {MODEL_VERSION}
-manifest_digests = [{{ id = "model", value = "{model.manifest_digest}" }}]
+{credentials}manifest_digests = [{{ id = "model", value = "{model.manifest_digest}" }}]
 server_command_digests = [{{ id = "server-command", value = "{command_digest(SERVER_COMMAND)}" }}]
 
 {_tdx_section(machine) if tee is Tee.TDX else _snp_section(machine)}

@@ -98,6 +98,12 @@ def serve(kind: StoreKind, layout: Path, folder: Path) -> Iterator[Mapping[str, 
                 yield {"source": f"s3://{_BUCKET}/demo", "endpoint": url, **_LOGIN}
 
 
+def at_broker(store: Mapping[str, str], uri: str) -> tuple[Mapping[str, str], bytes]:
+    """The same configuration with its credentials left to a key broker under `uri`, and what that must have there."""
+    credentials = json.dumps({name: store[name] for name in _LOGIN}).encode()
+    return {name: text for name, text in store.items() if name not in _LOGIN} | {"credentials_uri": uri}, credentials
+
+
 @contextmanager
 def _registry(folder: Path, tls: tuple[Path, Path]) -> Iterator[int]:
     port = free_port()

@@ -43,6 +43,7 @@ _MEANING = {
     "identify": "find the manifest that the provider signed",
     "prepare": "authenticate the manifest, reserve guest memory",
     "attest": "broker's nonce → GPU evidence → CPU evidence → verdict",
+    "release-credentials": "get the store's credentials, now that the guest is known",
     "release-key": "get the model key, still sealed to this guest",
     "measure": "note the release in the TEE's runtime register, where it has one",
     "secure": "set the GPU ready, once",

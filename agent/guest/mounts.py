@@ -58,7 +58,14 @@ class DetachedMount:
 
 
 def detached_tmpfs(
-    size_bytes: int, gid: int, mode: int = 0o750, *, uid: int = 0, executable: bool = False, huge_pages: bool = True
+    size_bytes: int,
+    gid: int,
+    mode: int = 0o750,
+    *,
+    uid: int = 0,
+    executable: bool = False,
+    huge_pages: bool = True,
+    inodes: int | None = None,
 ) -> DetachedMount:
     """Make a tmpfs that is not attached anywhere: nosuid, nodev, and noexec unless `executable`.
 
@@ -69,6 +76,7 @@ def detached_tmpfs(
         mode: see `gid`.
         executable: programs and libraries in it may be executed (a server's scratch space).
         huge_pages: use huge pages inside the size of a file, where the kernel has them.
+        inodes: the most files and folders in it, the root counted; None: the kernel's default, one for two pages of memory.
 
     Raises:
         OSError: the kernel refused: EPERM without CAP_SYS_ADMIN, ENOSYS before Linux 5.2 or under a seccomp filter.
@@ -77,6 +85,8 @@ def detached_tmpfs(
     try:
         for key, value in (("size", size_bytes), ("uid", uid), ("gid", gid), ("mode", f"{mode:o}")):
             _configure(context, key, str(value))
+        if inodes is not None:
+            _configure(context, "nr_inodes", str(inodes))
         if huge_pages:
             # Ten times cheaper to populate than 4 KiB pages. EINVAL: this kernel has none.
             with suppress(OSError):

@@ -114,6 +114,24 @@ class KeyResponse:
 
 
 @dataclass(frozen=True, slots=True)
+class CredentialsRequest:
+    """For the credentials of the model's store, between the Verdict and the key. `session` is what came with the Verdict."""
+
+    request_id: Ident
+    token: str
+    credentials_uri: Ident
+    session: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class CredentialsResponse:
+    """`jwe` as a key's."""
+
+    request_id: Ident
+    jwe: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class TokenClaims:
     """The signed claims of a Verdict token (ES256 JWT). Times are Unix seconds.
 
@@ -149,6 +167,24 @@ class SealedKey:
     jwe: bytes
     key_id: Ident
     key_version: int
+
+
+@dataclass(frozen=True, slots=True)
+class SealedCredentials:
+    """The credentials of the model's store as JWE to our ephemeral key (`keys.open_credentials`)."""
+
+    jwe: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class KeptCredentials:
+    """The credentials of the model's store where this guest's own confidential-data-hub has them for us.
+
+    Attributes:
+        fetch: as `KeptKey.fetch`.
+    """
+
+    fetch: Callable[[memoryview], int] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Protocol, Self, TypeVar
 from agent.closed import Ident
 from agent.errors import AgentError, BrokerIdentityError, BrokerUnreachableError, IdentityProblem, Unreachable
 from agent.evidence import CompositeEvidence, RuntimeData, Tee
-from agent.handshake import KeptKey, SealedKey, Verdict
+from agent.handshake import KeptCredentials, KeptKey, SealedCredentials, SealedKey, Verdict
 from agent.handshake.machine import Collected, Expired, NeedEvidence
 from agent.keys import EphemeralKey
 from agent.retry import RetrySchedule
@@ -73,6 +73,17 @@ class Broker(Protocol):
             RemoteProtocolError, BrokerFailureError: the broker misbehaved or failed.
             KeyReleaseDeniedError, TokenError, SimulationRefusedError: as `Handshake.receive`.
             AgentError: whatever `collect` raised.
+        """
+
+    async def release_credentials(self, verdict: Verdict, uri: Ident) -> SealedCredentials | KeptCredentials:
+        """Ask for the credentials of the model's store, after the last `attest`, whose Verdict it is, and before the key.
+
+        Args:
+            verdict: what lets this guest have them.
+            uri: `kbs:///repository/type/tag`, which is no key's.
+
+        Raises:
+            AgentError: as `attest`.
         """
 
     async def release_key(self, verdict: Verdict) -> SealedKey | KeptKey:

@@ -24,12 +24,13 @@ from agent.errors import GpuCountError, KeyNotDeliveredError, SimulationRefusal,
 from agent.evidence import Nonce, Tee
 from agent.guest.api_server import ApiServer
 from agent.guest.initdata import fit
-from agent.handshake import KeptKey, TokenClaims, Verdict
+from agent.handshake import KeptCredentials, KeptKey, TokenClaims, Verdict
 from agent.handshake.broker import Collect, OnAttempt
 from agent.handshake.ear import Ear, decode_unverified_ear, verify_ear
 from agent.handshake.machine import Trust
 from agent.handshake.rcar import UNVERSIONED, not_affirmed
 from agent.keys import EphemeralKey, is_key_length
+from agent.store_credentials import is_credentials_length
 from agent.threads import in_thread
 
 _GPU = "gpu"
@@ -96,13 +97,18 @@ class CdhBroker:
         claims = _claims(ear, key_uri, simulated=ear.simulated or self._simulated)
         return Verdict(request_id, token, claims, ()), EphemeralKey.generate()
 
+    async def release_credentials(self, verdict: Verdict, uri: Ident) -> KeptCredentials:
+        """Where they are."""
+        return KeptCredentials(partial(self._fetch, verdict, uri, is_credentials_length))
+
     async def release_key(self, verdict: Verdict) -> KeptKey:
         """Where the key is. Nothing is asked for: in clear it may come only after the gate."""
-        return KeptKey(partial(self._fetch, verdict), verdict.claims.key_uri, 0)
+        uri = verdict.claims.key_uri
+        return KeptKey(partial(self._fetch, verdict, uri, is_key_length), uri, 0)
 
-    def _fetch(self, verdict: Verdict, into: memoryview) -> int:
+    def _fetch(self, verdict: Verdict, uri: Ident, is_length: Callable[[int], bool], into: memoryview) -> int:
         try:
-            return self._api.resource(verdict.claims.key_uri, into, is_key_length)
+            return self._api.resource(uri, into, is_length)
         except KeyNotDeliveredError:
             for finding in not_affirmed(verdict.token):
                 self._on_unaffirmed(finding)

@@ -28,7 +28,9 @@ from agent.handshake import (
     MAX_INIT_DATA_BYTES,
     MAX_MESSAGE_BYTES,
     Attestation,
+    CredentialsRequest,
     KeyRequest,
+    SealedCredentials,
     SealedKey,
     TokenKind,
     Verdict,
@@ -42,6 +44,7 @@ from agent.handshake.machine import (
     Event,
     Expired,
     Handshake,
+    HaveCredentials,
     NeedEvidence,
     SendAttestation,
     SendHello,
@@ -134,14 +137,21 @@ class GrpcBroker:
         self._refused = 0
         return await self._retry(self._schedule, lambda: self._attest_once(key_uri, tee, collect, on_attempt))
 
+    async def release_credentials(self, verdict: Verdict, uri: Ident) -> SealedCredentials:
+        """As `Broker.release_credentials`."""
+        return await self._release(verdict, lambda machine, request: self._credentials_once(machine, request, uri))
+
     async def release_key(self, verdict: Verdict) -> SealedKey:
         """As `Broker.release_key`."""
+        return await self._release(verdict, self._key_once)
+
+    async def _release(self, verdict: Verdict, once: Callable[[Handshake, KeyRequest], Awaitable[_Result]]) -> _Result:
         machine, schedule, request = self._machine, self._schedule, self._key_request
         if machine is None or schedule is None or request is None or verdict.request_id != request.request_id:
             raise RuntimeError("a key is asked for after its attestation")
         self._refused = 0
         try:
-            return await self._retry(schedule, lambda: self._release_once(machine, request))
+            return await self._retry(schedule, lambda: once(machine, request))
         except KeyReleaseDeniedError as error:
             denied = self._explained(error, verdict)
         raise denied
@@ -195,7 +205,7 @@ class GrpcBroker:
                     case SendKeyRequest():
                         self._key_request = action.request
                         return action.verdict, key
-                    case Done():
+                    case HaveCredentials() | Done():
                         raise RuntimeError("no key comes over the attestation stream")
                     case _:
                         assert_never(action)
@@ -223,7 +233,16 @@ class GrpcBroker:
         text = init_data.document if init_data and len(init_data.document) <= MAX_INIT_DATA_BYTES else b""
         return replace(attestation, evidence=replace(evidence, primary=primary), init_data=text.decode())
 
-    async def _release_once(self, machine: Handshake, request: KeyRequest) -> SealedKey:
+    async def _credentials_once(self, machine: Handshake, request: KeyRequest, uri: Ident) -> SealedCredentials:
+        method = self._connect().unary_unary(grpc_wire.RELEASE_CREDENTIALS_METHOD, bytes, bytes)
+        asked = CredentialsRequest(request.request_id, request.token, uri, request.session)
+        answer = await method(grpc_wire.pack_credentials_request(asked), timeout=KEY_TIMEOUT_S)
+        response = grpc_wire.parse_credentials_response(answer, Ident(machine.state.value))
+        action = machine.receive(response, int(time.time()))
+        assert isinstance(action, HaveCredentials), "the table knows one action for credentials"
+        return action.sealed
+
+    async def _key_once(self, machine: Handshake, request: KeyRequest) -> SealedKey:
         method = self._connect().unary_unary(grpc_wire.RELEASE_KEY_METHOD, bytes, bytes)
         answer = await method(grpc_wire.pack_key_request(request), timeout=KEY_TIMEOUT_S)
         response = grpc_wire.parse_key_response(answer, Ident(machine.state.value), self._tokens)

@@ -33,6 +33,8 @@ from agent.handshake import (
     Accepted,
     Attestation,
     Challenge,
+    CredentialsRequest,
+    CredentialsResponse,
     Denied,
     Hello,
     KeyRequest,
@@ -45,6 +47,7 @@ from agent.jose import COORDINATE_BYTES
 
 ATTEST_METHOD = "/keyturn.kbs.v1.KeyBroker/Attest"
 RELEASE_KEY_METHOD = "/keyturn.kbs.v1.KeyBroker/ReleaseKey"
+RELEASE_CREDENTIALS_METHOD = "/keyturn.kbs.v1.KeyBroker/ReleaseCredentials"
 
 SNP_REPORT_BYTES = 1184
 MAX_CHALLENGE_LIFE_S = 86_400
@@ -239,12 +242,43 @@ def pack_key_response(message: KeyResponse) -> bytes:
 def parse_key_response(data: bytes, state: Ident, tokens: TokenKind = TokenKind.KEYTURN) -> KeyResponse:
     """What a broker of that kind sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
     wire = _decode(pb.ReleaseKeyResponse(), data, state)
-    request_id = _request_id(wire.request_id, state)
-    if len(wire.jwe) > MAX_JWE_BYTES:
-        raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
-    if not wire.jwe or not _FIRST_VERSION[tokens] <= wire.key_version <= MAX_KEY_VERSION:
+    request_id, jwe = _request_id(wire.request_id, state), _jwe(wire.jwe, state)
+    if not _FIRST_VERSION[tokens] <= wire.key_version <= MAX_KEY_VERSION:
         raise _malformed(state)
-    return KeyResponse(request_id, wire.jwe, _ident(wire.key_id, state), wire.key_version)
+    return KeyResponse(request_id, jwe, _ident(wire.key_id, state), wire.key_version)
+
+
+def pack_credentials_request(message: CredentialsRequest) -> bytes:
+    """The guest's request for the credentials of its store."""
+    wire = pb.ReleaseCredentialsRequest(
+        request_id=message.request_id,
+        token=message.token,
+        credentials_uri=message.credentials_uri,
+        session=message.session,
+    )
+    return wire.SerializeToString()
+
+
+def parse_credentials_request(data: bytes, state: Ident, tokens: TokenKind = TokenKind.KEYTURN) -> CredentialsRequest:
+    """What a guest sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
+    wire = _decode(pb.ReleaseCredentialsRequest(), data, state)
+    return CredentialsRequest(
+        _request_id(wire.request_id, state),
+        _token(wire.token, state, tokens),
+        parse_key_uri(wire.credentials_uri, state),
+        _session(wire.session, state),
+    )
+
+
+def pack_credentials_response(message: CredentialsResponse) -> bytes:
+    """The broker's answer to a request for credentials."""
+    return pb.ReleaseCredentialsResponse(request_id=message.request_id, jwe=message.jwe).SerializeToString()
+
+
+def parse_credentials_response(data: bytes, state: Ident) -> CredentialsResponse:
+    """What a broker sent. Raises RemoteProtocolError: OVERSIZED or MALFORMED."""
+    wire = _decode(pb.ReleaseCredentialsResponse(), data, state)
+    return CredentialsResponse(_request_id(wire.request_id, state), _jwe(wire.jwe, state))
 
 
 def parse_key_uri(text: str, state: Ident) -> Ident:
@@ -284,6 +318,14 @@ def _ident(text: str, state: Ident) -> Ident:
 def _session(data: bytes, state: Ident) -> bytes:
     if len(data) > MAX_SESSION_BYTES:
         raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
+    return data
+
+
+def _jwe(data: bytes, state: Ident) -> bytes:
+    if len(data) > MAX_JWE_BYTES:
+        raise RemoteProtocolError(ProtocolProblem.OVERSIZED, state)
+    if not data:
+        raise _malformed(state)
     return data
 
 

@@ -31,10 +31,12 @@ from agent.handshake import (
     Accepted,
     Attestation,
     Challenge,
+    CredentialsResponse,
     Denied,
     Hello,
     KeyRequest,
     KeyResponse,
+    SealedCredentials,
     SealedKey,
     TeePublicKey,
     TokenClaims,
@@ -77,7 +79,7 @@ class Closed:
     """The peer ended the stream in good order, without a further message."""
 
 
-Message = Challenge | Accepted | Denied | KeyResponse
+Message = Challenge | Accepted | Denied | CredentialsResponse | KeyResponse
 Event = Message | Collected | Expired | Closed
 
 
@@ -111,11 +113,18 @@ class SendKeyRequest:
 
 
 @dataclass(frozen=True, slots=True)
+class HaveCredentials:
+    """The key is still to be asked for."""
+
+    sealed: SealedCredentials
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     sealed_key: SealedKey
 
 
-Action = SendHello | NeedEvidence | SendAttestation | SendKeyRequest | Done
+Action = SendHello | NeedEvidence | SendAttestation | SendKeyRequest | HaveCredentials | Done
 
 _NEXT: dict[tuple[State, type[Event]], State] = {
     (State.AWAIT_CHALLENGE, Challenge): State.AWAIT_EVIDENCE,
@@ -123,6 +132,7 @@ _NEXT: dict[tuple[State, type[Event]], State] = {
     (State.AWAIT_EVIDENCE, Expired): State.AWAIT_CHALLENGE,  # a fresh Hello on the same stream
     (State.AWAIT_VERDICT, Accepted): State.AWAIT_KEY,
     (State.AWAIT_VERDICT, Denied): State.FAILED,
+    (State.AWAIT_KEY, CredentialsResponse): State.AWAIT_KEY,  # of the model's store, where the configuration asks for them
     (State.AWAIT_KEY, KeyResponse): State.DONE,
     (State.AWAIT_CHALLENGE, Expired): State.FAILED,
     (State.AWAIT_VERDICT, Expired): State.FAILED,
@@ -250,6 +260,8 @@ class Handshake:
             case Denied():
                 # refusal: test_a_denial_carries_the_closed_reason_and_sticks
                 raise KeyReleaseDeniedError(event.reason, event.claim, event.reference_value_id, event.policy_version)
+            case CredentialsResponse():
+                return HaveCredentials(SealedCredentials(event.jwe))
             case KeyResponse():
                 return Done(SealedKey(event.jwe, event.key_id, event.key_version))
             case Expired():

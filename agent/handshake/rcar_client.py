@@ -28,7 +28,17 @@ from agent.errors import (
 )
 from agent.evidence import CompositeEvidence, RuntimeData, Tee, binding
 from agent.evidence.precheck import check_before_sending
-from agent.handshake import Accepted, Challenge, KeyResponse, SealedKey, TeePublicKey, Verdict, rcar
+from agent.handshake import (
+    Accepted,
+    Challenge,
+    CredentialsResponse,
+    KeyResponse,
+    SealedCredentials,
+    SealedKey,
+    TeePublicKey,
+    Verdict,
+    rcar,
+)
 from agent.handshake.broker import Collect, OnAttempt, OnRetry, OnUnaffirmed, collected, retried
 from agent.handshake.kbs_http import KbsHttp, Question
 from agent.handshake.machine import (
@@ -36,6 +46,7 @@ from agent.handshake.machine import (
     Done,
     Event,
     Handshake,
+    HaveCredentials,
     NeedEvidence,
     SendAttestation,
     SendHello,
@@ -165,13 +176,20 @@ class RcarBroker:
 
         return await self._retry(self._schedule, once)
 
+    async def release_credentials(self, verdict: Verdict, uri: Ident) -> SealedCredentials:
+        """As `Broker.release_credentials`."""
+        return await self._release(verdict, lambda: self._get_credentials(rcar.resource_path(uri)))
+
     async def release_key(self, verdict: Verdict) -> SealedKey:
         """As `Broker.release_key`."""
+        return await self._release(verdict, self._get_key)
+
+    async def _release(self, verdict: Verdict, get: Callable[[], Awaitable[_Result]]) -> _Result:
         schedule = self._schedule
         if schedule is None or verdict.request_id != self._request_id:
             raise RuntimeError("a key is asked for after its attestation")
         self._refused = 0
-        return await self._retry(schedule, self._release_once)
+        return await self._retry(schedule, lambda: self._release_once(get))
 
     async def _retry(self, schedule: RetrySchedule, attempt: Callable[[], Awaitable[_Result]]) -> _Result:
         async def counted() -> _Result:
@@ -215,7 +233,7 @@ class RcarBroker:
                     event = await self._attest(machine, request_id, asked, action.attestation.evidence)
                 case SendKeyRequest():
                     return action.verdict
-                case Done():
+                case HaveCredentials() | Done():
                     raise RuntimeError("no key comes before it is asked for")
                 case _:
                     assert_never(action)
@@ -247,12 +265,12 @@ class RcarBroker:
         self._token = rcar.parse_token(answer.body, Ident(machine.state.value))
         return Accepted(request_id, self._token, rcar.UNVERSIONED, ())
 
-    async def _release_once(self) -> SealedKey:
+    async def _release_once(self, get: Callable[[], Awaitable[_Result]]) -> _Result:
         assert self._machine is not None and self._again is not None, "attested"
         if self._machine.state is not State.AWAIT_KEY:
             await self._again()  # begun by the attempt before, and cut off
         try:
-            return await self._get_key()
+            return await get()
         except _ForgottenError as forgotten:
             error = forgotten.error
         # refusal: test_a_session_that_is_forgotten_again_is_not_made_a_third_time
@@ -261,10 +279,18 @@ class RcarBroker:
         self._forgotten = True
         await self._again()
         try:
-            return await self._get_key()
+            return await get()
         except _ForgottenError as forgotten:
             error = forgotten.error
         raise error
+
+    async def _get_credentials(self, path: str) -> SealedCredentials:
+        machine = self._machine
+        assert machine is not None, "attested"
+        answer = await self._ask(Exchange.RESOURCE, machine, path, None)
+        action = machine.receive(CredentialsResponse(machine.request_id, answer.body), int(time.time()))
+        assert isinstance(action, HaveCredentials), "the table knows one action for credentials"
+        return action.sealed
 
     async def _get_key(self) -> SealedKey:
         machine = self._machine

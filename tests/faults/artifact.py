@@ -253,6 +253,10 @@ def _bucket(changes_after: int | None, secret: str) -> Callable[[FaultWorld], No
     return arrange
 
 
+def credentials_that_do_not_open_it(world: FaultWorld) -> None:
+    world.keep_credentials(world.canaries.config_secret)
+
+
 def _bundle(folder: Path, key: ec.EllipticCurvePrivateKey) -> bytes:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "model.sig")
     return bundle(statement({path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}), key)
@@ -398,6 +402,13 @@ ROWS = [
         ArtifactUnavailableError,
         _bucket(None, "another-secret"),
         {"problem": StoreProblem.REFUSED, "status": 403},
+    ),
+    Fault(
+        "bucket that refuses the broker's credentials",
+        ArtifactUnavailableError,
+        credentials_that_do_not_open_it,
+        {"problem": StoreProblem.REFUSED, "status": 403},
+        attempts=ONCE,
     ),
     Fault(
         "object that is replaced under the reader",

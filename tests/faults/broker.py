@@ -505,6 +505,26 @@ def audit_disk_full(world: FaultWorld) -> None:
     world.broker_flags += ["--audit", "/dev/full"]
 
 
+def credentials_absent(world: FaultWorld) -> None:
+    world.keep_credentials()
+    world.credentials_file.unlink()
+
+
+def credentials_with_another_member(world: FaultWorld) -> None:
+    world.keep_credentials(world.canaries.config_secret, realm="models")
+
+
+def credentials_of_no_row(world: FaultWorld) -> None:
+    world.keep_credentials(world.canaries.config_secret)
+    del world.row["credentials_uri"]
+
+
+def without_credentials(name: str, arrange: Callable[[FaultWorld], object], status: int, reason: str) -> Fault:
+    fields = {"status": status, "reason": reason}
+    audit = [ATTESTED, ("credentials", "failed", reason)]
+    return Fault(name, BrokerFailureError, arrange, fields=fields, audit=audit, attempts=Attempts.ONCE)
+
+
 def trouble(name: str, arrange: Callable[[FaultWorld], object], status: int, reason: str) -> Fault:
     fields = {"status": status, "reason": reason}
     audit = [ATTESTED, ("release", "failed", reason)]
@@ -521,6 +541,16 @@ TROUBLE = [
         key_store_down,
         fields={"status": 14, "reason": "KEY_STORE_IO"},
         attempts=Attempts.ONCE,  # one attestation; the key alone is asked for again
+    ),
+    without_credentials("credentials that are not in the store", credentials_absent, 5, "CREDENTIALS_NOT_FOUND"),
+    without_credentials("credentials that are none", credentials_with_another_member, 9, "CREDENTIALS_FILE"),
+    Fault(
+        "credentials that the row does not name",
+        KeyReleaseDeniedError,
+        credentials_of_no_row,
+        fields={"reason": "reference-value", "claim": "policy.credentials_uri"},
+        audit=[ATTESTED, ("credentials", "denied", "policy.credentials_uri")],
+        attempts=Attempts.ONCE,
     ),
     Fault(
         "audit log on a full disk",

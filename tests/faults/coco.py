@@ -14,6 +14,7 @@ from agent.errors import (
     ConfigError,
     ConfigNotMeasuredError,
     ConfigProblem,
+    CredentialsProblem,
     DeviceError,
     GpuCountError,
     GuestApiError,
@@ -27,6 +28,7 @@ from agent.errors import (
     ReceiptError,
     ReceiptProblem,
     SimulationRefusedError,
+    StoreCredentialsError,
     TokenCheck,
     TokenError,
     UnwrapCheck,
@@ -35,7 +37,7 @@ from agent.sim.api_server_rest import Components
 from tests.faults.table import Attempts, Audit, Fault, FaultWorld
 from tests.fuzz.targets import keyset_seeds
 from tests.test_handshake_ear import SERVICE, STRANGER, payload, signed, submod
-from tests.world import DEADLINE_S, KEY_URI, free_port
+from tests.world import CREDENTIALS_URI, DEADLINE_S, KEY_URI, free_port
 
 NEVER, ONCE = Attempts.NEVER, Attempts.ONCE
 _NAME = KEY_URI.removeprefix("kbs:///")
@@ -159,6 +161,15 @@ def nothing_left(world: FaultWorld) -> None:
     left.read_receipt(folder)
 
 
+def credentials_absent(world: FaultWorld, _: Components) -> None:
+    world.keep_credentials(world.canaries.config_secret)
+
+
+def credentials_of_another_form(world: FaultWorld, components: Components) -> None:
+    resource = world.keep_credentials(world.canaries.config_secret, realm="models")
+    components.resources = {**components.resources, CREDENTIALS_URI.removeprefix("kbs:///"): resource}
+
+
 ROWS = [
     # Before anything is asked for.
     _evidence("nobody at tee.coco_url", NoAttesterError, nobody_listens, {"reason": Absence.NO_GUEST_API}),
@@ -217,6 +228,18 @@ ROWS = [
         [],
         NEVER,
         broker=False,
+    ),
+    _key(
+        "no credentials of the store to be had",
+        KeyNotDeliveredError,
+        credentials_absent,
+        {"call": "resource", "problem": GuestApiProblem.FAILED, "status": 500},
+    ),
+    _key(
+        "credentials of the store that are none",
+        StoreCredentialsError,
+        credentials_of_another_form,
+        {"problem": CredentialsProblem.FORM},
     ),
     _key("no token to be had", GuestApiError, _set(token=None), {"call": "token", "problem": GuestApiProblem.FAILED}),
     _key("guest's token of a stranger", TokenError, _token(stranger=True), {"check": TokenCheck.SIGNATURE}),

@@ -18,8 +18,10 @@ from agent.broker.jwe import seal
 from agent.closed import Ident
 from agent.errors import (
     AgentError,
+    ArtifactUnavailableError,
     BrokerFailureError,
     BrokerUnreachableError,
+    CredentialsProblem,
     DenialReason,
     KeyMismatchError,
     KeyReleaseDeniedError,
@@ -27,6 +29,8 @@ from agent.errors import (
     LeaseEndedError,
     ProtocolProblem,
     RemoteProtocolError,
+    StoreCredentialsError,
+    StoreProblem,
     TokenCheck,
     TokenError,
     Unreachable,
@@ -44,7 +48,7 @@ from agent.keys import EphemeralKey
 from agent.server.presets import command_digest
 from tests.faults.broker import good_broker, tls_pair
 from tests.faults.canaries import PEER_TEXT
-from tests.faults.table import ATTESTED, SERVED, Attempts, Audit, Fault, FaultWorld
+from tests.faults.table import ATTESTED, GIVEN, RELEASED, SERVED, Attempts, Audit, Fault, FaultWorld
 from tests.hostile_broker import Cut, Relay, claims_of, edited, in_thread, refuses_key, served, signed
 from tests.world import KEY_URI
 
@@ -508,4 +512,54 @@ ORDER = [
     ),
 ]
 
-ROWS = [*KEYS, *VERDICTS, *POLICY, *ORDER]
+# --- credentials of the store -------------------------------------------------------------------------------------------
+
+
+def own_credentials(_: FaultWorld, relay: Relay) -> None:
+    def on_credentials(credentials: pb.ReleaseCredentialsResponse) -> None:
+        credentials.jwe = seal(b'{"user": "relay", "secret": "relay"}', relay.guest_key())
+
+    relay.on_credentials = on_credentials
+
+
+def the_key_in_their_place(_: FaultWorld, relay: Relay) -> None:
+    """Sealed to the same key pair, and asked for with the same token."""
+
+    async def on_credentials(credentials: pb.ReleaseCredentialsResponse) -> None:
+        token = relay.answers[-1].verdict.accepted.token
+        request = pb.ReleaseKeyRequest(request_id="relay", token=token, key_uri=KEY_URI).SerializeToString()
+        async with relay.channel() as channel:
+            answer = await channel.unary_unary(wire.RELEASE_KEY_METHOD)(request)
+        credentials.jwe = pb.ReleaseKeyResponse.FromString(answer).jwe
+
+    relay.on_credentials = on_credentials
+
+
+def credentials_row(
+    name: str, error: type[AgentError], change: Change, fields: Mapping[str, object], audit: list[Audit] | None
+) -> Fault:
+    def arrange(world: FaultWorld) -> None:
+        world.keep_credentials()
+        relayed(world, change)
+
+    return Fault(f"relay: {name}", error, arrange, fields=fields, audit=audit, attempts=Attempts.ONCE)
+
+
+CREDENTIALS = [
+    credentials_row(
+        "credentials of its own",
+        ArtifactUnavailableError,
+        own_credentials,
+        {"problem": StoreProblem.REFUSED},
+        None,  # the key may have been asked for by then
+    ),
+    credentials_row(
+        "the model key in the place of credentials",
+        StoreCredentialsError,
+        the_key_in_their_place,
+        {"problem": CredentialsProblem.LENGTH},
+        [ATTESTED, GIVEN, RELEASED],
+    ),
+]
+
+ROWS = [*KEYS, *VERDICTS, *POLICY, *ORDER, *CREDENTIALS]

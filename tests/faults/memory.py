@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from agent.artifact.memory import choose_destination
+from agent.artifact.memory import choose_destination, demand_of
 from agent.errors import (
     DestinationError,
     DestinationProblem,
@@ -59,7 +59,9 @@ def with_swap(world: FaultWorld) -> object:
     proc = world.folder / "proc"
     proc.mkdir()
     (proc / "swaps").write_text("Filename\tType\tSize\tUsed\tPriority\n/dev/vdb\tpartition\t1048572\t0\t-2\n")
-    return choose_destination("memfd", None, [4096], None, allow_swap=False, memory=MemoryInfo(proc, world.folder / "sys"))
+    return choose_destination(
+        "memfd", None, demand_of({"model": 4096}), None, allow_swap=False, memory=MemoryInfo(proc, world.folder / "sys")
+    )
 
 
 def lease_shorter_than_the_boot(world: FaultWorld) -> None:

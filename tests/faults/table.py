@@ -20,6 +20,7 @@ from tests.world import MODEL_BYTES, Agent, Outcome, World, free_port
 
 Audit = tuple[str, str, str | None]
 ATTESTED: Audit = ("attest", "allowed", None)
+GIVEN: Audit = ("credentials", "allowed", None)
 RELEASED: Audit = ("release", "allowed", None)
 SERVED = [ATTESTED, RELEASED]
 

@@ -11,6 +11,7 @@ import ctypes
 import io
 import json
 import os
+import re
 import socket
 import struct
 import threading
@@ -33,7 +34,7 @@ from cryptography.hazmat.primitives.keywrap import aes_key_wrap
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
-from agent import cose, http_policy, jose, keys, tink_keyset
+from agent import cose, http_policy, jose, keys, store_credentials, tink_keyset
 from agent.artifact import DestinationKind, ServedModel, compact_jwe, openssf, signature
 from agent.artifact import manifest as m
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
@@ -96,6 +97,8 @@ from agent.handshake import (
     Accepted,
     Attestation,
     Challenge,
+    CredentialsRequest,
+    CredentialsResponse,
     Denied,
     Hello,
     KeyRequest,
@@ -608,6 +611,24 @@ def key_response_seeds() -> list[bytes]:
     return [grpc_wire.pack_key_response(KeyResponse(ID, b"{}", Ident("id-1"), 1))]
 
 
+def credentials_request(data: bytes) -> None:
+    message = grpc_wire.parse_credentials_request(data, STATE)
+    assert grpc_wire.parse_credentials_request(grpc_wire.pack_credentials_request(message), STATE) == message
+
+
+def credentials_request_seeds() -> list[bytes]:
+    return [grpc_wire.pack_credentials_request(CredentialsRequest(ID, "a.b.c", KEY_URI, b"kbs-session-id=0"))]
+
+
+def credentials_response(data: bytes) -> None:
+    message = grpc_wire.parse_credentials_response(data, STATE)
+    assert grpc_wire.parse_credentials_response(grpc_wire.pack_credentials_response(message), STATE) == message
+
+
+def credentials_response_seeds() -> list[bytes]:
+    return [grpc_wire.pack_credentials_response(CredentialsResponse(ID, b"{}"))]
+
+
 def grpc_failure(data: bytes) -> None:
     failure = grpc_status.parse_failure(data, 14)
     if failure is not None:
@@ -827,6 +848,18 @@ def policy_values_seeds() -> list[bytes]:
     ]
 
 
+def credentials(data: bytes) -> None:
+    found = store_credentials.parse_credentials(memoryview(data))
+    assert found.user and found.secret and found.session_token != ""
+    f"{found.user}{found.session_token}".encode("ascii")  # into a header
+    found.secret.encode()
+    assert not re.search(r"[\x00-\x1f\x7f]", found.user + found.secret + (found.session_token or ""))
+
+
+def credentials_seeds() -> list[bytes]:
+    return [b'{"user": "guest", "secret": "correct horse"}', b'{"user":"A","secret":"b\\u00fc","session_token":"c/+="}']
+
+
 def keyset(data: bytes) -> None:
     assert len(tink_keyset.parse_keyset(data)) == keys.KEY_BYTES
 
@@ -868,7 +901,7 @@ def kserve_jwe(data: bytes) -> None:
     out = bytearray(jwe.plaintext_bytes)
     with suppress(ValueError, AgentError):
         opener = compact_jwe.JweOpener(jwe, memoryview(bytes(32)))
-        opener.update(text, memoryview(out))
+        opener.update(compact_jwe.decode(text), memoryview(out))
         opener.finish()
 
 
@@ -1216,11 +1249,16 @@ SIMULATED = CONFIG.replace(b'"snp" ', b'"simulated-snp" ') + b'[simulation]\nmac
 
 
 def config(data: bytes) -> None:
-    measured.parse(data)
+    for allowed in measured.parse(data).allowed:
+        assert allowed.artifact.uri
 
 
 def config_seeds() -> list[bytes]:
-    return [CONFIG, SIMULATED]
+    artifact, server = CONFIG.index(b"[artifact]"), CONFIG.index(b"[server]")
+    common = CONFIG[:artifact] + b'[artifact]\ndestination = "directory"\ndirectory = "/m"\n'
+    entries = [CONFIG[artifact:server].replace(b"[artifact]", b'[[artifact.allowed]]\nuri = "x://%d"' % i) for i in range(2)]
+    entries = [entry.replace(b"destination =", b'key_uri = "kbs:///a/b/c"  # ') for entry in entries]
+    return [CONFIG, SIMULATED, common + b"".join(entries)]
 
 
 def initdata(data: bytes) -> None:
@@ -1490,6 +1528,8 @@ TARGETS = {
         Target("attest_response", attest_response, attest_response_seeds),
         Target("key_request", key_request, key_request_seeds),
         Target("key_response", key_response, key_response_seeds),
+        Target("credentials_request", credentials_request, credentials_request_seeds),
+        Target("credentials_response", credentials_response, credentials_response_seeds),
         Target("grpc_failure", grpc_failure, grpc_failure_seeds),
         Target("relay_session", relay_session, relay_session_seeds),
         Target("rcar_challenge", rcar_challenge, rcar_challenge_seeds),
@@ -1504,6 +1544,7 @@ TARGETS = {
         Target("given_to_explain", given_to_explain, given_to_explain_seeds, (ValueError,)),
         Target("sealed_key", sealed_key, _none),
         Target("keyset", keyset, keyset_seeds, (ValueError,)),
+        Target("credentials", credentials, credentials_seeds, (ValueError,)),
         Target("json_object", json_object, json_object_seeds, (ValueError,)),
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
         Target("manifest", manifest, manifest_seeds),

@@ -10,8 +10,9 @@ from urllib.parse import urlsplit
 from agent.artifact.sources.access import ANONYMOUS, Access
 from agent.closed import Ident
 from agent.config import ArtifactConfig
-from agent.errors import ConfigError, ConfigProblem
+from agent.errors import ConfigError, ConfigProblem, CredentialsProblem, StoreCredentialsError
 from agent.proxy import Proxy, is_loopback
+from agent.store_credentials import StoreCredentials
 
 
 class BlobSource(Protocol):
@@ -125,9 +126,28 @@ def open_source(
     raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.source"))
 
 
-def open_configured(config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None) -> LayoutSource:
-    """The source that the measured configuration names. Raises as `open_source`."""
-    access = Access(config.user, config.secret, config.session_token, config.endpoint, config.region or ANONYMOUS.region)
+def open_configured(
+    config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None, released: StoreCredentials | None = None
+) -> LayoutSource:
+    """The source that the measured configuration names.
+
+    Args:
+        config: of the artifact.
+        timeout_s: as `open_source`.
+        proxy: as `open_source`.
+        released: what the broker gave for `artifact.credentials_uri`, and only for that.
+
+    Raises:
+        StoreCredentialsError: they are not for this kind of store.
+        AgentError: as `open_source`.
+    """
+    if (config.credentials_uri is None) != (released is None):
+        raise RuntimeError("credentials come from where the configuration says")
+    mine = released or config
+    # refusal: test_artifact_sources_mirrors.py::test_a_session_token_from_the_broker_is_for_a_bucket
+    if released is not None and released.session_token is not None and not config.source.startswith("s3://"):
+        raise StoreCredentialsError(CredentialsProblem.NOT_A_BUCKET)
+    access = Access(mine.user, mine.secret, mine.session_token, config.endpoint, config.region or ANONYMOUS.region)
     return open_source(config.source, config.ca_pem, timeout_s, access, proxy)
 
 

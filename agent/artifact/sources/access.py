@@ -1,6 +1,7 @@
 """What a store wants to know of whoever reads it: credentials, and where an S3 bucket is.
 
-They come from the measured configuration or from a file of the provider's, never from a location: locations are shown.
+They come from the measured configuration, from the key broker (`agent/store_credentials.py`) or from a file of the provider's,
+never from a location: locations are shown.
 """
 
 from dataclasses import dataclass, field

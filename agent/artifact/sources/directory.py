@@ -3,6 +3,8 @@
 import errno
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from agent.artifact.sources.layout import NamedByIndex
 from agent.errors import ArtifactUnavailableError, StoreProblem
@@ -38,20 +40,25 @@ class DirectorySource(NamedByIndex):
         return self._read_all("index.json", max_bytes)
 
     def read_range(self, digest: str, offset: int, out: memoryview) -> int:
-        return self._read(blob_path(digest), offset, out)
+        with self._opened(blob_path(digest)) as fd:
+            done = 0
+            while done < len(out) and (got := os.preadv(fd, [out[done:]], offset + done)):
+                done += got
+            return done
 
     def close(self) -> None:
         os.close(self._root)
 
     def _read_all(self, path: str, max_bytes: int) -> bytes:
-        data = bytearray(max_bytes + 1)
-        got = self._read(path, 0, memoryview(data))
+        with self._opened(path) as fd, open(fd, "rb", closefd=False) as stream:
+            data = stream.read(max_bytes + 1)
         # refusal: test_artifact_sources.py::test_a_blob_above_the_bound_is_not_read
-        if got > max_bytes:
+        if len(data) > max_bytes:
             raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
-        return bytes(data[:got])
+        return data
 
-    def _read(self, path: str, offset: int, out: memoryview) -> int:
+    @contextmanager
+    def _opened(self, path: str) -> Iterator[int]:
         try:
             # The folder may be the host's: no links out of it, no waiting for a FIFO's other end.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self._root)
@@ -59,10 +66,7 @@ class DirectorySource(NamedByIndex):
                 # refusal: test_artifact_sources.py::test_a_blob_that_is_no_file_is_refused_and_never_waited_for
                 if not stat.S_ISREG(os.fstat(fd).st_mode):
                     raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER)
-                done = 0
-                while done < len(out) and (got := os.preadv(fd, [out[done:]], offset + done)):
-                    done += got
-                return done
+                yield fd
             finally:
                 os.close(fd)
         except OSError as error:

@@ -1,18 +1,22 @@
 """Several stores that hold the same blobs, asked in order: the next one when one does not deliver.
 
-What comes from any of them is authenticated like everything else, so that a mirror can only be late or lacking. Waiting between
-attempts and the deadline of all are `patient.py`'s.
+What comes from any of them is authenticated like everything else, so that a mirror can only be late or lacking. Credentials,
+configured or from the broker, are the first store's alone: mirrors are asked without. Waiting between attempts and the deadline
+of all are `patient.py`'s.
 """
 
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TypeVar
 
 from agent.artifact.sources import BlobSource, open_configured, open_source
+from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.errors import ArtifactUnavailableError
 from agent.proxy import Proxy
+from agent.store_credentials import StoreCredentials
 
 BUDGET = 4
 """Failures of one store in a row, of all threads together, that may pass: what does not pass at all moves on at once."""
@@ -20,15 +24,31 @@ BUDGET = 4
 _T = TypeVar("_T")
 
 
-def open_mirrored(config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None) -> BlobSource:
-    """The store of the measured configuration, and the mirrors behind it. Raises as `open_source`."""
+@dataclass(frozen=True, slots=True)
+class LockedStore:
+    """A store whose credentials the broker has. It becomes a `BlobSource` by them and not otherwise.
+
+    Attributes:
+        credentials_uri: where they are.
+        unlock: opens it, as `open_mirrored` does.
+    """
+
+    credentials_uri: Ident
+    unlock: Callable[[StoreCredentials], BlobSource]
+
+
+def open_mirrored(
+    config: ArtifactConfig, timeout_s: float, proxy: Proxy | None = None, released: StoreCredentials | None = None
+) -> BlobSource:
+    """The store of the measured configuration, and the mirrors behind it. Arguments and errors as of `open_configured`."""
 
     def mirror(location: str) -> Callable[[], BlobSource]:
         return lambda: open_source(location, config.ca_pem, timeout_s, proxy=proxy)
 
-    if not config.mirrors:
-        return open_configured(config, timeout_s, proxy)
-    return Mirrors([lambda: open_configured(config, timeout_s, proxy), *(mirror(location) for location in config.mirrors)])
+    def first() -> BlobSource:
+        return open_configured(config, timeout_s, proxy, released)
+
+    return Mirrors([first, *map(mirror, config.mirrors)]) if config.mirrors else first()
 
 
 class Mirrors:

@@ -71,7 +71,7 @@ class S3Source(NamedByIndex):
         host = f"[{parts.hostname}]" if ":" in (parts.hostname or "") else parts.hostname
         self._host = f"{host}:{parts.port}" if parts.port not in (None, _PORTS[parts.scheme]) else str(host)
         self._lock = threading.Lock()
-        self._etags: dict[str, str] = {}  # of blobs, of which a model has at most 10,000
+        self._etags: dict[str, str] = {}  # of blobs, of which a model has at most 100,000: 200 bytes each
 
     def read_blob(self, digest: str, max_bytes: int) -> bytes:
         return self._read_all(blob_path(digest), max_bytes)

@@ -5,6 +5,7 @@ pieces are small, so that copy stays in the processor's cache and costs nothing 
 interface (`http.py`, `oci.py`, `s3.py`) and no rule of its own about hosts (`http_policy.py`).
 """
 
+import io
 import re
 import ssl
 import threading
@@ -219,15 +220,13 @@ def read_whole(response: urllib3.BaseHTTPResponse, max_bytes: int) -> bytes:
     """A whole body. Raises ArtifactUnavailableError: it is a part, or longer than `max_bytes`."""
     if response.status in (206, 416):
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER, response.status)
-    pieces = []
-    left = max_bytes + 1
-    while left and (piece := response.read(min(left, _PIECE_BYTES))):
-        pieces.append(piece)
-        left -= len(piece)
+    whole = io.BytesIO()  # gives its bytes away without a copy
+    while whole.tell() <= max_bytes and (piece := response.read(min(max_bytes + 1 - whole.tell(), _PIECE_BYTES))):
+        whole.write(piece)
     # refusal: test_artifact_sources.py::test_a_blob_above_the_bound_is_not_read
-    if not left:
+    if whole.tell() > max_bytes:
         raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER, response.status)
-    return b"".join(pieces)
+    return whole.getvalue()
 
 
 def _length_of_part(response: urllib3.BaseHTTPResponse, offset: int, wanted: int) -> int:

@@ -153,3 +153,23 @@ class ReleaseKeyResponse(_message.Message):
     key_id: str
     key_version: int
     def __init__(self, request_id: _Optional[str] = ..., jwe: _Optional[bytes] = ..., key_id: _Optional[str] = ..., key_version: _Optional[int] = ...) -> None: ...
+
+class ReleaseCredentialsRequest(_message.Message):
+    __slots__ = ("request_id", "token", "credentials_uri", "session")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    CREDENTIALS_URI_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    token: str
+    credentials_uri: str
+    session: bytes
+    def __init__(self, request_id: _Optional[str] = ..., token: _Optional[str] = ..., credentials_uri: _Optional[str] = ..., session: _Optional[bytes] = ...) -> None: ...
+
+class ReleaseCredentialsResponse(_message.Message):
+    __slots__ = ("request_id", "jwe")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    JWE_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    jwe: bytes
+    def __init__(self, request_id: _Optional[str] = ..., jwe: _Optional[bytes] = ...) -> None: ...
