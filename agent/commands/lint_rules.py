@@ -262,7 +262,7 @@ def _load(
             directory = (given.text or "") if given else folder  # which is artifact.directory, or said above
             if directory.rstrip("/") != (place.at("mountPath").text or "").rstrip("/"):
                 yield given or server.setting.at("command"), Rule.DIR
-        elif not server.init:
+        elif not server.init and not (asked or (measured and measured.allowed)):  # KServe's servers have no receipt beside them
             yield server.setting.at("command"), Rule.RECEIPT
         for probe in _probes(server) if not server.init else ():
             if probe.value is None:
