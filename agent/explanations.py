@@ -62,7 +62,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "An address that cannot be listened on is `--health` of `keyturn run`, `keyturn.health=` on the kernel "
-                "command line, or `--listen` of `keyturn broker`. `proxy` is `--proxy`, and needs an https server to go to. "
+                "command line, `--listen` of `keyturn broker`, or `--wait-socket`: a path in a folder that is there, and at "
+                "which nothing is. `proxy` is `--proxy`, and needs an https server to go to. "
                 "In a guest, file-not-found means that ten seconds after the start there was neither initdata nor "
                 "`/etc/keyturn/keyturn.toml`."
             ),

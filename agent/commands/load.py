@@ -40,4 +40,4 @@ def run(args: argparse.Namespace) -> int:
 
         return work(channel, find, open_hardware, served, args.out, args.proxy)
 
-    return Supervisor("load", host_hints(args, None), worker, watch_gpus).run()
+    return Supervisor("load", host_hints(args), worker, watch_gpus).run()
