@@ -205,8 +205,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
-                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder, or "
-                "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
+                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder or in Kata's "
+                "extension `gpu`, or `gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
                 "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
             (
