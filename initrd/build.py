@@ -64,7 +64,9 @@ BUNDLER_ENVIRONMENT = {
 
 def main() -> None:
     """Build everything into one folder and print digests and sizes."""
-    parser = argparse.ArgumentParser(prog="build-initrd", description="Build bundle, initrd, extension image and SBOM.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="build-initrd", description="Build bundle, initrd, extension image and SBOM.", allow_abbrev=False
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR", help="where results go; default build/")
     parser.add_argument("--fast", action="store_true", help="compress badly and quickly, for a look; not what is shipped")
     args = parser.parse_args()
@@ -245,13 +247,13 @@ def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
     certificates = sorted((root / "usr/share/ca-certificates/mozilla").glob("*.crt"))
     (top / "etc/ssl/certs/ca-certificates.crt").write_text("".join(path.read_text() for path in certificates))
 
-    install_modules(top, kernel)
+    install_modules(top, kernel, HERE / "modules", "50-keyturn")
     settle(top)
     return top
 
 
-def install_modules(top: Path, kernel: Path) -> None:
-    """The modules of `modules` and what they depend on, not compressed, and the list of them in loading order."""
+def install_modules(top: Path, kernel: Path, wanted: Path, list_name: str) -> None:
+    """The modules that `wanted` lists and what they depend on, not compressed, and the list of them in loading order."""
     (tree,) = (kernel / "lib/modules").iterdir()
     packed = {module_name(path): path for path in tree.rglob("*.ko*")}
     builtin = {module_name(Path(line)) for line in (tree / "modules.builtin").read_text().splitlines()}
@@ -273,12 +275,12 @@ def install_modules(top: Path, kernel: Path) -> None:
         (top / path).write_bytes(data)
         ordered[name] = path
 
-    for line in (HERE / "modules").read_text().splitlines():
+    for line in wanted.read_text().splitlines():
         if line and not line.startswith("#"):
             add(line.replace("-", "_"))
     lists = top / "usr/lib/keyturn/modules.d"
-    lists.mkdir(parents=True)
-    (lists / "50-keyturn.list").write_text("".join(f"/{path}\n" for path in ordered.values()))
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / f"{list_name}.list").write_text("".join(f"/{path}\n" for path in ordered.values()))
 
 
 def module_name(path: Path) -> str:
