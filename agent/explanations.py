@@ -206,8 +206,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder or in Kata's "
-                "extension `gpu`, or `gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
-                "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
+                "extension `gpu`, or `gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs "
+                "attest. `keyturn evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
             (
                 "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "

@@ -39,7 +39,7 @@ SERVER_PORT, HEALTH_PORT = 8080, 8081
 BOOT_S, END_S = 80, 90
 DEFAULT = 4
 """So many scenarios run when none is named."""
-MAX_WORKER_KIB, MAX_SUPERVISOR_KIB = 110 << 10, 20 << 10
+MAX_WORKER_KIB, MAX_SUPERVISOR_KIB = 110 << 10, 22 << 10
 TIMELINE = (
     ("kernel", r"Linux version"),
     ("first Python line", r"keyturn: boot started"),
