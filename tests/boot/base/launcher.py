@@ -9,6 +9,7 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import Any
 
 
 def main(root: Path) -> None:
@@ -31,14 +32,14 @@ def main(root: Path) -> None:
             time.sleep(1)
 
 
-def launch(root: Path, process: dict[str, object]) -> None:
+def launch(root: Path, process: dict[str, Any]) -> None:
     """Start one process, and wait for its socket."""
     assert process["level"] in (1, 2, 3), "another level is never launched"
-    path, socket = root / str(process["path"]), Path(str(process["wait_socket"]))
+    path, socket = root / process["path"], Path(process["wait_socket"])
     assert not socket.exists()
     # The last two words are the test's: it looks at the status from outside.
     subprocess.Popen([path, *process["args"], "--health", "0.0.0.0:8081"], env={"PATH": "/bin:/sbin:/usr/bin:/usr/sbin"})
-    for _ in range(int(str(process["timeout_secs"])) + 1):
+    for _ in range(int(process["timeout_secs"]) + 1):
         time.sleep(1)
         if socket.is_socket():
             print(f"base: {process['id']} is ready for the network", flush=True)
