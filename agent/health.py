@@ -43,7 +43,7 @@ class WaitSocket:
             raise
 
     def show(self) -> None:
-        """Raises OSError."""
+        """Once."""
         os.rename(self._hidden, self._path)
 
     def remove(self) -> None:

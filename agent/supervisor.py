@@ -213,10 +213,7 @@ class Supervisor:
             self._error = message
         self._tell(message)
         if isinstance(message, LocalChecksPassed) and self._wait_socket:
-            try:
-                self._wait_socket.show()
-            except OSError:
-                self._fail(ConfigError(ConfigProblem.ADDRESS, Ident("wait-socket")))
+            self._wait_socket.show()
 
     def _on_worker_end(self, lost: WorkerLostError, peak_kib: int) -> None:
         self._worker = None

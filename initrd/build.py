@@ -44,7 +44,6 @@ LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.jso
 # An extension image as Kata and CoCo build theirs (guest-components, tools/coco-extension/build-erofs-image.sh): two MBR
 # partitions, EROFS and dm-verity's hashes without a superblock, because all parameters come with the kernel's command line.
 EXTENSION = "keyturn"  # its disk has the serial extension-keyturn, and is mounted at /run/kata-extensions/keyturn
-EXTENSION_SOURCES = HERE / "extension"
 EXTENSION_UUID = "4b7b6a3e-0f5c-5a7e-9d55-6b657974726e"
 # Clusters of 64 KiB: an eighth smaller than with 4 KiB, and no slower to boot from.
 EROFS = ("-zlz4hc", "-C65536", "-Enoinline_data", f"-T{EPOCH}", f"-U{EXTENSION_UUID}", "-x-1", "--all-root", "--quiet")
@@ -295,12 +294,12 @@ def make_extension(root: Path, bundle: Path, out: Path) -> list[Path]:
     top, data, hashes = (root / "opt" / name for name in ("extension", "extension.erofs", "extension.verity"))
     shutil.copytree(bundle, top / "opt" / "keyturn", symlinks=True)
     for name, target in (
-        ("components.toml", "etc/kata-extensions"),
-        ("../keyturn.service", "usr/lib/systemd/system"),
-        ("extension.conf", "usr/lib/systemd/system/keyturn.service.d"),
+        ("extension/components.toml", "etc/kata-extensions"),
+        ("keyturn.service", "usr/lib/systemd/system"),
+        ("extension/extension.conf", "usr/lib/systemd/system/keyturn.service.d"),
     ):
         (top / target).mkdir(parents=True)
-        shutil.copy(EXTENSION_SOURCES / name, top / target)
+        shutil.copy(HERE / name, top / target)
     settle(top)
     in_root: dict[str, object] = {"env": BUNDLER_ENVIRONMENT, "stdout": subprocess.DEVNULL}
     run(*inside_root(root), "/usr/bin/mkfs.erofs", *EROFS, f"/opt/{data.name}", f"/opt/{top.name}", **in_root)

@@ -120,7 +120,7 @@ def _install_units(units: Path, *, of_extension: bool) -> None:
     ours = (ROOT / "tests/boot/systemd/boot-test.conf").read_text()
     if of_extension:
         shutil.copy(ROOT / "tests/boot/systemd/kata-extension-mount@.service", units)
-        shutil.copy(build.EXTENSION_SOURCES / "extension.conf", drop_ins)
+        shutil.copy(ROOT / "initrd/extension/extension.conf", drop_ins)
         ours = ours.replace("/opt/keyturn", "/run/kata-extensions/keyturn/opt/keyturn")
     (drop_ins / "for-boot-test.conf").write_text(ours)
 
