@@ -63,7 +63,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "An address that cannot be listened on is `--health` of `keyturn run`, `keyturn.health=` on the kernel "
-                "command line, or `--listen` of `keyturn broker`. `proxy` is `--proxy`, and needs an https server to go to. "
+                "command line, `--listen` of `keyturn broker`, or `--wait-socket`: a path in a folder that is there, and at "
+                "which nothing is. `proxy` is `--proxy`, and needs an https server to go to. "
                 "In a guest, file-not-found means that ten seconds after the start there was neither initdata nor "
                 "`/etc/keyturn/keyturn.toml`."
             ),
@@ -211,9 +212,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
-                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder, or "
-                "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
-                "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
+                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder or in Kata's "
+                "extension `gpu`, or `gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs "
+                "attest. `keyturn evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
             (
                 "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "

@@ -34,6 +34,7 @@ from agent.events import (
     BootStarted,
     ExceptionUnhandled,
     Hook,
+    LocalChecksPassed,
     Message,
     ModelLeft,
     ModelReleased,
@@ -54,7 +55,7 @@ from agent.events import (
 )
 from agent.gpu_watch import GpuWatch, WatchMain
 from agent.guest import hardening, mounts, systemd
-from agent.health import HealthPort
+from agent.health import HealthPort, WaitSocket, listen
 from agent.loop import Loop
 from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
 from agent.renewal import Renewal
@@ -82,6 +83,8 @@ class HostHints:
     status_file: str | None
     termination_log: str | None
     health_address: tuple[str, int] | None
+    wait_socket: str | None = None
+    """An absolute path that appears, as a socket, when the local checks have passed."""
 
 
 class Supervisor:
@@ -107,6 +110,7 @@ class Supervisor:
         self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
         self._gpu_watch = GpuWatch(self._loop, watch, self._tell, self._fail)
         self._undo = ExitStack()  # compensations of publishing
+        self._wait_socket: WaitSocket | None = None
         self._placement: Placement | None = None
         self._policy: policy.RestartPolicy | None = None
         self._server: ServerProcess | None = None
@@ -150,9 +154,16 @@ class Supervisor:
         self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
         if self._hints.health_address:
             try:
-                HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
+                HealthPort(listen(self._hints.health_address), self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
+        if self._hints.wait_socket:
+            try:
+                self._wait_socket = WaitSocket(self._hints.wait_socket)
+            except OSError as error:
+                raise ConfigError(ConfigProblem.ADDRESS, Ident("wait-socket")) from error
+            self._undo.callback(self._wait_socket.remove)
+            HealthPort(self._wait_socket.listener, self._loop.selector, self._teller.report)
         self._worker = WorkerProcess(
             self._loop, lambda channel: self._worker_main(channel, None), self._on_packet, self._on_worker_end
         )
@@ -201,6 +212,8 @@ class Supervisor:
                 return  # it was told to stop: what it met on the way out is not why it ended
             self._error = message
         self._tell(message)
+        if isinstance(message, LocalChecksPassed) and self._wait_socket:
+            self._wait_socket.show()
 
     def _on_worker_end(self, lost: WorkerLostError, peak_kib: int) -> None:
         self._worker = None
