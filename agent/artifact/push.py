@@ -63,7 +63,8 @@ def push_layout(
             raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
         pusher = _Pusher(source, registry, progress)
         models = [
-            (entry, m.parse_manifest(source.read_manifest(entry.digest, m.MAX_MANIFEST_BYTES), entry.digest)) for entry in named
+            (entry, m.parse_manifest(source.read_manifest(entry.digest, m.MAX_MANIFEST_BYTES), entry.digest, m.CONFIG_TYPES))
+            for entry in named
         ]
         pusher.total = sum(layer.ciphertext_bytes for _, manifest in models for layer in manifest.layers)
         return tuple(pusher.push(manifest, str(entry.ref_name)) for entry, manifest in models)
@@ -72,7 +73,7 @@ def push_layout(
 def check_repository(repository: Repository, ca_pem: str | None, access: Access, timeout_s: float) -> None:
     """Ask whether this is a registry that knows us, before hours of sealing. Raises ArtifactUnavailableError."""
     with closing(Registry(repository, "pull,push", ca_pem, access, timeout_s)) as registry:
-        _has_blob(registry, m.digest_of(signature.EMPTY))
+        _has_blob(registry, m.digest_of(m.EMPTY))
 
 
 def _has_blob(registry: Registry, digest: str) -> bool:
@@ -114,7 +115,7 @@ class _Pusher:
         self._progress(self._done, self.total)
 
     def _push_signature(self, subject: str, about: bytes, cose_digest: str) -> None:
-        for digest in (cose_digest, m.digest_of(signature.EMPTY)):
+        for digest in (cose_digest, m.digest_of(m.EMPTY)):
             self._push_blob(digest, len(self._source.read_blob(digest, signature.MAX_SIGNATURE_BYTES)), None)
         if self._push_manifest(m.digest_of(about), about):
             return
