@@ -298,6 +298,7 @@ def _store(guest: Guest) -> Seen | None:
     from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
     from agent.artifact.sources import open_configured
+    from agent.artifact.volume_config import VolumeConfig
 
     config = guest.config
     if config.artifact.credentials_uri is not None:
@@ -312,7 +313,11 @@ def _store(guest: Guest) -> Seen | None:
             guest.sizes = [*(file.jwe.plaintext_bytes for file in files), *map(len, plain.values())]
             return {"jwe": Ident(f"{len(files)}-files"), "plain": Ident(f"{len(plain)}-files")}
         artifact = find_manifest(store, config.artifact, threading.Event())
-        guest.sizes = [file.size for file in read_model(store, artifact, config.broker.key_uri).files]
+        model = read_model(store, artifact, config.broker.key_uri)
+        if isinstance(model, VolumeConfig):
+            guest.sizes, guest.volume = [], model  # nothing of it goes into memory
+        else:
+            guest.sizes = [file.size for file in model.files]
         return None
     finally:
         store.close()
@@ -336,11 +341,15 @@ def _memory(guest: Guest) -> None:
 def _destination(guest: Guest) -> None:
     """Swap included. Without the manifest for one empty file, without a configuration for its default."""
     from agent.artifact.memory import check_destination
+    from agent.artifact.volume import look_for_volume
 
     if guest.measured is None:
         check_destination("auto", None, [0], None, allow_swap=False, memory=MACHINE)
         return
     config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
+    if guest.volume is not None:
+        look_for_volume(guest.volume, config)
+        return
     sizes = [0] if guest.sizes is None else guest.sizes
     allow_swap = config.unsafe_allow_swap
     check_destination(config.destination, config.directory, sizes, gid, allow_swap=allow_swap, memory=MACHINE)
