@@ -12,6 +12,7 @@ import pytest
 from agent.artifact import manifest as m
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
+from agent.artifact.seal_volume import seal_volume
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.oci import Repository
 from agent.errors import ArtifactUnavailableError, MalformedManifestError, ManifestDigestError, StoreProblem
@@ -85,6 +86,17 @@ def test_every_blob_comes_before_the_manifest_and_the_name_comes_last(layout: Pa
     assert stored.blobs | {entry.digest} == blobs
     assert told[-1] == (told[-1][1],) * 2
     assert told == sorted(told)
+
+
+def test_of_a_volume_its_manifest_is_pushed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"weights")
+    image, layout = tmp_path / "model.img", tmp_path / "layout"
+    digest = seal_volume(tmp_path / "model", image, layout, bytes(32), "kbs:///a/b/1", "tiny", 1, lambda *_: None)
+    stored = Stored()
+    push(layout, stored, tmp_path)
+    manifest = m.parse_manifest(stored.put["/v2/a/manifests/tiny-v1"], digest, (m.VOLUME_CONFIG_TYPE,))
+    assert stored.blobs == {m.digest_of(b"{}"), manifest.config_digest}
 
 
 def test_what_is_there_is_not_sent(layout: Path, tmp_path: Path) -> None:
