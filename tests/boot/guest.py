@@ -37,6 +37,8 @@ class Guest:
     memory_mib: int = 1024
     network: bool = True
     parameters: str = ""
+    volume: Path | None = None
+    """A disk with an encrypted volume."""
     lines: list[tuple[float, str]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -58,6 +60,9 @@ class Guest:
         if self.initdata:
             command += ["-drive", f"file={self.initdata},format=raw,if=none,id=initdata,readonly=on"]
             command += ["-device", "virtio-blk-pci,drive=initdata"]
+        if self.volume:
+            command += ["-drive", f"file={self.volume},format=raw,if=none,id=volume,readonly=on"]
+            command += ["-device", "virtio-blk-pci,drive=volume"]
         if self.network:
             command += ["-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile="]
         self._began = time.monotonic()
