@@ -653,8 +653,8 @@ EXPLAIN = {
     "artifact.model_signature_keys": "public keys (PEM; P-256, P-384) of which one must have signed artifact.model_signature",
     "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
     "artifact.source. It has no manifest and no version, so all its files are listed here. volume: an encrypted disk of this "
-    "guest, opened page by page by the kernel as it is read; artifact.source has its manifest. Needs root, dm-crypt, dm-verity "
-    "and EROFS, and [server]. Default: keyturn, FORMAT.md",
+    "guest, opened page by page by the kernel as it is read; artifact.source has its manifest. Needs root, the guest's own "
+    "/dev, dm-crypt, dm-verity, EROFS, and [server]. Default: keyturn, FORMAT.md",
     "artifact.device": "with format = volume: path of the disk, such as /dev/xvda; default: the one whose LUKS2 header has the "
     "manifest's UUID",
     "artifact.allowed": "[[artifact.allowed]], for `keyturn load` as KServe's storage initializer: the models that a pod may "
