@@ -28,6 +28,7 @@ from agent.errors import (
     DestinationError,
     DestinationProblem,
     InternalError,
+    VolumeAuthenticationError,
     WorkerLostError,
 )
 from agent.events import (
@@ -57,7 +58,7 @@ from agent.gpu_watch import GpuWatch, WatchMain
 from agent.guest import hardening, mounts, systemd
 from agent.health import HealthPort, WaitSocket, listen
 from agent.loop import Loop
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
+from agent.publish import RUN_DIRECTORY, HandedModel, is_damaged, make_mount_points, publish, release, take_over
 from agent.renewal import Renewal
 from agent.report import BootReport
 from agent.server import Output, Placement, policy
@@ -331,6 +332,7 @@ class Supervisor:
         except AgentError as error:
             self._fail(error)
             return
+        self._look_for_damage()
         if self._error or self._stop_signal:
             self._loop.ended = True
             return
@@ -339,6 +341,15 @@ class Supervisor:
         if isinstance(action, policy.Wait):
             self._tell(ServerRestarting(round((action.seconds or 0) * 1000), self._policy.starts + 1))
         self._obey(action)
+
+    def _look_for_damage(self) -> None:
+        """A server that met a damaged block of its volume did not fail by itself, and would meet it again."""
+        assert self._model
+        try:
+            if is_damaged(self._model):
+                self._fail(VolumeAuthenticationError())
+        except OSError as error:
+            self._fail(DestinationError(DestinationProblem.KERNEL, error.errno or 0))
 
     def _destroy_server(self) -> policy.Exited:
         assert self._server

@@ -12,6 +12,7 @@ import pytest
 from agent.artifact import manifest as m
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
+from agent.artifact.seal_volume import seal_volume
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.oci import Repository
 from agent.closed import Ident
@@ -108,6 +109,17 @@ def test_a_manifest_that_no_registry_takes_is_refused_before_anything_is_sent(la
         push(layout, stored, tmp_path)
     assert (caught.value.files, caught.value.manifest_bytes) == (16_000, len(manifest))
     assert stored.put == {}
+
+
+def test_of_a_volume_its_manifest_is_pushed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"weights")
+    image, layout = tmp_path / "model.img", tmp_path / "layout"
+    digest = seal_volume(tmp_path / "model", image, layout, bytes(32), "kbs:///a/b/1", "tiny", 1, lambda *_: None)
+    stored = Stored()
+    push(layout, stored, tmp_path)
+    manifest = m.parse_manifest(stored.put["/v2/a/manifests/tiny-v1"], digest, (m.VOLUME_CONFIG_TYPE,))
+    assert stored.blobs == {m.digest_of(b"{}"), manifest.config_digest}
 
 
 def test_what_is_there_is_not_sent(layout: Path, tmp_path: Path) -> None:

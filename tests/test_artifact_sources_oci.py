@@ -70,6 +70,7 @@ def open_oci(registry: DockerRegistry, access: Access = ANONYMOUS) -> LayoutSour
 def check_all(source: BlobSource, sealed: Sealed) -> None:
     """By digest, by signature, and every byte, as the layout has them."""
     model = read_model(source, sealed.pinned(), KEY_URI)
+    assert isinstance(model, m.ModelConfig)
     assert find_manifest(source, sealed.signed(), threading.Event()).digest == sealed.digest
     for file in model.files:
         expected = (sealed.layout / "blobs" / file.blob_digest.replace(":", "/")).read_bytes()

@@ -70,7 +70,7 @@ def push_layout(
 
 def _read_manifest(source: DirectorySource, digest: str) -> m.Manifest:
     data = source.read_manifest(digest, m.MAX_MANIFEST_BYTES)
-    manifest = m.parse_manifest(data, digest)
+    manifest = m.parse_manifest(data, digest, m.CONFIG_TYPES)
     m.check_for_registry(len(data), len(manifest.layers))
     return manifest
 
@@ -78,7 +78,7 @@ def _read_manifest(source: DirectorySource, digest: str) -> m.Manifest:
 def check_repository(repository: Repository, ca_pem: str | None, access: Access, timeout_s: float) -> None:
     """Ask whether this is a registry that knows us, before hours of sealing. Raises ArtifactUnavailableError."""
     with closing(Registry(repository, "pull,push", ca_pem, access, timeout_s)) as registry:
-        _has_blob(registry, m.digest_of(signature.EMPTY))
+        _has_blob(registry, m.digest_of(m.EMPTY))
 
 
 def _has_blob(registry: Registry, digest: str) -> bool:
@@ -120,7 +120,7 @@ class _Pusher:
         self._progress(self._done, self.total)
 
     def _push_signature(self, subject: str, about: bytes, cose_digest: str) -> None:
-        for digest in (cose_digest, m.digest_of(signature.EMPTY)):
+        for digest in (cose_digest, m.digest_of(m.EMPTY)):
             self._push_blob(digest, len(self._source.read_blob(digest, signature.MAX_SIGNATURE_BYTES)), None)
         if self._push_manifest(m.digest_of(about), about):
             return

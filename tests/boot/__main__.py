@@ -26,7 +26,7 @@ from typing import Any
 from agent.demo import layout_server
 from agent.guest.initdata import fit, pack_device
 from agent.sim.machine import create_silicon
-from tests.boot import overlay, tiny_gguf
+from tests.boot import overlay, tiny_gguf, volume
 from tests.boot.configfs import configfs_tsm
 from tests.boot.firmware import Firmware
 from tests.boot.guest import Guest, Image
@@ -37,7 +37,7 @@ HOST = "10.0.2.2"  # QEMU's name for the machine around it
 ADDRESS = f"ip=10.0.2.15::{HOST}:255.255.255.0::eth0:off"
 SERVER_PORT, HEALTH_PORT = 8080, 8081
 BOOT_S, END_S = 80, 90
-DEFAULT = 4
+DEFAULT = 6
 """So many scenarios run when none is named."""
 MAX_WORKER_KIB, MAX_SUPERVISOR_KIB = 110 << 10, 22 << 10
 TIMELINE = (
@@ -68,12 +68,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="boot-test", description=__doc__.split("\n\n", maxsplit=1)[0], allow_abbrev=False)
     parser.add_argument("--build", type=Path, default=ROOT / "build", metavar="DIR", help="results of scripts/build-initrd")
     parser.add_argument("--all", action="store_true", help="every scenario: also the ways in which a boot can end")
+    parser.add_argument("--volume", action="store_true", help="every scenario of an encrypted disk")
     titles = [title for title, _ in SCENARIOS]
     what = f"any of: {', '.join(titles)} (default: {', '.join(titles[:DEFAULT])})"
     parser.add_argument("scenarios", nargs="*", choices=[[], *titles], metavar="SCENARIO", help=what)
     parser.add_argument("--extension", action="store_true", help="every scenario of the guest extension image")
     args = parser.parse_args()
-    named = [*args.scenarios, *(title for title in titles if args.extension and title.startswith("extension"))]
+    families = tuple(family for family in ("extension", "volume") if getattr(args, family))
+    named = [*args.scenarios, *(title for title in titles if families and title.startswith(families))]
     chosen = titles if args.all else named or titles[:DEFAULT]
     began = time.monotonic()
     image = prepare(args.build)
@@ -497,14 +499,68 @@ def no_canary(here: Site) -> None:
         assert here.canary.encode() not in data and here.world.key_file.read_bytes() not in data, f"a secret in {path.name}"
 
 
+def from_volume(folder: Path, silicon: Path, image: Image) -> None:
+    """Served from the disk, whose header is another from the check on; and gone with the agent, keys and devices too."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo, volume.attach)
+        guest = here.guest
+        guest.parameters, guest.memory_mib, guest.volume = "rdinit=/opt/hand/service", 512, volume.disk_of(here.world)
+        secrets = {"canary": here.canary.encode(), "key": here.world.key_file.read_bytes()}
+        secrets["volume key"] = volume.volume_key(here.world)
+
+        def swap(_: object) -> None:
+            """Before the second report, which is the one with the broker's nonce: no key was asked for yet."""
+            if here.firmware.requests == 2:
+                guest.wait_for("keyturn: prepare: done", BOOT_S)
+                volume.null_cipher(here.world)
+
+        here.firmware.on_request = swap
+        start(here, undo)
+        status = serve(here)
+        guest.wait_for("keyturn: destination chosen: kind volume", 0)
+        header = guest.hand("echo 1 >/proc/sys/vm/drop_caches; head -c 8192 /dev/vdb | grep -c cipher_null-ecb")
+        same("headers with a null cipher on the guest's disk", header.strip(), "1")
+        same("devices", sorted(guest.hand("cat /sys/block/dm-*/ro").split()), ["1", "1"])
+        before = found_in_memory(guest, secrets)
+        same("in memory while serving", before - {"key"}, {"canary", "volume key"})
+        guest.hand(f"kill -TERM {status['agent']['pid']}")
+        guest.wait_for("hand: agent ended with status 0", END_S)
+        same("devices after the wipe", guest.hand("ls /sys/block | grep dm"), "")
+        same("in memory after the wipe", found_in_memory(guest, secrets), set())
+        no_canary(here)
+
+
+def volume_damaged(folder: Path, silicon: Path, image: Image) -> None:
+    """While it is served: whoever reads the block gets an error, and the boot ends for the right reason."""
+    with ExitStack() as undo:
+        here = site(folder, silicon, image, undo, volume.attach)
+        here.guest.parameters += " rdinit=/opt/hand/init"
+        here.guest.volume = volume.disk_of(here.world)
+        start(here, undo)
+        serve(here)
+        volume.damage(here.world)
+        server = here.guest.wait_for("keyturn: model server started", 0).split("(pid ")[1].split(",")[0]
+        here.guest.hand(f"kill -9 {server}; sleep 0.2; echo 3 >/proc/sys/vm/drop_caches")
+        same("end", here.guest.wait_for_end(END_S), (19, "VolumeAuthenticationError"))
+        no_canary(here)
+
+
+def _no_disk(_: World) -> None:
+    return None
+
+
 def ends_with(
-    expected: tuple[int, str], change: Callable[[World], None], broker: bool = True
+    expected: tuple[int, str],
+    change: Callable[[World], None],
+    broker: bool = True,
+    disk: Callable[[World], Path | None] = _no_disk,
 ) -> Callable[[Path, Path, Image], None]:
     """A boot that must end by itself, with this exit status and error class on its last line."""
 
     def scenario(folder: Path, silicon: Path, image: Image) -> None:
         with ExitStack() as undo:
             here = site(folder, silicon, image, undo, change)
+            here.guest.volume = disk(here.world)
             if broker:
                 here.world.start_broker()
             guest = undo.enter_context(here.guest)
@@ -533,11 +589,23 @@ def _no_memory(world: World) -> None:
     world.artifact["headroom_mib"] = 4096
 
 
+def _null_cipher(world: World) -> None:
+    volume.attach(world)
+    volume.null_cipher(world)
+
+
+def _other_root(world: World) -> None:
+    volume.attach(world)
+    volume.other_root(world)
+
+
 SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
     ("success", success),
     ("configfs-tsm", configfs_tsm),
     ("extension", extension),
     ("extension tampered", extension_tampered),
+    ("volume", from_volume),
+    ("volume of another root hash", ends_with((19, "VolumeAuthenticationError"), _other_root, disk=volume.disk_of)),
     ("extension denial", extension_denied),
     ("extension of another root hash", extension_of_another_root_hash),
     ("extension without its disk", extension_without_its_disk),
@@ -555,6 +623,8 @@ SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
     ("systemd", unit),
     ("systemd denial", unit_denied),
     ("systemd dependency fails", unit_without_its_needs),
+    ("volume with a null cipher", ends_with((19, "VolumeHeaderError"), _null_cipher, disk=volume.disk_of)),
+    ("volume damaged while it is served", volume_damaged),
 ]
 
 

@@ -39,6 +39,8 @@ class Guest:
     parameters: str = ""
     extension: Path | None = None
     """A guest extension image, plugged as Kata plugs the one named `keyturn`."""
+    volume: Path | None = None
+    """A disk with an encrypted volume."""
     lines: list[tuple[float, str]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -63,6 +65,9 @@ class Guest:
         if self.extension:
             command += ["-drive", f"file={self.extension},format=raw,if=none,id=extension,readonly=on"]
             command += ["-device", "virtio-blk-pci,drive=extension,serial=extension-keyturn"]
+        if self.volume:
+            command += ["-drive", f"file={self.volume},format=raw,if=none,id=volume,readonly=on"]
+            command += ["-device", "virtio-blk-pci,drive=volume"]
         if self.network:
             command += ["-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile="]
         self._began = time.monotonic()
