@@ -29,7 +29,7 @@ _PART = r"[a-z0-9]+(?:(?:\.|_|__|-+)[a-z0-9]+)*"
 _LOCATION = re.compile(
     rf"oci(\+http)?://((?:[A-Za-z0-9.-]+|\[[0-9a-fA-F:]+\])(?::[0-9]{{1,5}})?)/({_PART}(?:/{_PART})*)/?", re.ASCII
 )
-_TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+TAG = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
 _SIGNATURE_TAG = re.compile(r"sha256-[0-9a-f]{64}")
 _MAX_REPOSITORY = 255
 
@@ -169,7 +169,7 @@ class OciSource:
             tags = msgspec.json.decode(data, type=_Tags).tags or ()
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
             raise ArtifactUnavailableError(StoreProblem.BAD_ANSWER) from None
-        return [tag for tag in tags if _TAG.fullmatch(tag) and not _SIGNATURE_TAG.fullmatch(tag)][:MAX_TAGS]
+        return [tag for tag in tags if TAG.fullmatch(tag) and not _SIGNATURE_TAG.fullmatch(tag)][:MAX_TAGS]
 
     def _read_manifest(self, reference: str, max_bytes: int) -> tuple[bytes, str]:
         return self._read(f"manifests/{reference}", max_bytes, f"{m.MANIFEST_TYPE}, {m.INDEX_TYPE}")
