@@ -198,7 +198,9 @@ def test_a_layout_that_is_none_is_refused(layout: Path, tmp_path: Path) -> None:
     assert refused(tmp_path / "absent", Stored(), tmp_path) is StoreProblem.NOT_FOUND
 
 
-@pytest.mark.parametrize("name", ["../../other/manifests/latest", "latest?x", "a#b", "a/b", "", "a\r\nb", "\x1b[31m", "x" * 129])
+@pytest.mark.parametrize(
+    "name", ["../../other/manifests/latest", "latest?x", "a#b", "a/b", "", "a\r\nb", "\x1b[31m", "x" * 129]
+)
 def test_a_name_that_is_no_tag_goes_into_no_url(layout: Path, tmp_path: Path, name: str) -> None:
     """Who made the layout would choose the repository that our credentials are used for."""
     index = json.loads((layout / "index.json").read_bytes())
