@@ -535,6 +535,22 @@ def test_tags_that_no_registry_could_have_are_passed_over(ask: Ask) -> None:
     assert [request.path for request in server.seen] == ["/v2/a/tags/list?n=128", "/v2/a/manifests/good"]
 
 
+def test_manifests_of_other_kinds_under_the_tags_take_no_memory(ask: Ask) -> None:
+    """Each says of itself what it is, in as many bytes as it likes."""
+    tags = [f"t{number}" for number in range(16)]
+
+    def answer(request: Seen) -> Reply:
+        if "tags" in request.path:
+            return Reply(200, body=json.dumps({"tags": [*tags, "good"]}).encode())
+        kind = m.ARTIFACT_TYPE if request.path.endswith("good") else "x" * (m.MAX_MANIFEST_BYTES - 100)
+        return Reply(200, (MANIFEST,), json.dumps({"artifactType": kind}).encode())
+
+    source, _ = ask(answer)
+    found = source.read_index(m.MAX_INDEX_BYTES)
+    assert len(found) < 1000
+    assert [entry.ref_name for entry in m.parse_index(found)] == ["good"]
+
+
 # --- pushes -------------------------------------------------------------------------------------------------------------
 
 
