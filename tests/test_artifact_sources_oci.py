@@ -263,6 +263,8 @@ def test_a_challenge_that_nothing_answers_ends_the_request(ask: Ask, value: str)
         "https://127.0.0.1:9/\tt",
         "https://[",
         "https://a#b",
+        "https://127.0.0.1:9/t?scope=repository:other:pull,push",
+        "https://127.0.0.1:9/t?x=y&%73cope=",
     ],
 )
 def test_a_realm_that_no_credentials_may_go_to_is_refused(ask: Ask, realm: str) -> None:
