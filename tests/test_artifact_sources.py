@@ -209,6 +209,7 @@ def test_reading_does_not_use_up_descriptors(layout: Path) -> None:
         (Fault.LONGER_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.NO_CONTENT_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.LONGER_BODY, StoreProblem.BAD_ANSWER, 206, False),
+        (Fault.MULTIPART, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.GZIP, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.CUT, StoreProblem.UNREACHABLE, 0, True),
         (Fault.CUT_CHUNKED, StoreProblem.UNREACHABLE, 0, True),
