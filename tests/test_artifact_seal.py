@@ -387,6 +387,13 @@ def test_nothing_is_kept_of_another_key_name_or_key_uri(model: Path, out: Path) 
         assert {file.sealed_version for file in config.files} == {config.version}
 
 
+def test_nothing_is_kept_of_a_later_version_that_the_index_calls_an_earlier_one(model: Path, out: Path) -> None:
+    seal(model, out, 5)
+    (out / "index.json").write_text((out / "index.json").read_text().replace("llama-v5", "llama-v1"))
+    config, _ = open_model(out, seal(model, out, 2))
+    assert {file.sealed_version for file in config.files} == {2}
+
+
 def test_progress_counts_what_is_kept(model: Path, out: Path) -> None:
     seal(model, out, 1)
     seen: list[tuple[int, int]] = []

@@ -138,6 +138,41 @@ def test_every_store_is_asked_whatever_other_threads_find_meanwhile() -> None:
         assert all_of_them.read_blob("third", 9) == b"third"
 
 
+def test_the_failure_of_a_store_that_was_left_meanwhile_is_not_the_next_ones() -> None:
+    asked: list[str] = []
+
+    def another_reads(digest: str) -> None:
+        asked.append(digest)
+        if digest == "second":
+            assert all_of_them.read_blob("third", 9) == b"third"
+
+    stores = [Holding("first", another_reads), Holding("second"), Holding("third")]
+    with closing(Mirrors([lambda store=store: store for store in stores])) as all_of_them:  # type: ignore[misc]
+        assert all_of_them.read_blob("second", 9) == b"second"
+        assert all_of_them._current == 2
+        assert asked == ["second", "third"]
+
+
+def test_a_success_gives_the_whole_budget_back() -> None:
+    class Shaky(Holding):
+        failures = 0
+
+        def read_blob(self, digest: str, max_bytes: int) -> bytes:
+            if self.failures:
+                self.failures -= 1
+                raise ArtifactUnavailableError(StoreProblem.SERVER_ERROR)
+            return super().read_blob(digest, max_bytes)
+
+    shaky = Shaky("blob")
+    with closing(Mirrors([lambda: shaky, lambda: Holding("nothing")])) as both:
+        for _ in range(2):
+            shaky.failures = BUDGET
+            for _ in range(BUDGET):
+                with pytest.raises(ArtifactUnavailableError):
+                    both.read_blob("blob", 9)
+            assert both.read_blob("blob", 9) == b"blob"
+
+
 def test_a_folder_that_is_not_there_is_passed_over(layout: Path, tmp_path: Path) -> None:
     with mirrors(tmp_path / "absent", layout) as both:
         assert read(both) == DATA[7:107]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent import http_policy
 from agent.artifact import manifest as m
 from agent.artifact import push, signature
 from agent.artifact.identify import find_manifest
@@ -316,6 +318,41 @@ def test_a_token_that_is_refused_midway_is_asked_for_again_once(ask: Ask) -> Non
     assert [request.path.partition("?")[0] for request in server.seen].count("/token") == 3
 
 
+def test_a_token_is_not_sent_after_its_life(ask: Ask) -> None:
+    def answer(request: Seen) -> Reply:
+        if request.path.startswith("/token"):
+            return Reply(200, body=b'{"token": "t", "expires_in": 1}')
+        if "authorization" in request.headers:
+            return part(request)
+        return Reply(401, (("WWW-Authenticate", f'Bearer realm="https://{request.headers["host"]}/token"'),))
+
+    source, server = ask(answer)
+    assert read(source) == DATA[10:30]
+    time.sleep(1)
+    assert read(source) == DATA[10:30]
+    sent = [request.headers.get("authorization") for request in server.seen if not request.path.startswith("/token")]
+    assert sent == [None, "Bearer t", None, "Bearer t"]
+
+
+def test_who_has_no_password_sends_none(ask: Ask) -> None:
+    source, server = ask(lambda _: Reply(401, BASIC), ANONYMOUS)
+    assert fails(source) == (StoreProblem.REFUSED, 401)
+    assert ["authorization" in request.headers for request in server.seen] == [False]
+
+
+def test_of_password_and_token_the_registry_gets_the_token(ask: Ask) -> None:
+    def answer(request: Seen) -> Reply:
+        if request.path.startswith("/token"):
+            return Reply(200, body=b'{"token": "t"}')
+        if "authorization" in request.headers:
+            return part(request)
+        return Reply(401, (*BASIC, ("WWW-Authenticate", f'Bearer realm="https://{request.headers["host"]}/token"')))
+
+    source, server = ask(answer)
+    assert read(source) == DATA[10:30]
+    assert server.seen[-1].headers["authorization"] == "Bearer t"
+
+
 def test_many_threads_ask_for_one_token(ask: Ask) -> None:
     def answer(request: Seen) -> Reply:
         if request.path.startswith("/token"):
@@ -388,10 +425,12 @@ def test_ever_more_storage_hosts_are_not_kept(ask: Ask) -> None:
     """A store that redirects each read to another host costs it no more than connecting."""
     storages = [ask(part)[1] for _ in range(20)]
     order = iter(storages)
-    source, _ = ask(lambda _: Reply(307, (("Location", f"{next(order).url}/x"),)))
+    source, server = ask(lambda _: Reply(307, (("Location", f"{next(order).url}/x"),)))
     for _ in storages:
         assert read(source) == DATA[10:30]
-    assert len(source._registry._web._pools) <= 16  # type: ignore[attr-defined]
+    kept = source._registry._web._pools  # type: ignore[attr-defined]
+    assert len(kept) <= 16
+    assert http_policy.origin(server.url) in kept, "the registry's own connections stay"
 
 
 BAD_PARTS: dict[str, Answer] = {
@@ -410,6 +449,12 @@ def test_a_part_that_is_none_is_refused(ask: Ask, kind: str) -> None:
     source, _ = ask(BAD_PARTS[kind])
     expected = StoreProblem.UNREACHABLE if "header" in kind else StoreProblem.BAD_ANSWER
     assert fails(source)[0] is expected
+
+
+@pytest.mark.parametrize("status", [206, 416])
+def test_a_part_is_not_taken_for_the_whole(ask: Ask, status: int) -> None:
+    source, _ = ask(lambda _: Reply(status, (("Content-Range", "bytes 0-19/4096"),), DATA[:20]))
+    assert fails(source, lambda source: source.read_blob(BLOB, 4096)) == (StoreProblem.BAD_ANSWER, status)
 
 
 def test_a_digest_that_the_registry_claims_is_not_believed(ask: Ask, sealed: Sealed) -> None:
