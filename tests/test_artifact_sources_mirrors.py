@@ -163,14 +163,16 @@ def test_a_success_gives_the_whole_budget_back() -> None:
                 raise ArtifactUnavailableError(StoreProblem.SERVER_ERROR)
             return super().read_blob(digest, max_bytes)
 
-    shaky = Shaky("blob")
-    with closing(Mirrors([lambda: shaky, lambda: Holding("nothing")])) as both:
+    asked: list[str] = []
+    shaky, other = Shaky("blob"), Holding("nothing", asked.append)
+    with closing(Mirrors([lambda: shaky, lambda: other])) as both:
         for _ in range(2):
             shaky.failures = BUDGET
             for _ in range(BUDGET):
                 with pytest.raises(ArtifactUnavailableError):
                     both.read_blob("blob", 9)
             assert both.read_blob("blob", 9) == b"blob"
+    assert not asked
 
 
 def test_a_folder_that_is_not_there_is_passed_over(layout: Path, tmp_path: Path) -> None:
