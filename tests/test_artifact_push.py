@@ -213,6 +213,16 @@ def test_a_name_that_is_no_tag_goes_into_no_url(layout: Path, tmp_path: Path, na
     assert stored.put == {}
 
 
+def test_a_name_that_stands_for_two_models_stands_for_none(layout: Path, tmp_path: Path) -> None:
+    seal_model(tmp_path / "model", layout, bytes(32), "kbs:///a/b/1", "tiny", 2, lambda *_: None)
+    index = (layout / "index.json").read_bytes()
+    (layout / "index.json").write_bytes(index.replace(b"tiny-v2", b"tiny-v1"))
+    stored = Stored()
+    with pytest.raises(MalformedManifestError):
+        push(layout, stored, tmp_path)
+    assert stored.put == {}
+
+
 def test_a_repository_is_asked_before_it_is_sealed_for(tmp_path: Path) -> None:
     pem, ca = make_certificate(tmp_path)
     with ScriptServer(lambda _: Reply(401, (("WWW-Authenticate", "Basic"),)), pem) as server:

@@ -67,6 +67,9 @@ def push_layout(
         # refusal: test_artifact_push.py::test_a_name_that_is_no_tag_goes_into_no_url
         if not all(TAG.fullmatch(entry.ref_name or "") for entry in named):
             raise MalformedManifestError(Ident("index.annotations"))
+        # refusal: test_artifact_push.py::test_a_name_that_stands_for_two_models_stands_for_none
+        if len({entry.ref_name for entry in named}) < len(named):
+            raise MalformedManifestError(Ident("index.annotations"))
         pusher = _Pusher(source, registry, progress)
         models = [(entry, _read_manifest(source, entry.digest)) for entry in named]
         pusher.total = sum(layer.ciphertext_bytes for _, manifest in models for layer in manifest.layers)
