@@ -154,10 +154,10 @@ def test_credentials_in_the_open_are_a_configuration_error() -> None:
     open_source("s3://models", None, TIMEOUT_S, Access(endpoint="http://s3.example.com")).close()
 
 
-@pytest.mark.parametrize("text", ["a\nX: y", "a\r", "t€k", "tök", "a b", " a", "a\x00"])
+@pytest.mark.parametrize("text", ["a\nX: y", "a\r", "t€k", "tök", "a\x00"])
 @pytest.mark.parametrize("key", ["user", "session_token"])
 def test_what_fits_into_no_header_is_a_configuration_error(text: str, key: str) -> None:
-    """Python would quote it in the text of its own exception, and a signature over doubled spaces does not hold."""
+    """Python would quote it in the text of its own exception."""
     given = replace(access("https://s3.example.com"), **{key: text})
     with pytest.raises(ConfigError) as caught:
         open_source("s3://models", None, TIMEOUT_S, given)

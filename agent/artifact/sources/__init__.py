@@ -15,7 +15,7 @@ from agent.errors import ConfigError, ConfigProblem, CredentialsProblem, StoreCr
 from agent.proxy import Proxy, is_loopback
 from agent.store_credentials import StoreCredentials
 
-_HEADER_WORD = re.compile(r"[!-~]+")
+_HEADER_TEXT = re.compile(r"[ -~]+")  # as `store_credentials.py` has it of what the broker gives
 
 
 class BlobSource(Protocol):
@@ -120,7 +120,7 @@ def open_source(
             check_secrecy(bucket.url, access)
             for key, text in (("user", access.user), ("session_token", access.session_token)):
                 # refusal: test_artifact_sources_s3.py::test_what_fits_into_no_header_is_a_configuration_error
-                if text is not None and not _HEADER_WORD.fullmatch(text):
+                if text is not None and not _HEADER_TEXT.fullmatch(text):
                     raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"artifact.{key}"))
             return S3Source(bucket, ca_pem, access, timeout_s, proxy)
         parts = urlsplit(location)
