@@ -165,7 +165,7 @@ def test_a_tmpfs_is_not_sealed_under_an_open_window() -> None:
 @needs_root
 def test_a_tmpfs_for_empty_files_has_a_limit() -> None:
     """Of size 0 it would have none."""
-    destination = DetachedTmpfs(0, None)
+    destination = DetachedTmpfs(model_of(0), None)
     assert os.fstatvfs(destination.hand_over()[0]).f_blocks == 1
     destination.close()
 

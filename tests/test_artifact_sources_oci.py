@@ -590,7 +590,7 @@ def test_manifests_of_other_kinds_under_the_tags_take_no_memory(ask: Ask) -> Non
     def answer(request: Seen) -> Reply:
         if "tags" in request.path:
             return Reply(200, body=json.dumps({"tags": [*tags, "good"]}).encode())
-        kind = m.ARTIFACT_TYPE if request.path.endswith("good") else "x" * (m.MAX_MANIFEST_BYTES - 100)
+        kind = m.ARTIFACT_TYPE if request.path.endswith("good") else "x" * 4_000_000
         return Reply(200, (MANIFEST,), json.dumps({"artifactType": kind}).encode())
 
     source, _ = ask(answer)

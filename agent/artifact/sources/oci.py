@@ -153,7 +153,7 @@ class OciSource:
         """The sealed models under the first 64 tags, as a layout's index would name them."""
         index = None
         for tag in self._tags():
-            data, kind = self._read_manifest(tag, m.MAX_MANIFEST_BYTES)
+            data, kind = self._read_manifest(tag, m.REGISTRY_MANIFEST_BYTES)
             # refusal: test_artifact_sources_oci.py::test_manifests_of_other_kinds_under_the_tags_take_no_memory
             if kind == m.MANIFEST_TYPE and m.artifact_type(data) == m.ARTIFACT_TYPE:
                 index = m.add_to_index(index, data, tag)
