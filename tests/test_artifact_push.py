@@ -1,5 +1,6 @@
 """What a push does with a layout or a registry that is not as it should be. Real registries: test_artifact_sources_oci.py."""
 
+import json
 import os
 import socket
 import threading
@@ -207,6 +208,31 @@ def test_a_layout_that_is_none_is_refused(layout: Path, tmp_path: Path) -> None:
     (layout / "index.json").write_bytes(b'{"schemaVersion": 2, "manifests": []}')
     assert refused(layout, Stored(), tmp_path) is StoreProblem.NOT_FOUND
     assert refused(tmp_path / "absent", Stored(), tmp_path) is StoreProblem.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "name", ["../../other/manifests/latest", "latest?x", "a#b", "a/b", "", "a\r\nb", "\x1b[31m", "x" * 129]
+)
+def test_a_name_that_is_no_tag_goes_into_no_url(layout: Path, tmp_path: Path, name: str) -> None:
+    """Who made the layout would choose the repository that our credentials are used for."""
+    index = json.loads((layout / "index.json").read_bytes())
+    index["manifests"][0]["annotations"][m.REF_NAME] = name
+    (layout / "index.json").write_text(json.dumps(index))
+    stored = Stored()
+    with pytest.raises(MalformedManifestError) as caught:
+        push(layout, stored, tmp_path)
+    assert caught.value.field == "index.annotations"
+    assert stored.put == {}
+
+
+def test_a_name_that_stands_for_two_models_stands_for_none(layout: Path, tmp_path: Path) -> None:
+    seal_model(tmp_path / "model", layout, bytes(32), "kbs:///a/b/1", "tiny", 2, lambda *_: None)
+    index = (layout / "index.json").read_bytes()
+    (layout / "index.json").write_bytes(index.replace(b"tiny-v2", b"tiny-v1"))
+    stored = Stored()
+    with pytest.raises(MalformedManifestError):
+        push(layout, stored, tmp_path)
+    assert stored.put == {}
 
 
 def test_a_repository_is_asked_before_it_is_sealed_for(tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ class _OciIndex(msgspec.Struct, frozen=True, rename="camel"):
     manifests: tuple[Descriptor, ...]
 
 
+class _Typed(msgspec.Struct, frozen=True, rename="camel"):
+    artifact_type: str = ""
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     path: str
     size: int
@@ -398,6 +402,14 @@ def parse_index(index_bytes: bytes, artifact_type: str = ARTIFACT_TYPE) -> tuple
             require(is_digest(descriptor.digest), "index.digest")
             entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
     return tuple(entries)
+
+
+def artifact_type(manifest_bytes: bytes) -> str:
+    """What a manifest that nobody has authenticated says it is; empty: nothing, or it is no JSON object."""
+    try:
+        return msgspec.json.decode(manifest_bytes, type=_Typed).artifact_type
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def choose_model(index_bytes: bytes) -> str | None:

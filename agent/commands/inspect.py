@@ -119,7 +119,12 @@ def _digests(source: LayoutSource, tag: str | None) -> list[str]:
     if tag is not None:
         digests = [m.digest_of(source.read_manifest(tag, m.MAX_MANIFEST_BYTES))]
     else:
-        digests = [entry.digest for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))]
+        # An index need not say what its entries are.
+        digests = [
+            entry.digest
+            for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))
+            if m.artifact_type(source.read_manifest(entry.digest, m.MAX_MANIFEST_BYTES)) in ("", m.ARTIFACT_TYPE)
+        ]
     if not digests:
         raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
     hint("digests come from the store, and nothing authenticates them: compare them with what `keyturn seal` printed")
