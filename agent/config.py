@@ -129,7 +129,8 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     min_version: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
     model_signature: _FileName | None = None
     model_signature_keys: Annotated[tuple[_PublicKey, ...], msgspec.Meta(max_length=8)] = ()
-    format: Literal["keyturn", "kserve-jwe"] = "keyturn"
+    format: Literal["keyturn", "kserve-jwe", "volume"] = "keyturn"
+    device: Annotated[str, msgspec.Meta(pattern=r"^/dev/[A-Za-z0-9_./:-]+\Z", max_length=256)] | None = None
     uri: _StorageUri | None = None  # of an entry of artifact.allowed, and of nothing else
     jwe_files: Annotated[tuple[_JweName, ...], msgspec.Meta(max_length=1024)] = ()
     plain_files: Annotated[dict[_FileName, _Digest], msgspec.Meta(max_length=1024)] = {}
@@ -310,6 +311,7 @@ def _checked(tree: dict[str, Any], *, entry: bool = False) -> MeasuredConfig:
     if entry and (config.server is not None or artifact.destination != "directory"):
         raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.allowed"))
     _check_together(config)
+    _check_volume(config)
     return config
 
 
@@ -491,6 +493,23 @@ def _check_kserve(artifact: ArtifactConfig) -> None:
             raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(f"artifact.{key}"))
 
 
+def _check_volume(config: MeasuredConfig) -> None:
+    """A volume is mounted where it lies: nothing about memory for its files may stand beside it."""
+    artifact = config.artifact
+    is_volume = artifact.format == "volume"
+    rules = {
+        "device": is_volume or artifact.device is None,
+        "destination": not is_volume or artifact.destination == "auto",
+        "after_ready": not is_volume or artifact.after_ready == "keep",
+        "model_signature": not is_volume or artifact.model_signature is None,
+        "format": not is_volume or config.server is not None,  # a mount of ours cannot be left to another container
+    }
+    for key, holds in rules.items():
+        # refusal: test_a_volume_needs_no_memory_and_a_server_of_ours
+        if not holds:
+            raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident(f"artifact.{key}"))
+
+
 def _check_broker(broker: BrokerConfig, *, through_coco: bool) -> None:
     """Each way to the key has its own keys, and no way has another's."""
     ways = {"endpoints": broker.endpoints is not None, "url": broker.url is not None, "cdh": broker.cdh}
@@ -633,7 +652,11 @@ EXPLAIN = {
     "be the signed ones. Costs a SHA-256 over the plaintext; default: none is looked for",
     "artifact.model_signature_keys": "public keys (PEM; P-256, P-384) of which one must have signed artifact.model_signature",
     "artifact.format": "kserve-jwe: a model as KServe's confidential serving keeps it, files of that kind of JWE below "
-    "artifact.source. It has no manifest and no version, so all its files are listed here. Default: keyturn, FORMAT.md",
+    "artifact.source. It has no manifest and no version, so all its files are listed here. volume: an encrypted disk of this "
+    "guest, opened page by page by the kernel as it is read; artifact.source has its manifest. Needs root, the guest's own "
+    "/dev, dm-crypt, dm-verity, EROFS, and [server]. Default: keyturn, FORMAT.md",
+    "artifact.device": "with format = volume: path of the disk, such as /dev/xvda; default: the one whose LUKS2 header has the "
+    "manifest's UUID",
     "artifact.allowed": "[[artifact.allowed]], for `keyturn load` as KServe's storage initializer: the models that a pod may "
     "ask for, 1..64. An entry has uri, any other keys of [artifact], and key_uri and resource_uri of [broker]; they take the "
     "place of what stands there. What is asked for and is no entry is refused. Only with destination = directory and without "

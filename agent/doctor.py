@@ -298,6 +298,7 @@ def _store(guest: Guest) -> Seen | None:
     from agent.artifact.identify import find_manifest
     from agent.artifact.load import read_model
     from agent.artifact.sources import open_configured
+    from agent.artifact.volume_config import VolumeConfig
 
     config = guest.config
     if config.artifact.credentials_uri is not None:
@@ -313,7 +314,11 @@ def _store(guest: Guest) -> Seen | None:
             guest.sizes |= {path: len(content) for path, content in plain.items()}
             return {"jwe": Ident(f"{len(files)}-files"), "plain": Ident(f"{len(plain)}-files")}
         artifact = find_manifest(store, config.artifact, threading.Event())
-        guest.sizes = {file.path: file.size for file in read_model(store, artifact, config.broker.key_uri).files}
+        model = read_model(store, artifact, config.broker.key_uri)
+        if isinstance(model, VolumeConfig):
+            guest.sizes, guest.volume = {}, model  # nothing of it goes into memory
+        else:
+            guest.sizes = {file.path: file.size for file in model.files}
         return None
     finally:
         store.close()
@@ -337,12 +342,16 @@ def _memory(guest: Guest) -> None:
 def _destination(guest: Guest) -> None:
     """Swap included. Without the manifest for one empty file, without a configuration for its default."""
     from agent.artifact.memory import check_destination, demand_of
+    from agent.artifact.volume import look_for_volume
 
     nothing = demand_of({"model": 0})
     if guest.measured is None:
         check_destination("auto", None, nothing, None, allow_swap=False, memory=MACHINE)
         return
     config, gid = guest.config.artifact, guest.plan.gid if guest.plan else None
+    if guest.volume is not None:
+        look_for_volume(guest.volume, config)
+        return
     demand = nothing if guest.sizes is None else demand_of(guest.sizes)
     allow_swap = config.unsafe_allow_swap
     check_destination(config.destination, config.directory, demand, gid, allow_swap=allow_swap, memory=MACHINE)

@@ -18,10 +18,11 @@ AgentError
 ├── KeyReleaseDeniedError · TokenError                                    authority × verdict
 ├── KeyUnwrapError · KeyMismatchError · StoreCredentialsError             authority × key
 ├── LeaseEndedError · LeaseUnsupervisedError                              authority × lease
-├── ArtifactUnavailableError                                              operator × artifact
+├── ArtifactUnavailableError · VolumeUnavailableError                     operator × artifact
 ├── ArtifactError                                                         provider × artifact
 │   └── ManifestDigestError · ManifestSignatureError · MalformedManifestError · RollbackError · MalformedHeaderError
 │       ModelSignatureError · TruncatedArtifactError · SegmentAuthenticationError · SealError · ManifestTooLargeError
+│       VolumeHeaderError · VolumeAuthenticationError
 ├── InsufficientMemoryError · DestinationError · SwapActiveError          operator × memory
 ├── ReceiptError                                                          operator × receipt
 ├── BootInterruptedError · WorkerLostError · SupervisorLostError          operator × agent
@@ -959,6 +960,29 @@ class ArtifactUnavailableError(AgentError):
         return f"artifact store: {self.problem.value}" + (f" ({self.status})" if self.status else "")
 
 
+class VolumeProblem(enum.Enum):
+    NOT_FOUND = "no disk of this guest has the UUID of the manifest"
+    SEVERAL = "several disks have the UUID of the manifest"
+    TOO_SMALL = "the disk ends before its volume does"
+    KERNEL = "kernel refused"
+
+
+@dataclasses.dataclass(eq=False)
+class VolumeUnavailableError(AgentError):
+    """An encrypted volume cannot be reached here. `code` is the errno for KERNEL, else 0."""
+
+    owner = Owner.OPERATOR
+    step = Step.ARTIFACT
+    next_step = (
+        "attach the volume's disk to this guest; a kernel with dm-crypt, dm-verity and EROFS, and root, are needed to open it"
+    )
+    problem: VolumeProblem
+    code: int = 0
+
+    def what(self) -> str:
+        return f"encrypted volume: {self.problem.value}" + (f" (errno {self.code})" if self.code else "")
+
+
 class ArtifactError(AgentError):
     """The artifact itself is not what its provider promised."""
 
@@ -1063,6 +1087,27 @@ class SegmentAuthenticationError(ArtifactError):
 
     def what(self) -> str:
         return f"file {self.file}, segment {self.segment}: does not authenticate"
+
+
+@dataclasses.dataclass(eq=False)
+class VolumeHeaderError(ArtifactError):
+    """The LUKS2 header of the disk is not one that a volume may have, or not the one of the manifest."""
+
+    next_step = "copy the volume to its disk again; if that is what was copied, somebody has changed the disk's header"
+    field: Ident
+
+    def what(self) -> str:
+        return f"volume header: {self.field} is not allowed, or not the manifest's"
+
+
+@dataclasses.dataclass(eq=False)
+class VolumeAuthenticationError(ArtifactError):
+    """A block of the volume is not the one that was sealed. Which one the kernel's log says."""
+
+    next_step = "copy the volume to its disk again; if it fails again, seal it again"
+
+    def what(self) -> str:
+        return "encrypted volume: does not authenticate under the manifest's root hash"
 
 
 class SealProblem(enum.Enum):

@@ -6,7 +6,7 @@ Owns no check: those are `doctor.py`'s.
 import enum
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from agent.config import Measured, MeasuredConfig, Selection
 from agent.config_source import FoundConfig
@@ -15,6 +15,9 @@ from agent.evidence import Attester, GpuInventory, GpuSystem
 from agent.fitness import Places, Seen
 from agent.proxy import Proxy
 from agent.server import ServerPlan
+
+if TYPE_CHECKING:
+    from agent.artifact.volume_config import VolumeConfig
 
 _T = TypeVar("_T")
 
@@ -84,7 +87,8 @@ class Guest:
         places: where the kernel has what is looked at without a device.
         measured: the configuration, once it parses.
         inventory: what the GPUs and NVSwitches say of themselves.
-        sizes: of the model's files in bytes, by path, once they are known.
+        sizes: of the model's files in bytes, by path, once they are known; none of a volume's, which takes no memory.
+        volume: the encrypted volume that the model is, once its manifest is authenticated.
     """
 
     find_config: Callable[[], FoundConfig | None]
@@ -100,6 +104,7 @@ class Guest:
     gpus: GpuSystem | None = None
     inventory: GpuInventory | None = None
     sizes: dict[str, int] | None = None
+    volume: "VolumeConfig | None" = None
 
     @property
     def config(self) -> MeasuredConfig:

@@ -63,7 +63,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
             ),
             (
                 "An address that cannot be listened on is `--health` of `keyturn run`, `keyturn.health=` on the kernel "
-                "command line, or `--listen` of `keyturn broker`. `proxy` is `--proxy`, and needs an https server to go to. "
+                "command line, `--listen` of `keyturn broker`, or `--wait-socket`: a path in a folder that is there, and at "
+                "which nothing is. `proxy` is `--proxy`, and needs an https server to go to. "
                 "In a guest, file-not-found means that ten seconds after the start there was neither initdata nor "
                 "`/etc/keyturn/keyturn.toml`."
             ),
@@ -211,9 +212,9 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "Azure, neither device is the guest's; such machines are not supported."
             ),
             (
-                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder, or "
-                "`gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs attest. `keyturn "
-                "evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
+                "Attester nvml: the image needs `libnvidia-ml.so.1` of the driver in a system library folder or in Kata's "
+                "extension `gpu`, or `gpu.count` must be 0. Attester nvml-architecture-N: only Hopper and Blackwell GPUs "
+                "attest. `keyturn evidence` opens no GPU that no other process holds: start nvidia-persistenced first."
             ),
             (
                 "A driver that loads late: raise `tee.wait_s`. Attester rtmr: `tee.runtime_measurement` is required; that "
@@ -943,6 +944,58 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
         ),
         "URLs, file names and the store's error pages are not printed: the source can carry a secret in its path, and "
         "the store is as untrusted as the network.",
+    ),
+    errors.VolumeUnavailableError: Explanation(
+        "The model lies on an encrypted disk of this guest (`artifact.format`), and this guest cannot open it. The manifest is "
+        "authentic and names the disk by the UUID of its LUKS2 header. No key was asked for, unless the text says that the "
+        "kernel refused.",
+        (
+            (
+                "No disk: attach it as a block device (virtio-blk, virtio-scsi, NVMe). `keyturn inspect` shows the UUID of the "
+                "manifest, `cryptsetup luksUUID` that of a disk. A disk under another name than these have: `artifact.device`."
+            ),
+            "Several disks: attach one. A copy has the UUID of its original.",
+            "Ends too early: the image was cut short while it was copied, or the disk is smaller than it.",
+            (
+                "The kernel refused: errno 2 or 19, it has no device mapper, no /dev/mapper/control, or no EROFS; 13 or 1, no "
+                "CAP_SYS_ADMIN; 22, it lacks dm-crypt, dm-verity or AES-XTS."
+            ),
+        ),
+        "Names and contents of other disks are not printed: what a host attaches is the host's word.",
+    ),
+    errors.VolumeHeaderError: Explanation(
+        "The LUKS2 header of the disk was copied into memory and checked there, and something in it is not allowed or is not "
+        "what the authentic manifest says; the text names the field. A host can write this header as it likes, to have a guest "
+        "use no cipher at all, so nothing but the listed values passes.",
+        (
+            (
+                "`cryptsetup luksDump` on the disk and on the image that was sealed: they must be the same. Where they differ, "
+                "ask who can write to the disk."
+            ),
+            (
+                "A field of config: `cryptsetup reencrypt` was begun, or a flag was stored; a volume is sealed again, never "
+                "changed in place."
+            ),
+            (
+                "csum or magic: the header is damaged; copy the image again. Its second copy is not looked at, as `cryptsetup "
+                "repair` would."
+            ),
+        ),
+        "The value of the field is not printed, since whoever has the disk wrote it.",
+    ),
+    errors.VolumeAuthenticationError: Explanation(
+        "The kernel read a block of the encrypted volume that is not the one the provider sealed: its hash does not lead to "
+        "the root hash of the authentic manifest. Nobody got that block; who read it got an error, and if that was the model "
+        "server, it has ended.",
+        (
+            (
+                "At once, at the mount: the disk holds another volume with the same UUID, or the manifest is of another one. "
+                "`keyturn inspect REF --check --key-file K --volume IMAGE` looks at every block."
+            ),
+            "Later: the disk has failed, or somebody wrote to it. Attach it read-only, and copy the image again.",
+            "The guest's kernel log names the block: device-mapper: verity.",
+        ),
+        "Which file the block belongs to is not told; it would be told to the host as well.",
     ),
     errors.ManifestDigestError: Explanation(
         "The bytes that the store gave for the manifest do not have the digest in `artifact.manifest_digest`. Nothing "

@@ -1,9 +1,11 @@
-"""The health port: `/livez`, `/readyz`, `/status`, `/receipt` over plain HTTP, inside the supervisor's loop.
+"""The health port: `/livez`, `/readyz`, `/status`, `/receipt` over plain HTTP, in the supervisor's loop; or at a path.
 
 Owns sockets and bounds; the answers are `BootReport.health`. One short request, one short answer, then the end; no
 keep-alive, at most 16 callers at a time. Standard library only, because the supervisor imports it.
 """
 
+import errno
+import os
 import selectors
 import socket
 import time
@@ -20,16 +22,48 @@ RECEIPT_TYPE = 'application/cose; cose-type="cose-sign1"'
 _REASONS = {200: "OK", 404: "Not Found", 503: "Service Unavailable", 400: "Bad Request"}
 
 
-class HealthPort:
-    """Listens from construction on. Raises OSError when the address cannot be had."""
+def listen(address: tuple[str, int]) -> socket.socket:
+    """Raises OSError when the address cannot be had."""
+    family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+    both = address[0] == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
 
-    def __init__(self, address: tuple[str, int], selector: selectors.BaseSelector, report: BootReport) -> None:
+
+class WaitSocket:
+    """A unix socket whose path appears when it is shown, already listening: for whoever started us and waits for it."""
+
+    def __init__(self, path: str) -> None:
+        """Listens, where nobody looks. Raises OSError: no such folder, too long, or something is there already."""
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "wait socket")
+        self._path, self._hidden = path, f"{path}.{os.urandom(4).hex()}"
+        self.listener = socket.socket(socket.AF_UNIX)
+        try:
+            self.listener.bind(self._hidden)
+            self.listener.listen()
+        except OSError:
+            self.listener.close()
+            raise
+
+    def show(self) -> None:
+        """Once."""
+        os.rename(self._hidden, self._path)
+
+    def remove(self) -> None:
+        """For the end: nobody listens there any more."""
+        for path in (self._hidden, self._path):
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
+class HealthPort:
+    """Answers whoever calls at a listening socket, from construction on."""
+
+    def __init__(self, listener: socket.socket, selector: selectors.BaseSelector, report: BootReport) -> None:
         self._selector = selector
         self._report = report
         self._callers: dict[socket.socket, tuple[float, bytearray]] = {}
-        family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
-        both = address[0] == "::" and socket.has_dualstack_ipv6()
-        self._listener = socket.create_server(address, family=family, dualstack_ipv6=both)
+        self._listener = listener
         self._listener.setblocking(False)
         selector.register(self._listener, selectors.EVENT_READ, self._on_call)
 

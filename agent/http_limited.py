@@ -7,6 +7,7 @@ C library's resolver, which gives up by its own rules (resolv.conf(5), `timeout`
 a proxy the one for a connection.
 """
 
+import http.client
 import math
 import os
 import socket
@@ -184,7 +185,19 @@ def _connect_to(connection: _Socket, address: Any, timeout_s: float) -> _Socket:
         raise
 
 
+class _Answer(http.client.HTTPResponse):
+    """Where Python takes "-1" for the size of a chunk, it reads whatever comes, without a bound."""
+
+    def _read_next_chunk_size(self) -> int:
+        size: int = super()._read_next_chunk_size()  # type: ignore[misc]
+        # refusal: test_artifact_sources.py::test_a_chunk_of_less_than_nothing_does_not_read_without_end
+        if size < 0:
+            raise ValueError("less than nothing")  # as http.client does for what is no number
+        return size
+
+
 class _Connection(HTTPConnection):
+    response_class = _Answer
     _new_conn = _connect
 
 
@@ -197,6 +210,8 @@ class ProxyFailedError(NewConnectionError):
 
 
 class _TlsConnection(HTTPSConnection):
+    response_class = _Answer
+
     def __init__(self, *arguments: Any, through: Proxy | None, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self._through = through

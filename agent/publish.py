@@ -7,17 +7,21 @@ its compensation on the caller's stack. Standard library only, because the super
 import errno
 import os
 import shutil
+import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 from agent.artifact import DestinationKind, ServedModel, given
 from agent.errors import DestinationError, DestinationProblem
-from agent.guest import mounts
+from agent.guest import device_mapper, mounts
 from agent.lease import Lease
 from agent.server import Placement, ServerPlan
 
 RUN_DIRECTORY = "/run/keyturn"
 _MODEL, _SCRATCH = "model", "scratch"
+GONE_S = 5.0
+"""For the devices of a volume to end after its last user."""
+_LOOK_S = 0.01
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  # a private folder is made in it
 
 
@@ -96,6 +100,8 @@ def make_mount_points() -> None:
 
 def take_over(model: HandedModel, undo: ExitStack) -> None:
     """From now on it is ours to free: its descriptors, or its folder. To be called as soon as it arrives."""
+    if model.destination is DestinationKind.VOLUME:
+        undo.callback(wait_until_gone, _devices_below(model.descriptors[0]))
     for descriptor in model.descriptors:
         undo.callback(os.close, descriptor)
     if model.directory is not None:
@@ -103,6 +109,23 @@ def take_over(model: HandedModel, undo: ExitStack) -> None:
         folder = os.open(os.path.dirname(model.directory), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         undo.callback(os.close, folder)
         undo.callback(given.release, folder, mark)
+
+
+def _devices_below(mount: int) -> list[str]:
+    """The devices of a volume in sysfs: that of its file system, and what it is made of."""
+    device = os.fstat(mount).st_dev
+    verified = f"/sys/dev/block/{os.major(device)}:{os.minor(device)}"
+    return [verified, *(f"/sys/class/block/{name}" for name in os.listdir(f"{verified}/slaves"))]
+
+
+def wait_until_gone(devices: list[str], within_s: float = GONE_S) -> None:
+    """The kernel removes them by itself, in a moment, with key and pages. Raises OSError: EBUSY, somebody holds the volume."""
+    for _ in range(max(1, round(within_s / _LOOK_S))):
+        if not any(map(os.path.exists, devices)):
+            return
+        time.sleep(_LOOK_S)
+    # refusal: test_a_volume_that_somebody_holds_is_not_wiped
+    raise OSError(errno.EBUSY, "volume")
 
 
 def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placement:
@@ -121,7 +144,7 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         if model.destination is DestinationKind.MEMFD:
             (memfd,) = model.descriptors
             return Placement(f"/proc/self/fd/{memfd}", None, scratch, (memfd,), private_mounts)
-        if model.destination is DestinationKind.TMPFS:
+        if model.destination in (DestinationKind.TMPFS, DestinationKind.VOLUME):
             if not private_mounts:
                 raise PermissionError(errno.EPERM, "mount namespace")
             root = _attach(model.descriptors[0], _MODEL, undo)
@@ -132,6 +155,16 @@ def publish(model: HandedModel, private_mounts: bool, undo: ExitStack) -> Placem
         raise DestinationError(DestinationProblem.KERNEL, error.errno or 0) from error
     file = f"{root}/{model.single_file}" if model.single_file else root
     return Placement(file, root, scratch, private_mounts=private_mounts)
+
+
+def is_damaged(model: HandedModel) -> bool:
+    """Has the kernel met a block of a volume that does not authenticate? To its reader it was an error. Raises OSError."""
+    if model.destination is not DestinationKind.VOLUME:
+        return False
+    device = os.fstat(model.descriptors[0]).st_dev
+    with open(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/dm/name") as name:
+        status = device_mapper.status_of(name.read().strip(), memoryview(bytearray(device_mapper.BUFFER_BYTES)))
+    return status == device_mapper.CORRUPTED
 
 
 def release(model: HandedModel) -> int:

@@ -92,7 +92,7 @@ class Statement:
         lease_s: None: the key may be used without end.
         model_version: 0 of a model without versions.
         manifest_digest: `sha256:` and 64 hexadecimal digits.
-        files: how many.
+        files: how many; 0 of a volume, whose files are known when it is open.
         total_bytes: in all of them.
         files_digest: `digest_of_files`.
         server_command_digest: `sha256:…`, of no words where another container serves.
@@ -265,7 +265,10 @@ def _receipt_of(payload: bytes) -> Receipt:
         members["evidence"]["event_log"],
     )
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
-    if statement.files < 1 or list(statement.not_held) != [item for item in NotHeld if item in statement.not_held]:
+    if (statement.files == 0) != (statement.destination is DestinationKind.VOLUME):
+        raise ValueError("files")
+    # refusal: test_a_receipt_with_one_defect_is_refused_for_it
+    if list(statement.not_held) != [item for item in NotHeld if item in statement.not_held]:
         raise ValueError("statement")
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
     if members["rtmr_3"] is not None and members["unmeasured"] is not None:

@@ -94,7 +94,7 @@ class Notary:
             model_version=model.version,
             manifest_digest=model.manifest_digest,
             files=len(model.files),
-            total_bytes=sum(file.size for file in model.files),
+            total_bytes=prepared.total_plaintext_bytes,
             files_digest=digest_of_files(model.files),
             destination=prepared.destination.kind,
             server_command_digest=devices.server_command_digest,

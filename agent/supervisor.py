@@ -28,12 +28,14 @@ from agent.errors import (
     DestinationError,
     DestinationProblem,
     InternalError,
+    VolumeAuthenticationError,
     WorkerLostError,
 )
 from agent.events import (
     BootStarted,
     ExceptionUnhandled,
     Hook,
+    LocalChecksPassed,
     Message,
     ModelLeft,
     ModelReleased,
@@ -54,9 +56,9 @@ from agent.events import (
 )
 from agent.gpu_watch import GpuWatch, WatchMain
 from agent.guest import hardening, mounts, systemd
-from agent.health import HealthPort
+from agent.health import HealthPort, WaitSocket, listen
 from agent.loop import Loop
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
+from agent.publish import RUN_DIRECTORY, HandedModel, is_damaged, make_mount_points, publish, release, take_over
 from agent.renewal import Renewal
 from agent.report import MAX_RECEIPT_BYTES, BootReport
 from agent.server import Output, Placement, policy
@@ -82,6 +84,8 @@ class HostHints:
     status_file: str | None
     termination_log: str | None
     health_address: tuple[str, int] | None
+    wait_socket: str | None = None
+    """An absolute path that appears, as a socket, when the local checks have passed."""
 
 
 class Supervisor:
@@ -107,6 +111,7 @@ class Supervisor:
         self._renewal = Renewal(self._loop, self._in_renewal, self._tell, self._fail)
         self._gpu_watch = GpuWatch(self._loop, watch, self._tell, self._fail)
         self._undo = ExitStack()  # compensations of publishing
+        self._wait_socket: WaitSocket | None = None
         self._placement: Placement | None = None
         self._policy: policy.RestartPolicy | None = None
         self._server: ServerProcess | None = None
@@ -151,9 +156,16 @@ class Supervisor:
         self._tell(BootStarted(Ident(__version__), Ident(self._teller.report.mode)))
         if self._hints.health_address:
             try:
-                HealthPort(self._hints.health_address, self._loop.selector, self._teller.report)
+                HealthPort(listen(self._hints.health_address), self._loop.selector, self._teller.report)
             except (OSError, UnicodeError) as error:
                 raise ConfigError(ConfigProblem.ADDRESS, Ident("health")) from error
+        if self._hints.wait_socket:
+            try:
+                self._wait_socket = WaitSocket(self._hints.wait_socket)
+            except OSError as error:
+                raise ConfigError(ConfigProblem.ADDRESS, Ident("wait-socket")) from error
+            self._undo.callback(self._wait_socket.remove)
+            HealthPort(self._wait_socket.listener, self._loop.selector, self._teller.report)
         self._worker = WorkerProcess(
             self._loop, lambda channel: self._worker_main(channel, None), self._on_packet, self._on_worker_end
         )
@@ -207,6 +219,8 @@ class Supervisor:
                 return  # it was told to stop: what it met on the way out is not why it ended
             self._error = message
         self._tell(message)
+        if isinstance(message, LocalChecksPassed) and self._wait_socket:
+            self._wait_socket.show()
 
     def _on_worker_end(self, lost: WorkerLostError, peak_kib: int) -> None:
         self._worker = None
@@ -324,6 +338,7 @@ class Supervisor:
         except AgentError as error:
             self._fail(error)
             return
+        self._look_for_damage()
         if self._error or self._stop_signal:
             self._loop.ended = True
             return
@@ -332,6 +347,15 @@ class Supervisor:
         if isinstance(action, policy.Wait):
             self._tell(ServerRestarting(round((action.seconds or 0) * 1000), self._policy.starts + 1))
         self._obey(action)
+
+    def _look_for_damage(self) -> None:
+        """A server that met a damaged block of its volume did not fail by itself, and would meet it again."""
+        assert self._model
+        try:
+            if is_damaged(self._model):
+                self._fail(VolumeAuthenticationError())
+        except OSError as error:
+            self._fail(DestinationError(DestinationProblem.KERNEL, error.errno or 0))
 
     def _destroy_server(self) -> policy.Exited:
         assert self._server

@@ -1,4 +1,5 @@
-"""Builds what is shipped: the bundle (agent and interpreter in one folder), and initrd and container image made from it.
+"""Builds what is shipped: the bundle (agent and interpreter in one folder), and made from it the stand-alone initrd, the
+container image and the guest extension image for Kata Containers.
 
 The same commit gives the same bytes, whatever machine, user and folder: Debian packages and wheels are locked by hash
 (`locks/guest.debs`, `locks/build.debs`, `locks/image.txt`), the bundler runs in a root made of them, every time is one
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import stat
+import struct
 import subprocess
 import sys
 import tempfile
@@ -32,6 +34,7 @@ IMAGE = f"{NAME}-image"
 MAX_BUNDLE_BYTES = 60 * 10**6
 MAX_INITRD_BYTES = 34 * 10**6
 MAX_IMAGE_BYTES = 30 * 10**6
+MAX_EXTENSION_BYTES = 32 * 10**6
 RELEASE_LEVEL = 19
 # What a program of the bundle loads from libc6. Not iconv's character sets, which are more than half of the package.
 LIBC = re.compile(
@@ -44,6 +47,16 @@ LEFT_OUT = (
 )
 # What hooks collect beside the code and no program reads. The CAs of gRPC neither: a broker's CA is the configuration's.
 LITTER = re.compile(r"\.(cc|h|pyi)$|/(RECORD|INSTALLER|REQUESTED|direct_url\.json|_credentials/roots\.pem)$")
+# An extension image as Kata and CoCo build theirs (guest-components, tools/coco-extension/build-erofs-image.sh): two MBR
+# partitions, EROFS and dm-verity's hashes without a superblock, because all parameters come with the kernel's command line.
+EXTENSION = "keyturn"  # its disk has the serial extension-keyturn, and is mounted at /run/kata-extensions/keyturn
+EXTENSION_UUID = "4b7b6a3e-0f5c-5a7e-9d55-6b657974726e"
+# Clusters of 64 KiB: an eighth smaller than with 4 KiB, and no slower to boot from.
+EROFS = ("-zlz4hc", "-C65536", "-Enoinline_data", f"-T{EPOCH}", f"-U{EXTENSION_UUID}", "-x-1", "--all-root", "--quiet")
+VERITY_SALT = "00" * 32  # the same image for the same commit; whoever forges blocks has to forge SHA-256 with any salt
+ROOT_HASH = "extension.root_hash"
+SECTOR, MEBIBYTE = 512, 1 << 20
+DEVICES = ("null", "random", "urandom")  # what the programs of the build root open
 BUNDLER_ENVIRONMENT = {
     "PATH": "/usr/sbin:/usr/bin:/sbin:/bin",
     "PYTHONPATH": "/opt/site",
@@ -57,7 +70,7 @@ BUNDLER_ENVIRONMENT = {
 def main() -> None:
     """Build everything into one folder and print digests and sizes."""
     parser = argparse.ArgumentParser(
-        prog="build-initrd", description="Build bundle, initrd, container image and SBOMs.", allow_abbrev=False
+        prog="build-initrd", description="Build bundle, initrd, extension image, container image and SBOMs.", allow_abbrev=False
     )
     parser.add_argument("--out", type=Path, default=ROOT / "build", metavar="DIR", help="where results go; default build/")
     parser.add_argument("--fast", action="store_true", help="compress badly and quickly, for a look; not what is shipped")
@@ -83,6 +96,8 @@ def main() -> None:
         say("container image")
         written = make_image(args.out / IMAGE, work / "image", bundle, root, fast=args.fast)
         (vmlinuz,) = (kernel / "boot").glob("vmlinuz-*")
+        say("extension")
+        results += make_extension(root, bundle, args.out)
         results += [Path(shutil.copyfile(source, args.out / f"{NAME}-{source.name}")) for source in (vmlinuz, HERE / "cmdline")]
         results.append(args.out / f"{NAME}.cdx.json")
         results[-1].write_text(sbom.document(__version__, EPOCH, locked("guest.debs"), ROOT / "locks" / "guest.txt"))
@@ -100,6 +115,7 @@ def main() -> None:
     if level == RELEASE_LEVEL:
         check_size("the initrd", results[1].stat().st_size, MAX_INITRD_BYTES)
         check_size("the image", written.layer_bytes, MAX_IMAGE_BYTES)
+    check_size("the extension image", results[2].stat().st_size, MAX_EXTENSION_BYTES)
 
 
 # --- packages ---------------------------------------------------------------------------------------------------------
@@ -150,7 +166,8 @@ def make_bundle(root: Path, bundle: Path) -> Path:
     settle(root / "opt")
     for name in ("proc", "dev", "tmp"):
         (root / name).mkdir(exist_ok=True)
-    (root / "dev" / "null").touch()
+    for name in DEVICES:
+        (root / "dev" / name).touch()
     run("ldconfig", "-r", root)
     command = [
         *("/usr/bin/python3.11", "-m", "PyInstaller", "--onedir", "--strip", "--noconfirm", "--log-level", "ERROR"),
@@ -181,7 +198,8 @@ def list_files(bundle: Path) -> None:
 def inside_root(root: Path) -> tuple[object, ...]:
     """The start of a command line that runs in the build root: nobody's user and folder show there, nothing stays mounted."""
     own = () if os.geteuid() == 0 else ("--map-root-user",)
-    enter = 'mount -t proc proc "$0/proc" && mount --bind /dev/null "$0/dev/null" && exec chroot "$0" "$@"'
+    devices = " && ".join(f'mount --bind /dev/{name} "$0/dev/{name}"' for name in DEVICES)
+    enter = f'mount -t proc proc "$0/proc" && {devices} && exec chroot "$0" "$@"'
     return ("unshare", "--mount", "--pid", "--fork", *own, "sh", "-c", enter, root)
 
 
@@ -244,7 +262,7 @@ def make_initrd(top: Path, bundle: Path, root: Path, kernel: Path) -> Path:
     (top / "usr/lib64/ld-linux-x86-64.so.2").symlink_to("../lib/x86_64-linux-gnu/ld-linux-x86-64.so.2")
 
     install_etc(top, root)
-    install_modules(top, kernel)
+    install_modules(top, kernel, HERE / "modules", "50-keyturn")
     settle(top)
     return top
 
@@ -261,8 +279,8 @@ def install_etc(top: Path, root: Path) -> None:
     (top / "etc/ssl/certs/ca-certificates.crt").write_text("".join(path.read_text() for path in certificates))
 
 
-def install_modules(top: Path, kernel: Path) -> None:
-    """The modules of `modules` and what they depend on, not compressed, and the list of them in loading order."""
+def install_modules(top: Path, kernel: Path, wanted: Path, list_name: str) -> None:
+    """The modules that `wanted` lists and what they depend on, not compressed, and the list of them in loading order."""
     (tree,) = (kernel / "lib/modules").iterdir()
     packed = {module_name(path): path for path in tree.rglob("*.ko*")}
     builtin = {module_name(Path(line)) for line in (tree / "modules.builtin").read_text().splitlines()}
@@ -284,12 +302,12 @@ def install_modules(top: Path, kernel: Path) -> None:
         (top / path).write_bytes(data)
         ordered[name] = path
 
-    for line in (HERE / "modules").read_text().splitlines():
+    for line in wanted.read_text().splitlines():
         if line and not line.startswith("#"):
             add(line.replace("-", "_"))
     lists = top / "usr/lib/keyturn/modules.d"
-    lists.mkdir(parents=True)
-    (lists / "50-keyturn.list").write_text("".join(f"/{path}\n" for path in ordered.values()))
+    lists.mkdir(parents=True, exist_ok=True)
+    (lists / f"{list_name}.list").write_text("".join(f"/{path}\n" for path in ordered.values()))
 
 
 def module_name(path: Path) -> str:
@@ -354,6 +372,63 @@ def make_image(out: Path, work: Path, bundle: Path, root: Path, *, fast: bool) -
         epoch=EPOCH,
         compress=gzip,
     )
+
+
+# --- the extension image ----------------------------------------------------------------------------------------------
+
+
+def make_extension(root: Path, bundle: Path, out: Path) -> list[Path]:
+    """The image, the parameters that Kata hands to the guest's kernel, and the runtime's drop-in with both."""
+    top, data, hashes = (root / "opt" / name for name in ("extension", "extension.erofs", "extension.verity"))
+    shutil.copytree(bundle, top / "opt" / "keyturn", symlinks=True)
+    for name, target in (
+        ("extension/components.toml", "etc/kata-extensions"),
+        ("keyturn.service", "usr/lib/systemd/system"),
+        ("extension/extension.conf", "usr/lib/systemd/system/keyturn.service.d"),
+    ):
+        (top / target).mkdir(parents=True)
+        shutil.copy(HERE / name, top / target)
+    settle(top)
+    in_root: dict[str, object] = {"env": BUNDLER_ENVIRONMENT, "stdout": subprocess.DEVNULL}
+    run(*inside_root(root), "/usr/bin/mkfs.erofs", *EROFS, f"/opt/{data.name}", f"/opt/{top.name}", **in_root)
+    pad(data)
+    verity = ("/sbin/veritysetup", "format", "--no-superblock", "--hash=sha256", f"--salt={VERITY_SALT}")
+    files = (f"/opt/{data.name}", f"/opt/{hashes.name}", f"--root-hash-file=/opt/{ROOT_HASH}")
+    hashes.touch()
+    run(*inside_root(root), *verity, *files, **in_root)
+    pad(hashes)
+
+    image, parameters, drop_in = (out / f"{NAME}-extension.{kind}" for kind in ("img", "verity_params", "toml"))
+    sizes = [data.stat().st_size, hashes.stat().st_size]
+    with image.open("wb") as disk:
+        disk.write(partition_table(sizes).ljust(MEBIBYTE, b"\0"))
+        for path in (data, hashes):
+            disk.write(path.read_bytes())
+    root_hash = (root / "opt" / ROOT_HASH).read_text().strip()
+    value = f"root_hash={root_hash},salt={VERITY_SALT},data_blocks={sizes[0] // 4096},data_block_size=4096,hash_block_size=4096"
+    parameters.write_text(f"{value}\n")
+    drop_in.write_text(
+        f"# For config.d/ beside the configuration of a QEMU runtime class of Kata Containers 4.x (runtime-rs).\n"
+        f"[[hypervisor.qemu.guest_extension_images]]\n"
+        f'name = "{EXTENSION}"\n'
+        f'path = "/opt/kata/share/kata-containers/{image.name}"\n'
+        f'verity_params = "{value}"\n'
+    )
+    return [image, parameters, drop_in]
+
+
+def pad(path: Path) -> None:
+    os.truncate(path, -(-path.stat().st_size // MEBIBYTE) * MEBIBYTE)
+
+
+def partition_table(sizes: list[int]) -> bytes:
+    """A master boot record with partitions of these sizes one after the other from the first MiB on; multiples of a sector."""
+    entries, start = b"", MEBIBYTE
+    for size in sizes:
+        # Status, CHS of both ends (none: there is no such geometry), type Linux; then where and how long, in sectors.
+        entries += struct.pack("<B3sB3sII", 0, b"\xfe\xff\xff", 0x83, b"\xfe\xff\xff", start // SECTOR, size // SECTOR)
+        start += size
+    return bytes(440) + b"KYTN" + bytes(2) + entries.ljust(64, b"\0") + b"\x55\xaa"
 
 
 # --- packing ----------------------------------------------------------------------------------------------------------

@@ -54,6 +54,11 @@ def in_child(scenario: Callable[[], _Result]) -> _Result:
     return cast(_Result, answer[0])
 
 
+def own_machine() -> tuple[str, ...]:
+    """Starts a command in a PID namespace of its own: what it powers off there is that namespace, killed by SIGINT."""
+    return ("unshare", "--pid", "--fork", *(() if IS_ROOT else ("--map-root-user",)))
+
+
 def readable(descriptor: int, timeout_s: float = DEADLINE_S) -> bool:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN)

@@ -10,8 +10,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 
-
-TOOLS = ("apt-get", "cpio", "dpkg-deb", "tar", "unshare", "zstd")
+TOOLS = ("apt-get", "cpio", "dpkg-deb", "fsck.erofs", "tar", "unshare", "zstd")
 
 
 def build(out: Path) -> Path:

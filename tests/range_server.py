@@ -32,6 +32,8 @@ class Fault(enum.Enum):
     LONGER_RANGE = enum.auto()  # Content-Range and body one byte longer than asked, the size of the file left open
     LONGER_BODY = enum.auto()  # Content-Length beyond Content-Range
     NO_CONTENT_RANGE = enum.auto()
+    OTHER_OBJECT = enum.auto()  # the bytes of another object of the same size
+    MULTIPART = enum.auto()  # the range as multipart/byteranges
     GZIP = enum.auto()  # says Content-Encoding: gzip
     CUT = enum.auto()  # closes in the middle of the body
     CUT_CHUNKED = enum.auto()  # a chunked body that ends early and cleanly
@@ -63,13 +65,19 @@ class RangeServer:
 
     Args:
         root: folder.
-        fault: how the first `faulty_answers` answers are wrong, all later ones are right.
+        fault: how `faulty_answers` answers are wrong; all others are right.
         faulty_answers: how many.
+        good_answers: how many come before them.
         certificate: PEM file with certificate and key; the server then speaks TLS.
     """
 
     def __init__(
-        self, root: Path, fault: Fault = Fault.NONE, faulty_answers: int = 1 << 30, certificate: Path | None = None
+        self,
+        root: Path,
+        fault: Fault = Fault.NONE,
+        faulty_answers: int = 1 << 30,
+        certificate: Path | None = None,
+        good_answers: int = 0,
     ) -> None:
         self.requests: list[tuple[str, str | None]] = []  # path and Range header of every request, in order
         self.connections = 0
@@ -88,7 +96,8 @@ class RangeServer:
             def do_GET(self) -> None:
                 with outer._lock:
                     outer.requests.append((self.path, self.headers["Range"]))
-                    now = fault if len(outer.requests) <= faulty_answers else Fault.NONE
+                    number = len(outer.requests) - good_answers
+                    now = fault if 0 < number <= faulty_answers else Fault.NONE
                 _answer(self, root, now, outer._done)
 
             def log_message(self, format: str, *args: object) -> None:
@@ -215,7 +224,9 @@ def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: F
                 length //= 2
             start += fault is Fault.WRONG_START
             length += fault is Fault.LONGER_RANGE
-            if fault is not Fault.NO_CONTENT_RANGE:
+            if fault is Fault.MULTIPART:
+                headers["Content-Type"] = "multipart/byteranges; boundary=x"
+            elif fault is not Fault.NO_CONTENT_RANGE:
                 headers["Content-Range"] = f"bytes {start}-{start + length - 1}/{'*' if fault is Fault.LONGER_RANGE else size}"
         if fault is Fault.GZIP:
             headers["Content-Encoding"] = "gzip"
@@ -232,6 +243,10 @@ def _send_file(handler: http.server.BaseHTTPRequestHandler, path: Path, fault: F
             stream.seek(start)
             form = b"1\r\n%b\r\n" if chunked else b"%b"
             _drip(handler, (form % bytes([byte]) for byte in stream.read(length)), done)
+        elif asked and fault in (Fault.OTHER_OBJECT, Fault.MULTIPART):
+            stream.seek(start)
+            data = stream.read(length)
+            handler.wfile.write(data if fault is Fault.MULTIPART else bytes(byte ^ 1 for byte in data))
         elif chunked:
             stream.seek(start)
             handler.wfile.write(b"%x\r\n%b\r\n0\r\n\r\n" % (length, stream.read(length)))

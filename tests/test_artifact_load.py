@@ -53,6 +53,7 @@ from agent.errors import (
 from agent.guest import mounts
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey, SecretBuffer
+from tests.appearances import appearing
 from tests.range_server import Fault, RangeServer
 from tests.sealed_vectors import Case
 
@@ -861,6 +862,47 @@ def test_a_boot_that_ends_while_the_store_drips_ends_at_once(pristine: dict[int,
 
         assert time.monotonic() - asyncio.run(story()) < 1.5
         assert "segments" not in {thread.name for thread in threading.enumerate()}
+
+
+HOSTILE = {
+    SegmentAuthenticationError: [
+        Fault.OTHER_OBJECT
+    ],  # no ETag is compared: copies of one file have as many as there are servers
+    StoreProblem.BAD_ANSWER: [
+        Fault.NO_RANGES,
+        Fault.WRONG_START,
+        Fault.WRONG_LENGTH,
+        Fault.LONGER_RANGE,
+        Fault.LONGER_BODY,
+        Fault.NO_CONTENT_RANGE,
+        Fault.MULTIPART,
+        Fault.GZIP,
+        Fault.TEAPOT,
+        Fault.REDIRECT_LOOP,
+        Fault.REDIRECT_AWAY,
+        Fault.REDIRECT_NOWHERE,
+    ],
+    StoreProblem.NOT_FOUND: [Fault.NOT_FOUND],
+    StoreProblem.REFUSED: [Fault.FORBIDDEN],
+    StoreProblem.SERVER_ERROR: [Fault.BROKEN],
+    StoreProblem.UNREACHABLE: [Fault.CUT, Fault.CUT_CHUNKED, Fault.GARBAGE],
+    StoreProblem.TIMEOUT: [Fault.SILENT, Fault.DRIP_HEAD, Fault.DRIP_CHUNKS, Fault.CONTINUE],
+}
+
+
+@pytest.mark.parametrize("good_answers", [2, 9], ids=["from the first segment on", "midway"])
+@pytest.mark.parametrize(("fault", "expected"), [(fault, name) for name, faults in HOSTILE.items() for fault in faults])
+def test_a_store_that_turns_bad_gives_no_file_a_name(
+    sealed: Sealed, given: Path, fault: Fault, expected: type[Exception] | StoreProblem, good_answers: int
+) -> None:
+    with RangeServer(sealed.layout, fault, good_answers=good_answers) as server, appearing(given) as names:
+        with pytest.raises((ArtifactUnavailableError, SegmentAuthenticationError)) as caught:
+            boot(config(sealed, "directory", given, source=server.url, timeout_s=1))
+        assert len(server.requests) > good_answers
+    assert names == {".keyturn"}
+    said = getattr(caught.value, "problem", type(caught.value))
+    retried = isinstance(caught.value, ArtifactUnavailableError) and caught.value.retryable
+    assert said is expected or (retried and said is StoreProblem.TIMEOUT)
 
 
 def test_a_store_that_drips_ends_the_boot_at_the_deadline(sealed: Sealed, given: Path) -> None:

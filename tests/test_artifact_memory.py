@@ -163,6 +163,14 @@ def test_a_tmpfs_is_not_sealed_under_an_open_window() -> None:
 
 
 @needs_root
+def test_a_tmpfs_for_empty_files_has_a_limit() -> None:
+    """Of size 0 it would have none."""
+    destination = DetachedTmpfs(model_of(0), None)
+    assert os.fstatvfs(destination.hand_over()[0]).f_blocks == 1
+    destination.close()
+
+
+@needs_root
 @pytest.mark.parametrize("sizes", [[0], [1], [PAGE + 1, 1, 0], [3 * MIB + 5, 2 * MIB, PAGE - 1], [MIB - 16] * 3])
 def test_files_fit_exactly_into_their_pages(sizes: Sequence[int]) -> None:
     destination = DetachedTmpfs(model_of(*sizes), None)

@@ -1,5 +1,6 @@
 """What a push does with a layout or a registry that is not as it should be. Real registries: test_artifact_sources_oci.py."""
 
+import json
 import os
 import socket
 import threading
@@ -12,6 +13,7 @@ import pytest
 from agent.artifact import manifest as m
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import seal_model
+from agent.artifact.seal_volume import seal_volume
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.oci import Repository
 from agent.closed import Ident
@@ -110,6 +112,17 @@ def test_a_manifest_that_no_registry_takes_is_refused_before_anything_is_sent(la
     assert stored.put == {}
 
 
+def test_of_a_volume_its_manifest_is_pushed(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_bytes(b"weights")
+    image, layout = tmp_path / "model.img", tmp_path / "layout"
+    digest = seal_volume(tmp_path / "model", image, layout, bytes(32), "kbs:///a/b/1", "tiny", 1, lambda *_: None)
+    stored = Stored()
+    push(layout, stored, tmp_path)
+    manifest = m.parse_manifest(stored.put["/v2/a/manifests/tiny-v1"], digest, (m.VOLUME_CONFIG_TYPE,))
+    assert stored.blobs == {m.digest_of(b"{}"), manifest.config_digest}
+
+
 def test_what_is_there_is_not_sent(layout: Path, tmp_path: Path) -> None:
     stored, told = Stored(), list[tuple[int, int]]()
     push(layout, stored, tmp_path)
@@ -195,6 +208,31 @@ def test_a_layout_that_is_none_is_refused(layout: Path, tmp_path: Path) -> None:
     (layout / "index.json").write_bytes(b'{"schemaVersion": 2, "manifests": []}')
     assert refused(layout, Stored(), tmp_path) is StoreProblem.NOT_FOUND
     assert refused(tmp_path / "absent", Stored(), tmp_path) is StoreProblem.NOT_FOUND
+
+
+@pytest.mark.parametrize(
+    "name", ["../../other/manifests/latest", "latest?x", "a#b", "a/b", "", "a\r\nb", "\x1b[31m", "x" * 129]
+)
+def test_a_name_that_is_no_tag_goes_into_no_url(layout: Path, tmp_path: Path, name: str) -> None:
+    """Who made the layout would choose the repository that our credentials are used for."""
+    index = json.loads((layout / "index.json").read_bytes())
+    index["manifests"][0]["annotations"][m.REF_NAME] = name
+    (layout / "index.json").write_text(json.dumps(index))
+    stored = Stored()
+    with pytest.raises(MalformedManifestError) as caught:
+        push(layout, stored, tmp_path)
+    assert caught.value.field == "index.annotations"
+    assert stored.put == {}
+
+
+def test_a_name_that_stands_for_two_models_stands_for_none(layout: Path, tmp_path: Path) -> None:
+    seal_model(tmp_path / "model", layout, bytes(32), "kbs:///a/b/1", "tiny", 2, lambda *_: None)
+    index = (layout / "index.json").read_bytes()
+    (layout / "index.json").write_bytes(index.replace(b"tiny-v2", b"tiny-v1"))
+    stored = Stored()
+    with pytest.raises(MalformedManifestError):
+        push(layout, stored, tmp_path)
+    assert stored.put == {}
 
 
 def test_a_repository_is_asked_before_it_is_sealed_for(tmp_path: Path) -> None:

@@ -282,6 +282,36 @@ def test_a_file_that_grows_before_its_turn_is_refused(model: Path, out: Path) ->
     assert caught.value.problem is SealProblem.CHANGED
 
 
+@pytest.mark.parametrize("becomes", ["link", "folder that is a link", "fifo"])
+def test_a_file_that_leads_out_of_the_folder_when_its_turn_comes_is_refused(model: Path, out: Path, becomes: str) -> None:
+    """Whoever can write there is not to choose a file that only we can read."""
+    outside, folder = model.parent / "outside", model / "z"
+    for place in (outside, folder):
+        place.mkdir()
+        for number in range(THREADS + 9):  # more than are open at a time
+            (place / f"{number:04}").write_bytes(place.name[:1].encode())
+    last = folder / f"{THREADS + 8:04}"
+
+    def turn(done: int, total: int) -> None:
+        if last.is_symlink() or folder.is_symlink() or last.is_fifo():
+            return
+        if becomes == "folder that is a link":
+            folder.rename(model.parent / "away")
+            folder.symlink_to(outside)
+            return
+        last.unlink()
+        if becomes == "link":
+            last.symlink_to(outside / last.name)
+        else:
+            os.mkfifo(last)
+
+    with pytest.raises(SealError) as caught:
+        seal(model, out, progress=turn)
+    assert caught.value.problem is SealProblem.CHANGED
+    assert (caught.value.where or "").startswith("z/")
+    assert not out.exists()
+
+
 # --- a second version -------------------------------------------------------------------------------------------------
 
 
@@ -355,6 +385,13 @@ def test_nothing_is_kept_of_another_key_name_or_key_uri(model: Path, out: Path) 
         manifest = m.parse_manifest((out / "blobs" / digest.replace(":", "/")).read_bytes(), digest)
         config = m.parse_config((out / "blobs" / manifest.config_digest.replace(":", "/")).read_bytes(), manifest)
         assert {file.sealed_version for file in config.files} == {config.version}
+
+
+def test_nothing_is_kept_of_a_later_version_that_the_index_calls_an_earlier_one(model: Path, out: Path) -> None:
+    seal(model, out, 5)
+    (out / "index.json").write_text((out / "index.json").read_text().replace("llama-v5", "llama-v1"))
+    config, _ = open_model(out, seal(model, out, 2))
+    assert {file.sealed_version for file in config.files} == {2}
 
 
 def test_progress_counts_what_is_kept(model: Path, out: Path) -> None:

@@ -1,6 +1,7 @@
 """Signatures over manifests: bytes as RFC 9052 wants them, and every defect refused for what it is."""
 
 import hashlib
+from contextlib import closing
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,9 +16,10 @@ from cryptography.hazmat.primitives.asymmetric.utils import encode_dss_signature
 from agent import cose
 from agent.artifact import manifest as m
 from agent.artifact import signature as s
-from agent.artifact.identify import find_manifest
+from agent.artifact.identify import find_manifest, signatures_of
 from agent.artifact.seal import seal_model
 from agent.artifact.sources import open_source
+from agent.artifact.sources.directory import DirectorySource
 from agent.config import ArtifactConfig
 from agent.errors import ArtifactUnavailableError, ConfigError, ManifestSignatureError, SignatureCheck, StoreProblem
 
@@ -83,6 +85,12 @@ def _changed(**changes: Any) -> bytes:
     return cbor2.dumps(cbor2.CBORTag(changes.pop("tag", 18), parts), canonical=True)
 
 
+def _longer(protected: bytes) -> bytes:
+    """The same map, with the number 1 in two bytes."""
+    assert protected[:2] == b"\xa2\x01"
+    return b"\xa2\x18\x01" + protected[2:]
+
+
 GOOD = s.sign_manifest(DIGEST, KEYS["ES256"])
 DEFECTS = {
     "empty": (b"", SignatureCheck.MALFORMED),
@@ -94,6 +102,7 @@ DEFECTS = {
     "another tag": (_changed(tag=98), SignatureCheck.MALFORMED),
     "no tag": (GOOD[1:], SignatureCheck.MALFORMED),
     "a longer way to say so": (GOOD.replace(b"\xa0\x58\x37", b"\xb8\0\x58\x37"), SignatureCheck.MALFORMED),
+    "a header in a longer way": (_changed(protected=_longer(cbor2.loads(GOOD).value[0])), SignatureCheck.MALFORMED),
     "an unprotected header": (_changed(parts={1: {1: -7}}), SignatureCheck.MALFORMED),
     "a critical header": (_changed(header={2: [99], 99: 1}), SignatureCheck.MALFORMED),
     "no algorithm": (_changed(without=(1,)), SignatureCheck.MALFORMED),
@@ -241,6 +250,47 @@ def test_a_signature_that_is_lost_hides_no_other(model: Path, tmp_path: Path) ->
     with pytest.raises(ManifestSignatureError) as caught:
         identified(artifact)
     assert caught.value.check is SignatureCheck.MALFORMED
+
+
+def test_a_store_that_does_not_answer_for_a_signature_is_not_one_without(model: Path, tmp_path: Path) -> None:
+    """It may come back: that nobody signed would be final."""
+    digest = seal(model, tmp_path / "layout", 1, "ES256")
+
+    class Away(DirectorySource):
+        def read_blob(self, digest: str, max_bytes: int) -> bytes:
+            if max_bytes <= s.MAX_SIGNATURE_MANIFEST_BYTES:
+                raise ArtifactUnavailableError(StoreProblem.UNREACHABLE)
+            return super().read_blob(digest, max_bytes)
+
+    with closing(Away(str(tmp_path / "layout"))) as source, pytest.raises(ArtifactUnavailableError):
+        list(signatures_of(source, digest))
+
+
+def test_of_the_signatures_that_a_store_adds_16_are_looked_at(model: Path, tmp_path: Path) -> None:
+    digest = seal(model, tmp_path / "layout", 1, *["ES256"] * 20)
+    with closing(DirectorySource(str(tmp_path / "layout"))) as source:
+        assert len(source.referrers(digest)) == 20
+        assert len(list(signatures_of(source, digest))) == s.MAX_SIGNATURES
+
+
+def test_of_what_lies_beside_the_models_of_a_layout_the_newest_64_count(model: Path, tmp_path: Path) -> None:
+    layout = tmp_path / "layout"
+    digest = seal(model, layout, 1)
+    index = msgspec.json.decode((layout / "index.json").read_bytes())
+    named = index["manifests"][0]
+    unsaid = {name: named[name] for name in ("mediaType", "size")}
+    others = [unsaid | {"digest": f"sha256:{number:064x}"} for number in range(70)]
+    index["manifests"] = [
+        unsaid | {"digest": digest},
+        *others,
+        {**unsaid, "digest": OTHER, "annotations": named["annotations"]},
+    ]
+    (layout / "index.json").write_bytes(msgspec.json.encode(index))
+    with closing(DirectorySource(str(layout))) as source:
+        assert source.referrers(digest) == tuple(f"sha256:{number:064x}" for number in range(6, 70))
+        index["manifests"] = index["manifests"][:1]
+        (layout / "index.json").write_bytes(msgspec.json.encode(index))
+        assert source.referrers(digest) == ()
 
 
 def test_a_name_that_stands_for_two_manifests_stands_for_none(model: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import socket
 import stat
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from agent.artifact.sources import LayoutSource, open_source
 from agent.errors import AgentError, ArtifactUnavailableError, ConfigError, StoreProblem
 from tests.range_server import Fault, RangeServer, make_certificate
+from tests.raw_http import answers
 
 DATA = os.urandom(3 << 20)
 BLOB = "sha256:" + "ab" * 32
@@ -207,6 +209,7 @@ def test_reading_does_not_use_up_descriptors(layout: Path) -> None:
         (Fault.LONGER_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.NO_CONTENT_RANGE, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.LONGER_BODY, StoreProblem.BAD_ANSWER, 206, False),
+        (Fault.MULTIPART, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.GZIP, StoreProblem.BAD_ANSWER, 206, False),
         (Fault.CUT, StoreProblem.UNREACHABLE, 0, True),
         (Fault.CUT_CHUNKED, StoreProblem.UNREACHABLE, 0, True),
@@ -264,6 +267,28 @@ def test_a_small_blob_is_whole_or_an_error(layout: Path, fault: Fault, problem: 
             with pytest.raises(ArtifactUnavailableError) as caught:
                 source.read_blob(BLOB, len(DATA))
             assert caught.value.problem is problem
+        source.close()
+
+
+@pytest.mark.parametrize("size", [b"-1", b"-5", b"-0x1"])
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_chunk_of_less_than_nothing_does_not_read_without_end(size: bytes, *, whole: bool) -> None:
+    """http.client takes it for a number, and -1 for everything that comes."""
+    status = b"200 OK" if whole else b"206 Part\r\nContent-Range: bytes 0-99/100"
+    head = b"HTTP/1.1 %b\r\nTransfer-Encoding: chunked\r\n\r\n%b\r\n" % (status, size)
+    with answers(head + bytes(16 << 20)) as url:
+        source = open_source(url, None, TIMEOUT_S)
+        tracemalloc.start()
+        try:
+            with pytest.raises(ArtifactUnavailableError) as caught:
+                if whole:
+                    source.read_blob(BLOB, 100)
+                else:
+                    read(source, 0, 100)
+            assert tracemalloc.get_traced_memory()[1] < 1 << 20
+        finally:
+            tracemalloc.stop()
+        assert (caught.value.problem, caught.value.retryable) == (StoreProblem.UNREACHABLE, True)
         source.close()
 
 

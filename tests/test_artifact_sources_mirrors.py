@@ -99,6 +99,82 @@ def test_when_no_store_has_it_the_error_is_the_first_ones(layout: Path, tmp_path
         assert caught.value.problem is StoreProblem.REFUSED
 
 
+class Holding:
+    """A store of one blob; whoever asks for another one waits until `meanwhile` is done."""
+
+    def __init__(self, has: str, meanwhile: Callable[[str], None] = lambda _: None) -> None:
+        self.has = has
+        self.meanwhile = meanwhile
+
+    def read_blob(self, digest: str, max_bytes: int) -> bytes:
+        if digest == self.has:
+            return digest.encode()
+        self.meanwhile(digest)
+        raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
+
+    read_manifest = read_blob
+
+    def referrers(self, digest: str) -> tuple[str, ...]:
+        return ()
+
+    def read_range(self, digest: str, offset: int, out: memoryview) -> int:
+        return 0
+
+    def close(self) -> None:
+        pass
+
+
+def test_every_store_is_asked_whatever_other_threads_find_meanwhile() -> None:
+    """A read goes round all of them: after whichever is current it could meet the first one twice, and the last one never."""
+
+    def another_reads(digest: str) -> None:
+        if digest == "third":  # not its own
+            with pytest.raises(ArtifactUnavailableError):
+                all_of_them.read_blob("nobody's", 9)
+            assert all_of_them.read_blob("first", 9) == b"first"
+
+    stores = [Holding("first"), Holding("second", another_reads), Holding("third")]
+    with closing(Mirrors([lambda store=store: store for store in stores])) as all_of_them:  # type: ignore[misc]
+        assert all_of_them.read_blob("third", 9) == b"third"
+
+
+def test_the_failure_of_a_store_that_was_left_meanwhile_is_not_the_next_ones() -> None:
+    asked: list[str] = []
+
+    def another_reads(digest: str) -> None:
+        asked.append(digest)
+        if digest == "second":
+            assert all_of_them.read_blob("third", 9) == b"third"
+
+    stores = [Holding("first", another_reads), Holding("second"), Holding("third")]
+    with closing(Mirrors([lambda store=store: store for store in stores])) as all_of_them:  # type: ignore[misc]
+        assert all_of_them.read_blob("second", 9) == b"second"
+        assert all_of_them._current == 2
+        assert asked == ["second", "third"]
+
+
+def test_a_success_gives_the_whole_budget_back() -> None:
+    class Shaky(Holding):
+        failures = 0
+
+        def read_blob(self, digest: str, max_bytes: int) -> bytes:
+            if self.failures:
+                self.failures -= 1
+                raise ArtifactUnavailableError(StoreProblem.SERVER_ERROR)
+            return super().read_blob(digest, max_bytes)
+
+    asked: list[str] = []
+    shaky, other = Shaky("blob"), Holding("nothing", asked.append)
+    with closing(Mirrors([lambda: shaky, lambda: other])) as both:
+        for _ in range(2):
+            shaky.failures = BUDGET
+            for _ in range(BUDGET):
+                with pytest.raises(ArtifactUnavailableError):
+                    both.read_blob("blob", 9)
+            assert both.read_blob("blob", 9) == b"blob"
+    assert not asked
+
+
 def test_a_folder_that_is_not_there_is_passed_over(layout: Path, tmp_path: Path) -> None:
     with mirrors(tmp_path / "absent", layout) as both:
         assert read(both) == DATA[7:107]

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+from agent import http_policy
 from agent.artifact import manifest as m
 from agent.artifact import push, signature
 from agent.artifact.identify import find_manifest
@@ -70,6 +72,7 @@ def open_oci(registry: DockerRegistry, access: Access = ANONYMOUS) -> LayoutSour
 def check_all(source: BlobSource, sealed: Sealed) -> None:
     """By digest, by signature, and every byte, as the layout has them."""
     model = read_model(source, sealed.pinned(), KEY_URI)
+    assert isinstance(model, m.ModelConfig)
     assert find_manifest(source, sealed.signed(), threading.Event()).digest == sealed.digest
     for file in model.files:
         expected = (sealed.layout / "blobs" / file.blob_digest.replace(":", "/")).read_bytes()
@@ -263,6 +266,8 @@ def test_a_challenge_that_nothing_answers_ends_the_request(ask: Ask, value: str)
         "https://127.0.0.1:9/\tt",
         "https://[",
         "https://a#b",
+        "https://127.0.0.1:9/t?scope=repository:other:pull,push",
+        "https://127.0.0.1:9/t?x=y&%73cope=",
     ],
 )
 def test_a_realm_that_no_credentials_may_go_to_is_refused(ask: Ask, realm: str) -> None:
@@ -312,6 +317,41 @@ def test_a_token_that_is_refused_midway_is_asked_for_again_once(ask: Ask) -> Non
     good[0] = "none"
     assert fails(source) == (StoreProblem.REFUSED, 401)
     assert [request.path.partition("?")[0] for request in server.seen].count("/token") == 3
+
+
+def test_a_token_is_not_sent_after_its_life(ask: Ask) -> None:
+    def answer(request: Seen) -> Reply:
+        if request.path.startswith("/token"):
+            return Reply(200, body=b'{"token": "t", "expires_in": 1}')
+        if "authorization" in request.headers:
+            return part(request)
+        return Reply(401, (("WWW-Authenticate", f'Bearer realm="https://{request.headers["host"]}/token"'),))
+
+    source, server = ask(answer)
+    assert read(source) == DATA[10:30]
+    time.sleep(1)
+    assert read(source) == DATA[10:30]
+    sent = [request.headers.get("authorization") for request in server.seen if not request.path.startswith("/token")]
+    assert sent == [None, "Bearer t", None, "Bearer t"]
+
+
+def test_who_has_no_password_sends_none(ask: Ask) -> None:
+    source, server = ask(lambda _: Reply(401, BASIC), ANONYMOUS)
+    assert fails(source) == (StoreProblem.REFUSED, 401)
+    assert ["authorization" in request.headers for request in server.seen] == [False]
+
+
+def test_of_password_and_token_the_registry_gets_the_token(ask: Ask) -> None:
+    def answer(request: Seen) -> Reply:
+        if request.path.startswith("/token"):
+            return Reply(200, body=b'{"token": "t"}')
+        if "authorization" in request.headers:
+            return part(request)
+        return Reply(401, (*BASIC, ("WWW-Authenticate", f'Bearer realm="https://{request.headers["host"]}/token"')))
+
+    source, server = ask(answer)
+    assert read(source) == DATA[10:30]
+    assert server.seen[-1].headers["authorization"] == "Bearer t"
 
 
 def test_many_threads_ask_for_one_token(ask: Ask) -> None:
@@ -386,10 +426,13 @@ def test_ever_more_storage_hosts_are_not_kept(ask: Ask) -> None:
     """A store that redirects each read to another host costs it no more than connecting."""
     storages = [ask(part)[1] for _ in range(20)]
     order = iter(storages)
-    source, _ = ask(lambda _: Reply(307, (("Location", f"{next(order).url}/x"),)))
+    source, server = ask(lambda _: Reply(307, (("Location", f"{next(order).url}/x"),)))
+    kept = source._registry._web._pools  # type: ignore[attr-defined]
+    own = kept[http_policy.origin(server.url)]
     for _ in storages:
         assert read(source) == DATA[10:30]
-    assert len(source._registry._web._pools) <= 16  # type: ignore[attr-defined]
+    assert len(kept) <= 16
+    assert kept[http_policy.origin(server.url)] is own, "the registry's connections stay"
 
 
 BAD_PARTS: dict[str, Answer] = {
@@ -408,6 +451,12 @@ def test_a_part_that_is_none_is_refused(ask: Ask, kind: str) -> None:
     source, _ = ask(BAD_PARTS[kind])
     expected = StoreProblem.UNREACHABLE if "header" in kind else StoreProblem.BAD_ANSWER
     assert fails(source)[0] is expected
+
+
+@pytest.mark.parametrize("status", [206, 416])
+def test_a_part_is_not_taken_for_the_whole(ask: Ask, status: int) -> None:
+    source, _ = ask(lambda _: Reply(status, (("Content-Range", "bytes 0-19/4096"),), DATA[:20]))
+    assert fails(source, lambda source: source.read_blob(BLOB, 4096)) == (StoreProblem.BAD_ANSWER, status)
 
 
 def test_a_digest_that_the_registry_claims_is_not_believed(ask: Ask, sealed: Sealed) -> None:
@@ -533,6 +582,22 @@ def test_tags_that_no_registry_could_have_are_passed_over(ask: Ask) -> None:
     (entry,) = m.parse_index(source.read_index(1 << 20))
     assert entry.ref_name == "good"
     assert [request.path for request in server.seen] == ["/v2/a/tags/list?n=128", "/v2/a/manifests/good"]
+
+
+def test_manifests_of_other_kinds_under_the_tags_take_no_memory(ask: Ask) -> None:
+    """Each says of itself what it is, in as many bytes as it likes."""
+    tags = [f"t{number}" for number in range(16)]
+
+    def answer(request: Seen) -> Reply:
+        if "tags" in request.path:
+            return Reply(200, body=json.dumps({"tags": [*tags, "good"]}).encode())
+        kind = m.ARTIFACT_TYPE if request.path.endswith("good") else "x" * 4_000_000
+        return Reply(200, (MANIFEST,), json.dumps({"artifactType": kind}).encode())
+
+    source, _ = ask(answer)
+    found = source.read_index(m.MAX_INDEX_BYTES)
+    assert len(found) < 1000
+    assert [entry.ref_name for entry in m.parse_index(found)] == ["good"]
 
 
 # --- pushes -------------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,7 +11,8 @@ import pytest
 from agent.artifact.sources import LayoutSource, open_source
 from agent.artifact.sources import s3 as module
 from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
-from agent.errors import ArtifactUnavailableError, ConfigError, StoreProblem
+from agent.closed import Ident
+from agent.errors import ArtifactUnavailableError, ConfigError, ConfigProblem, StoreProblem
 from tests.bucket import KEY_ID, PREFIX, SECRET, Bucket, access
 from tests.script_server import Reply, ScriptServer
 
@@ -152,10 +154,29 @@ def test_credentials_in_the_open_are_a_configuration_error() -> None:
     open_source("s3://models", None, TIMEOUT_S, Access(endpoint="http://s3.example.com")).close()
 
 
+@pytest.mark.parametrize("text", ["a\nX: y", "a\r", "t€k", "tök", "a\x00"])
+@pytest.mark.parametrize("key", ["user", "session_token"])
+def test_what_fits_into_no_header_is_a_configuration_error(text: str, key: str) -> None:
+    """Python would quote it in the text of its own exception."""
+    given = replace(access("https://s3.example.com"), **{key: text})
+    with pytest.raises(ConfigError) as caught:
+        open_source("s3://models", None, TIMEOUT_S, given)
+    assert str(caught.value) == str(ConfigError(ConfigProblem.BAD_VALUE, Ident(f"artifact.{key}")))
+
+
 def test_a_file_of_credentials_has_the_keys_of_the_configuration() -> None:
     assert parse_access(b"") == ANONYMOUS
     text = f'user = "{KEY_ID}"\nsecret = "{SECRET}"\nsession_token = "t"\nendpoint = "https://x"\nregion = "eu-1"\n'
     assert parse_access(text.encode()) == Access(KEY_ID, SECRET, "t", "https://x", "eu-1")
-    for bad in (b"user = 1", b'user = "x"', b'secret = "x"', b'password = "x"', b"\xff", b"x", b"x = " + b"[" * 10_000):
+    for bad in (
+        b"user = 1",
+        b'user = "x"',
+        b'secret = "x"',
+        b'password = "x"',
+        b"\xff",
+        b"x",
+        b"x = " + b"[" * 10_000,
+        b'user = "a\\nb"\nsecret = "x"',
+    ):
         with pytest.raises(ValueError, match="not credentials"):
             parse_access(bad)

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from agent.artifact.seal_volume import seal_volume
 from agent.doctor import CHECKS
 from agent.examination import Skip
 from agent.sim.machine import MACHINE_FILE
@@ -24,7 +25,7 @@ from agent.sim.nvml import CALL_LOG, KERNEL_LOG
 from tests.range_server import RangeServer
 from tests.test_artifact_compact_jwe import sealed as jwe_of
 from tests.tls import certificate, pem
-from tests.world import DEADLINE_S, World
+from tests.world import DEADLINE_S, KEY_URI, World
 
 # As the kernel is, what silicon alone has, and what most worlds have not.
 MAY_BE_SKIPPED = {"landlock", "tdx", "gpu-driver", "gpu-parameters", "gpu-switches"}
@@ -250,6 +251,13 @@ def directory_on_disk(world: World) -> None:
     world.artifact |= {"destination": "directory", "directory": str(folder)}
 
 
+def volume_not_attached(world: World) -> None:
+    disk, key = world.folder / "model.img", world.key_file.read_bytes()
+    digest = seal_volume(world.folder / "source", disk, world.layout, key, KEY_URI, "tiny", 4, lambda *_: None)
+    world.artifact |= {"format": "volume", "manifest_digest": digest}
+    world.row["manifest_digests"][0]["value"] = digest
+
+
 def server_not_executable(world: World) -> None:
     program = world.folder / "server"
     program.write_text("#!/bin/sh\n")
@@ -299,6 +307,7 @@ ROWS = (
     Row("other key URI", other_key_uri, {"store": "ConfigError"}, 10, ("memory",)),
     Row("old model", old_model, {"store": "RollbackError"}, 19, ("memory",)),
     Row("too little memory", too_little_memory, {"memory": "InsufficientMemoryError"}, 20),
+    Row("volume not attached", volume_not_attached, {"destination": "VolumeUnavailableError"}, 18),
     Row("given folder on no tmpfs", directory_on_disk, {"destination": "DestinationError"}, 20),
     Row("server not executable", server_not_executable, {"server-program": "ServerStartError"}, 30),
     Row("server not on the path", server_not_on_path, {"server-program": "ServerStartError"}, 30),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from agent.artifact.seal import seal_model
 from agent.artifact.signature import public_pem
@@ -151,6 +152,23 @@ def test_every_model_of_a_layout_is_shown(sealed: tuple[Path, str], layout: Path
     assert [record["manifest_digest"] for record in records] == [sealed[1], other]
     assert main(["inspect", f"{layout}@{other}", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["version"] == 3
+
+
+def test_signatures_in_an_index_that_does_not_say_what_they_are_are_passed_over(
+    sealed: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`artifactType` may stand in a descriptor; who writes a layout by FORMAT.md, or copies one, need not put it there."""
+    signer = Ed25519PrivateKey.generate()
+    out = tmp_path / "signed"
+    seal_model(sealed[0].parent / "model", out, KEY, URI, "llama", 2, lambda done, total: None, [signer])
+    index = json.loads((out / "index.json").read_bytes())
+    for descriptor in index["manifests"]:
+        del descriptor["artifactType"]
+    (out / "index.json").write_text(json.dumps(index))
+    (tmp_path / "pem").write_text(public_pem(signer))
+    assert main(["inspect", str(out), "--json", "--signed-by", str(tmp_path / "pem")]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line)["signature_verified"]
 
 
 def test_inspect_writes_nothing(layout: Path, key_file: Path) -> None:

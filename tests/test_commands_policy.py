@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from agent.artifact.kserve import list_digest
 from agent.artifact.seal import seal_model
+from agent.artifact.seal_volume import seal_volume
 from agent.broker.policy import Claim, parse_policy
 from agent.cli import main
 from agent.closed import Ident
@@ -143,6 +145,19 @@ def test_of_several_allowed_models_one_is_asked_for(site: Site, capsys: pytest.C
     assert row.key_uri == URI
     for more in ((), ("--uri=keyturn://b",), ("--uri=keyturn://c",)):
         assert main(site.words(END, *more)) == 10
+
+
+def test_a_volume_is_pinned_by_its_manifest(site: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    (site.folder / "model").mkdir()
+    (site.folder / "model" / "a.gguf").write_bytes(b"weights")
+    image, layout = site.folder / "model.img", site.folder / "layout"
+    digest = seal_volume(site.folder / "model", image, layout, bytes(32), URI, "my-model", 4, lambda *_: None)
+    site.layout = layout
+    volume = f'format = "volume"\nmanifest_digest = "{digest}" #'
+    site.text = re.sub('manifest_digest = "[^"]*"', volume, site.text)
+    site.write(SNP, GPU)
+    (row,) = parse_policy(printed(capsys, site.words(END)).encode()).rows.values()
+    assert ([each.value for each in row.manifest_digests], row.min_model_version) == ([digest], 4)
 
 
 def test_a_configuration_without_initdata_is_pinned_by_its_own_digest(site: Site, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from agent.commands.run import open_hardware
 from agent.config import EXAMPLE, parse
 from agent.errors import NoAttesterError
 from agent.sim.machine import SimulatedMachine
+from tests.children import own_machine
 
 
 @pytest.mark.parametrize("address", ["8080", "host:port", "127.0.0.1:65536", "127.0.0.1:-1"])
@@ -18,6 +20,31 @@ def test_a_health_address_without_a_port_is_a_usage_error(address: str, capsys: 
         main(["run", "--config", "/dev/null", "--health", address])
     assert caught.value.code == 2
     assert "HOST:PORT" in capsys.readouterr().err
+
+
+def test_a_wait_socket_at_a_relative_path_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", "--config", "/dev/null", "--wait-socket", ""])
+    assert (caught.value.code, "absolute path" in capsys.readouterr().err) == (2, True)
+
+
+def test_what_the_manifest_of_the_extension_starts_is_a_run_that_kata_agent_can_wait_for() -> None:
+    """The rules of kata-agent 4.x: src/agent/src/guest_extension_image.rs, and `launch_process` beside it."""
+    manifest = tomllib.loads((Path(__file__).parents[1] / "initrd/extension/components.toml").read_text())
+    (process,) = manifest["process"]
+    assert (manifest["schema_version"], process["level"] in (1, 2, 3)) == (1, True)
+    assert not Path(process["path"]).is_absolute() and ".." not in Path(process["path"]).parts
+    assert process["args"][process["args"].index("--wait-socket") + 1] == process["wait_socket"]
+    assert int(process["timeout_secs"]) > 0, "it would not be waited for"
+    command = [sys.executable, "-m", "agent", *process["args"], "--health", "last"]
+    done = subprocess.run([*own_machine(), *command], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, "--health takes HOST:PORT" in done.stderr) == (2, True), "every word before is understood"
+
+
+def test_only_an_agent_of_the_guest_image_powers_its_machine_off() -> None:
+    agent = [sys.executable, "-m", "agent", "run", "--config", "/nonexistent", "--power-off-on-failure"]
+    done = subprocess.run([*own_machine(), *agent], capture_output=True, text=True, timeout=30)
+    assert (done.returncode, "--guest alone" in done.stderr) == (2, True)
 
 
 def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path) -> None:

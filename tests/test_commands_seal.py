@@ -16,8 +16,9 @@ from agent.artifact import manifest as m
 from agent.artifact.stream import SEGMENT_BYTES, key_commitment
 from agent.cli import main
 from agent.commands.seal import read_key_file, size_text
-from agent.errors import ConfigError
+from agent.errors import ConfigError, SealProblem
 from tests.script_server import Reply, ScriptServer
+from tests.test_artifact_push import Stored
 
 URI = "kbs:///default/model/llama"
 
@@ -108,10 +109,27 @@ def test_a_given_key_stays_when_sealing_fails(model: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("where", ["model/k", "layout/k"])
-def test_a_key_inside_what_is_sealed_or_uploaded_is_refused(model: Path, tmp_path: Path, where: str) -> None:
-    (tmp_path / "layout").mkdir()
+def test_a_key_inside_what_is_sealed_or_uploaded_is_refused(
+    model: Path, tmp_path: Path, where: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(model, tmp_path / "layout")) == 0
     (tmp_path / where).write_bytes(bytes(32))
-    assert main(command(model, tmp_path / "layout", "--key-file", str(tmp_path / where))) == 19
+    assert main(command(model, tmp_path / "layout", "--key-file", str(tmp_path / where), version=2)) == 19
+    assert error_of(capsys.readouterr().err)["fields"] == {"problem": SealProblem.INSIDE.value, "where": None, "code": 0}
+
+
+def test_a_layout_that_was_there_before_a_push_is_not_removed_with_ours(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(command(model, tmp_path / "llama-v2.layout")) == 0
+    capsys.readouterr()
+    with ScriptServer(Stored()) as server:
+        to = ["seal", str(model), "--to", f"oci+http://{server.host}/a", "--key-uri", URI, "--name", "llama", "--version", "2"]
+        assert main(to) == 19
+        assert {request.method for request in server.seen} == {"HEAD"}
+    assert error_of(capsys.readouterr().err)["fields"] == {"problem": SealProblem.SEALED_BEFORE.value, "where": None, "code": 0}
+    assert (tmp_path / "llama-v2.layout" / "index.json").exists()
 
 
 @pytest.mark.parametrize("more", [[], ["--dry-run"]])

@@ -382,6 +382,30 @@ def test_every_mistake_in_an_entry_names_it() -> None:
     assert len(parse(allowing(*(ENTRY.replace("//a", f"//a{i}") for i in range(64))).encode()).allowed) == 64
 
 
+def test_a_volume_needs_no_memory_and_a_server_of_ours() -> None:
+    def with_keys(text: str) -> str:
+        return change("manifest_digest =", f"{text}manifest_digest =")
+
+    artifact = parse(with_keys('format = "volume"\ndevice = "/dev/disk/by-id/virtio-model"\n').encode()).config.artifact
+    assert (artifact.format, artifact.device) == ("volume", "/dev/disk/by-id/virtio-model")
+    for text, key in (
+        (with_keys('device = "/dev/vda"\n'), "artifact.device"),
+        (with_keys('format = "volume"\nafter_ready = "release"\n'), "artifact.after_ready"),
+        (with_keys('format = "volume"\n').replace('destination = "auto" ', 'destination = "tmpfs" '), "artifact.destination"),
+        (
+            with_keys('format = "volume"\nmodel_signature = "s"\nmodel_signature_keys = ["-----BEGIN PUBLIC KEY-----"]\n'),
+            "artifact.model_signature",
+        ),
+        (with_keys('format = "volume"\n').partition("[server]")[0], "artifact.format"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            parse(text.encode())
+        assert (caught.value.problem, caught.value.key) == (ConfigProblem.NEEDS_OTHER_KEY, key)
+    for device in ("vda", "/etc/shadow", "/dev/", "/dev/vd a"):
+        with pytest.raises(ConfigError):
+            parse(with_keys(f'format = "volume"\ndevice = "{device}"\n').encode())
+
+
 def test_a_model_is_named_by_digest_or_by_signature() -> None:
     signed = change("manifest_digest =", SIGNED)
     artifact = parse(signed.encode()).config.artifact

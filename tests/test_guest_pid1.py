@@ -1,9 +1,16 @@
 """What of PID 1 needs no machine of its own; that it boots one is `scripts/build-initrd` and QEMU's affair."""
 
+import signal
+import subprocess
+import sys
+
+import pytest
+
 from agent.errors import SupervisorLostError
 from agent.events import Stopped
 from agent.guest.pid1 import MAX_LINE_BYTES, _last_line, kernel_parameters
 from agent.report import BootReport
+from tests.children import own_machine
 from tests.test_errors import ALL, sample
 
 
@@ -22,3 +29,39 @@ def test_a_boot_that_served_ends_with_status_0() -> None:
     report = BootReport("0.1.0", "init")
     report.apply(Stopped(0))
     assert report.last_line().startswith("end: exit status 0")
+
+
+# Three processes: the first of the namespace, the launcher's child, and the supervisor below it.
+LAUNCHED = """
+import os, sys
+from agent.errors import BootInterruptedError
+from agent.events import Stopped
+from agent.guest.pid1 import run_or_power_off
+from agent.report import BootReport
+from agent.server.process import fork
+
+def supervise():
+    report = BootReport("0.1.0", "run")
+    {what}
+    return report
+
+if os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+os._exit(run_or_power_off(supervise, fork))
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "powered_off"),
+    [
+        ("report.apply(Stopped(0))", False),
+        ("report.apply(BootInterruptedError(15))", True),
+        ("raise BootInterruptedError(15)", True),
+        ("os.kill(os.getpid(), 9)", True),
+        ("sys.exit(0)", True),
+    ],
+)
+def test_a_launched_boot_that_fails_or_is_killed_ends_the_machine(what: str, powered_off: bool) -> None:
+    command = [*own_machine(), sys.executable, "-c", LAUNCHED.format(what=what)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT if powered_off else 0, "")

@@ -2,11 +2,12 @@ import selectors
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from agent.events import ServerReady
-from agent.health import MAX_CALLERS, MAX_REQUEST_BYTES, HealthPort
+from agent.health import MAX_CALLERS, MAX_REQUEST_BYTES, HealthPort, WaitSocket, listen
 from agent.report import BootReport
 
 
@@ -16,7 +17,7 @@ def port_of(report: BootReport) -> Iterator[tuple[selectors.DefaultSelector, tup
         probe.bind(("127.0.0.1", 0))
         address = probe.getsockname()
     selector = selectors.DefaultSelector()
-    HealthPort(address, selector, report)
+    HealthPort(listen(address), selector, report)
     try:
         yield selector, address
     finally:
@@ -104,3 +105,29 @@ def test_a_receipt_is_given_whole_once_there_is_one() -> None:
     head, body = answer.split(b"\r\n\r\n", 1)
     assert b'Content-Type: application/cose; cose-type="cose-sign1"' in head
     assert body == report.receipt
+
+
+def test_a_wait_socket_is_not_at_its_path_before_it_is_shown_and_answers_then(tmp_path: Path) -> None:
+    path = tmp_path / "ready.sock"
+    shown, selector = WaitSocket(str(path)), selectors.DefaultSelector()
+    HealthPort(shown.listener, selector, REPORT)
+    assert not path.exists()
+    shown.show()
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(path))
+        turn(selector)
+        caller.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        turn(selector)
+        assert caller.recv(4096).startswith(b"HTTP/1.1 200 OK")
+    shown.remove()
+    shown.remove()
+    assert list(tmp_path.iterdir()) == []
+    shown.listener.close()
+
+
+@pytest.mark.parametrize("name", ["taken", "no-folder/ready.sock", "x" * 120])
+def test_a_wait_socket_takes_nobody_s_place(name: str, tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    with pytest.raises(OSError):
+        WaitSocket(str(tmp_path / name))
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -114,6 +114,7 @@ def check_all(source: LayoutSource, layout: Path) -> m.ModelConfig:
     """Every byte, as the layout has them."""
     (entry,) = m.parse_index(source.read_index(m.MAX_INDEX_BYTES))
     model = read_model(source, ArtifactConfig(source="/", manifest_digest=entry.digest), KEY_URI)
+    assert isinstance(model, m.ModelConfig)
     for file in model.files:
         out = memoryview(bytearray(1 << 20))
         got = b""

@@ -3,11 +3,14 @@
 Builds twice, so it runs where KEYTURN_BUILD is set, as in CI.
 """
 
+import hashlib
 import json
 import os
 import re
 import shutil
+import struct
 import subprocess
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +89,53 @@ def test_the_bundle_lists_its_files_and_says_which_glibc_it_needs(built: Built) 
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=built.bundle, check=True)
     major, minor = (built.bundle / "GLIBC_FLOOR").read_text().strip().split(".")
     assert (int(major), int(minor)) <= (2, 36)
+
+
+def partitions(disk: bytes) -> list[bytes]:
+    assert disk[510:512] == b"\x55\xaa"
+    found = [struct.unpack_from("<4xB3xII", disk, 446 + 16 * number) for number in range(4)]
+    return [disk[start * 512 :][: size * 512] for kind, start, size in found if kind]
+
+
+def test_the_extension_is_what_its_root_hash_says_and_kata_is_told_the_same(built: Built) -> None:
+    (image,), (value,), (drop_in,) = (list(built.out.glob(f"*-extension.{kind}")) for kind in ("img", "verity_params", "toml"))
+    parameters = dict(pair.split("=") for pair in value.read_text().strip().split(","))
+    assert list(parameters) == ["root_hash", "salt", "data_blocks", "data_block_size", "hash_block_size"]
+    data, hashes = partitions(image.read_bytes())
+    assert len(data) == int(parameters["data_blocks"]) * 4096
+    assert len(data) + len(hashes) + (1 << 20) == image.stat().st_size
+
+    # dm-verity, hash type 1: the tree, its top block first.
+    salt, level, tree = bytes.fromhex(parameters["salt"]), data, b""
+    while len(level) > 4096:
+        blocks = (level[at : at + 4096] for at in range(0, len(level), 4096))
+        level = b"".join(hashlib.sha256(salt + block).digest() for block in blocks)
+        level = level.ljust(-(-len(level) // 4096) * 4096, b"\0")
+        tree = level + tree
+    assert hashlib.sha256(salt + level).hexdigest() == parameters["root_hash"]
+    assert hashes == tree.ljust(len(hashes), b"\0")
+
+    (told,) = tomllib.loads(drop_in.read_text())["hypervisor"]["qemu"]["guest_extension_images"]
+    assert told == {
+        "name": "keyturn",
+        "path": f"/opt/kata/share/kata-containers/{image.name}",
+        "verity_params": value.read_text().strip(),
+    }
+    assert len("extension-" + told["name"]) <= 20, "a virtio-blk serial has 20 bytes"
+
+
+def test_the_extension_holds_the_bundle_its_unit_and_a_manifest_that_leads_to_it(built: Built, tmp_path: Path) -> None:
+    (image,) = built.out.glob("*-extension.img")
+    data = tmp_path / "data"
+    data.write_bytes(partitions(image.read_bytes())[0])
+    top = tmp_path / "top"
+    subprocess.run(["fsck.erofs", f"--extract={top}", data], check=True, capture_output=True)
+    subprocess.run(["diff", "-r", built.bundle, top / "opt/keyturn"], check=True)
+    (process,) = tomllib.loads((top / "etc/kata-extensions/components.toml").read_text())["process"]
+    assert os.access(top / process["path"], os.X_OK)
+    drop_in = (top / "usr/lib/systemd/system/keyturn.service.d/extension.conf").read_text()
+    assert f"ExecStart=/run/kata-extensions/keyturn/{process['path']} run --guest\n" in drop_in
+    assert (top / "usr/lib/systemd/system/keyturn.service").read_bytes() == (top / "opt/keyturn/keyturn.service").read_bytes()
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root changes its root")

@@ -12,7 +12,16 @@ from agent.config import EXAMPLE, parse
 from agent.errors import DestinationError, DestinationProblem
 from agent.guest import mounts
 from agent.lease import Lease
-from agent.publish import RUN_DIRECTORY, HandedModel, make_mount_points, publish, release, take_over
+from agent.publish import (
+    RUN_DIRECTORY,
+    HandedModel,
+    is_damaged,
+    make_mount_points,
+    publish,
+    release,
+    take_over,
+    wait_until_gone,
+)
 from agent.server import ServerPlan
 from agent.worker import plan_server
 from tests.children import in_child
@@ -102,6 +111,17 @@ def test_what_is_no_mount_cannot_be_attached_and_nothing_stays() -> None:
         publish(model, False, undo)
     with pytest.raises(OSError):
         os.fstat(reader)
+
+
+def test_a_volume_that_somebody_holds_is_not_wiped(tmp_path: Path) -> None:
+    """What shows that it is held is the device, which the kernel would have removed."""
+    wait_until_gone([str(tmp_path / "gone")], 0)
+    with pytest.raises(OSError):
+        wait_until_gone([str(tmp_path / "gone"), str(tmp_path)], 0.05)
+
+
+def test_what_is_no_volume_is_not_damaged() -> None:
+    assert not is_damaged(handed(DestinationKind.TMPFS, (0,)))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts")

@@ -20,6 +20,7 @@ from agent.config import ArtifactConfig
 from agent.errors import AgentError, ArtifactError
 from agent.keys import ReleasedKey, SecretBuffer
 from tests import sealed_vectors as v
+from tests.appearances import appearing
 
 FILES = sorted(path.name for path in v.FOLDER.glob("*.txt") if path.name != "good.txt")
 
@@ -72,12 +73,15 @@ def test_a_reader_gives_a_vector_its_verdict(name: str, models: dict[str, v.Mode
     vector, released = v.parse_vector((v.FOLDER / name).read_text())
     case = v.apply(vector.edits, models)
     if vector.expect == "loads":
-        assert read(case, given) == released == v.released_digest()
+        with appearing(given) as names:
+            assert read(case, given) == released == v.released_digest()
+        assert names == {".keyturn", "model"}
         return
-    with pytest.raises(AgentError) as caught:
+    with appearing(given) as names, pytest.raises(AgentError) as caught:
         read(case, given)
     assert released == "nothing"
     assert os.listdir(given) == []
+    assert names <= {".keyturn"}, "and never had a name"
     said = {field: getattr(caught.value, field) for field in vector.fields}
     assert {field: value.name if isinstance(value, enum.Enum) else value for field, value in said.items()} == vector.fields
     if vector.expect == "error":  # several segments are damaged, and threads meet them in any order

@@ -88,3 +88,34 @@ def test_a_health_address_in_use_is_told_before_anything_is_asked_for(world: Wor
     assert (outcome.failure["class"], outcome.status) == ("ConfigError", 10)
     assert outcome.failure["fields"]["problem"] == "address cannot be listened on"
     assert world.audit() == []
+
+
+def test_the_wait_socket_appears_after_the_local_checks_answers_and_goes_with_the_agent(world: World) -> None:
+    path = world.folder / "ready.sock"
+    world.broker_config["timeout_s"] = 60
+    agent = world.start(flags=("--wait-socket", str(path)))
+    agent.wait_for("boot_started")
+    agent.wait_for("local_checks_passed")
+    early = [event["event"] for event in agent.events]
+    agent.wait_for("requested")
+    with socket.socket(socket.AF_UNIX) as caller:
+        caller.connect(str(path))
+        caller.sendall(b"GET /livez HTTP/1.1\r\n\r\n")
+        assert caller.recv(4096).endswith(b"ok\n")
+    assert early.index("local_checks_passed") == len(early) - 1
+    assert agent.stop().status == 21
+    assert not list(world.folder.glob("ready.sock*"))
+
+
+def test_there_is_no_wait_socket_when_the_local_checks_have_not_passed(world: World) -> None:
+    path = world.folder / "ready.sock"
+    outcome = world.start(flags=("--wait-socket", str(path), "--config", "/nonexistent")).wait()
+    assert (outcome.failure["class"], path.exists()) == ("ConfigError", False)
+    assert not list(world.folder.glob("ready.sock*"))
+
+
+def test_a_wait_socket_in_somebody_s_place_is_told_before_anything_is_asked_for(world: World) -> None:
+    (world.folder / "taken").touch()
+    outcome = world.start(flags=("--wait-socket", str(world.folder / "taken"))).wait()
+    assert (outcome.failure["fields"]["key"], outcome.status) == ("wait-socket", 10)
+    assert world.audit() == []

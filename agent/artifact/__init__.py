@@ -15,6 +15,7 @@ class DestinationKind(enum.Enum):
 
     TMPFS = "tmpfs"  # our own, attached nowhere until it is complete
     MEMFD = "memfd"  # one sealed memory file
+    VOLUME = "volume"  # no memory of ours: a verified file system over an encrypted disk, detached until it is published
     DIRECTORY = "directory"  # somebody else's tmpfs: plaintext there survives our death
 
 
@@ -32,7 +33,7 @@ class DescribedModel:
 
     Attributes:
         version: 0 of a model without versions.
-        files: in any order.
+        files: in any order; none of a volume, whose files are known when it is open.
     """
 
     name: Ident
@@ -56,7 +57,7 @@ class LoadedArtifact:
     Attributes:
         files: in the order of the file table.
         destination: what `descriptors` and `directory` mean.
-        descriptors: TMPFS: one detached read-only mount, to be attached. MEMFD: one sealed file. DIRECTORY: the mark,
+        descriptors: TMPFS, VOLUME: one detached read-only mount, to be attached. MEMFD: one sealed file. DIRECTORY: the mark,
             with its lock. They belong to the undo stack of the boot: send them on before it is unwound.
         directory: DIRECTORY: the published folder. Else None.
         noswap: the kernel never swaps this memory.

@@ -7,6 +7,7 @@ that the blobs lie in (`seal.py`).
 
 import hashlib
 import os
+import stat
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -132,11 +133,11 @@ class _Blob:
         self._blobs = sealing.blobs
         self._temporary = sealing.blobs / f"{TEMPORARY}{os.urandom(8).hex()}"
         with ExitStack() as opened:
-            self._source = (sealing.model / path).open("rb", buffering=0)
-            opened.callback(self._source.close)
+            self._source = _open_inside(sealing.model, path)
+            opened.callback(os.close, self._source)
             self._target = self._temporary.open("xb", buffering=0)
             opened.callback(self._target.close)
-            self._modified = os.fstat(self._source.fileno()).st_mtime_ns
+            self._modified = os.fstat(self._source).st_mtime_ns
             _write_at(self._target.fileno(), memoryview(self.header), 0)
             self._opened = opened.pop_all()
 
@@ -144,8 +145,8 @@ class _Blob:
         """Read one segment, seal it and write it; returns it, in the front of `ciphertext`."""
         start, length = self.layout.plaintext_range(segment)
         # refusal: test_artifact_seal.py::test_a_file_that_ends_early_is_found_where_it_ends
-        if read_at(self._source.fileno(), plaintext[:length], start) < length:
-            raise self._changed()
+        if read_at(self._source, plaintext[:length], start) < length:
+            raise _changed(self.path)
         offset, sealed = self.layout.ciphertext_range(segment)
         out = ciphertext[:sealed]
         self.sealer.seal(segment, plaintext[:length], out)
@@ -154,10 +155,10 @@ class _Blob:
 
     def finish(self, made: list[str]) -> SealedFile:
         """Give it the name of its digest, once it is on disk; `made` gets the digest of a blob that was not there."""
-        after = os.fstat(self._source.fileno())
+        after = os.fstat(self._source)
         # refusal: test_artifact_seal.py::test_a_file_that_changes_while_it_is_read_is_refused
         if (after.st_size, after.st_mtime_ns) != (self.size, self._modified):
-            raise self._changed()
+            raise _changed(self.path)
         os.fsync(self._target.fileno())
         digest = f"sha256:{self.digest.hexdigest()}"
         final = self._blobs / self.digest.hexdigest()
@@ -169,9 +170,6 @@ class _Blob:
 
     def close(self) -> None:
         self._opened.close()
-
-    def _changed(self) -> SealError:
-        return SealError(SealProblem.CHANGED, Ident.of_peer(self.path))
 
 
 class _Sealer:
@@ -310,13 +308,31 @@ class _Comparison:
             opener.open(segment, memoryview(ciphertext)[:sealed], memoryview(opened)[:length])
         except (FileNotFoundError, SegmentAuthenticationError):  # a damaged copy is sealed anew
             return False
-        with (at.model / file.path).open("rb", buffering=0) as stream:
-            if read_at(stream.fileno(), memoryview(plaintext)[:length], start) < length:
+        source = _open_inside(at.model, file.path)
+        try:
+            if read_at(source, memoryview(plaintext)[:length], start) < length:
                 return False
+        finally:
+            os.close(source)
         return opened.startswith(memoryview(plaintext)[:length])
 
 
 # --- reading and writing ----------------------------------------------------------------------------------------------
+
+
+def _open_inside(model: Path, path: str) -> int:
+    """A file of the model, which may be a link to another one of it. Raises OSError, and SealError: it is none any more."""
+    fd = os.open(model / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    # It was looked at before; whoever may write to the folder must not have us read what they could not, or wait for a FIFO.
+    # refusal: test_artifact_seal.py::test_a_file_that_leads_out_of_the_folder_when_its_turn_comes_is_refused
+    if not (stat.S_ISREG(os.fstat(fd).st_mode) and Path(os.readlink(f"/proc/self/fd/{fd}")).is_relative_to(model)):
+        os.close(fd)
+        raise _changed(path)
+    return fd
+
+
+def _changed(path: str) -> SealError:
+    return SealError(SealProblem.CHANGED, Ident.of_peer(path))
 
 
 def read_at(fd: int, out: memoryview, offset: int) -> int:

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
 
-from agent.artifact import DescribedModel, DestinationKind, LoadedArtifact, LoadedFile, kserve, openssf
+from agent.artifact import DescribedModel, DestinationKind, LoadedArtifact, LoadedFile, kserve, openssf, volume, volume_config
 from agent.artifact.digests import FileDigests
-from agent.artifact.manifest import MAX_MANIFEST_BYTES, ModelConfig, SealedFile, parse_config, parse_manifest
+from agent.artifact.manifest import CONFIG_TYPE, MAX_MANIFEST_BYTES, VOLUME_CONFIG_TYPE, ModelConfig, SealedFile, parse_manifest
 from agent.artifact.memory import Destination, check_memory, choose_destination, demand_of, swap_is_active
 from agent.artifact.sources import BlobSource
 from agent.artifact.sources.directory import DirectorySource
@@ -244,7 +244,7 @@ class Prepared:
                 run.file.put_ahead(segment, run.file.fetch(segment, self._patient, buffer), window)
 
 
-AnyPrepared = Prepared | kserve.PreparedJwe
+AnyPrepared = Prepared | kserve.PreparedJwe | volume.PreparedVolume
 
 
 async def prepare(
@@ -301,7 +301,7 @@ async def load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Pr
     return await _in_thread(lambda stop: _load(prepared, key, floor, progress, stop))
 
 
-def read_model(source: BlobSource | PatientSource, config: ArtifactConfig, key_uri: str) -> ModelConfig:
+def read_model(source: BlobSource | PatientSource, config: ArtifactConfig, key_uri: str) -> volume_config.AnyModel:
     """What the store holds under the promised digest, authenticated. Needs no key.
 
     Args:
@@ -315,8 +315,9 @@ def read_model(source: BlobSource | PatientSource, config: ArtifactConfig, key_u
         ConfigError: the configuration names another key or another model than the manifest.
         RollbackError: older than the configured minimum.
     """
-    manifest = parse_manifest(source.read_manifest(config.digest, MAX_MANIFEST_BYTES), config.digest)
-    model = parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+    kind = VOLUME_CONFIG_TYPE if config.format == "volume" else CONFIG_TYPE  # never by what the store has
+    manifest = parse_manifest(source.read_manifest(config.digest, MAX_MANIFEST_BYTES), config.digest, (kind,))
+    model = volume_config.parse_model(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
     # refusal: test_the_key_asked_for_must_be_the_one_the_manifest_names
     if model.key_uri != key_uri:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))
@@ -343,6 +344,8 @@ def _prepare(
         return kserve.prepare(source, config, undo, stop, gid=gid, allow_swap=allow_swap, memory=memory)
     # 1. The promised manifest, and the file table it promises.
     model = read_model(PatientSource(source, config.timeout_s, stop), config, key_uri)
+    if isinstance(model, volume_config.VolumeConfig):
+        return volume.prepare(model, config, undo, stop, allow_swap=allow_swap, memory=memory)
     signed = openssf.what_is_signed(config, model)
     # 2. It fits, into memory that stays memory.
     demand = demand_of({file.path: file.size for file in model.files})
@@ -373,6 +376,8 @@ def _prepare(
 def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progress, stop: threading.Event) -> LoadedArtifact:
     if isinstance(prepared, kserve.PreparedJwe):
         return kserve.load(prepared, key, floor, progress, stop)
+    if isinstance(prepared, volume.PreparedVolume):
+        return volume.load(prepared, key, floor)
     model = prepared.model
     # 1. The right key: a wrong one is the authority's affair and must not look like a damaged file.
     with key.secret.view() as secret:
@@ -418,7 +423,7 @@ def _check_signed(prepared: Prepared, signed: openssf.Signed, digests: dict[str,
     openssf.check_files(bytes(bundle), signed.keys, digests)
 
 
-def _check_floor(model: ModelConfig, floor: int) -> None:
+def _check_floor(model: volume_config.AnyModel, floor: int) -> None:
     if model.version < floor:
         raise RollbackError(model.version, floor)
 

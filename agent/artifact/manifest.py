@@ -7,7 +7,7 @@ key. The manifest is compared with its digest before it is parsed, the config bl
 import hashlib
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, TypeVar
@@ -22,8 +22,12 @@ MANIFEST_TYPE = "application/vnd.oci.image.manifest.v1+json"
 INDEX_TYPE = "application/vnd.oci.image.index.v1+json"
 ARTIFACT_TYPE = "application/vnd.keyturn.model.v1"
 CONFIG_TYPE = "application/vnd.keyturn.model.config.v1+json"
+VOLUME_CONFIG_TYPE = "application/vnd.keyturn.volume.config.v1+json"
+CONFIG_TYPES = (CONFIG_TYPE, VOLUME_CONFIG_TYPE)
 SIGNATURE_TYPE = "application/vnd.keyturn.signature.v1"
 FILE_TYPE = "application/vnd.keyturn.model.file.v1+aes256-gcm-hkdf-1mb"
+EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
+EMPTY = b"{}"
 TITLE = "org.opencontainers.image.title"
 REF_NAME = "org.opencontainers.image.ref.name"
 
@@ -60,6 +64,7 @@ class Manifest:
     """An authenticated manifest. Only `parse_manifest` makes one."""
 
     digest: str
+    config_type: str
     config_digest: str
     config_bytes: int
     layers: tuple[Layer, ...]
@@ -114,7 +119,7 @@ class IndexEntry:
 # --- the documents as they lie in JSON --------------------------------------------------------------------------------
 
 
-class _Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
+class Descriptor(msgspec.Struct, frozen=True, rename="camel", omit_defaults=True):
     media_type: str
     digest: str
     size: int
@@ -127,14 +132,18 @@ class _OciManifest(msgspec.Struct, frozen=True, rename="camel"):
     schema_version: int
     media_type: str
     artifact_type: str
-    config: _Descriptor
+    config: Descriptor
     layers: tuple[msgspec.Raw, ...]  # each decoded by itself: 100,000 of them at a time would take twice the memory
     annotations: dict[str, str] = {}
 
 
 class _OciIndex(msgspec.Struct, frozen=True, rename="camel"):
     schema_version: int
-    manifests: tuple[_Descriptor, ...]
+    manifests: tuple[Descriptor, ...]
+
+
+class _Typed(msgspec.Struct, frozen=True, rename="camel"):
+    artifact_type: str = ""
 
 
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -167,12 +176,13 @@ def is_digest(text: str) -> bool:
 # --- manifest ---------------------------------------------------------------------------------------------------------
 
 
-def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
+def parse_manifest(manifest_bytes: bytes, expected_digest: str, config_types: Collection[str] = (CONFIG_TYPE,)) -> Manifest:
     """Authenticate, then parse a manifest.
 
     Args:
         manifest_bytes: the bytes as they came from a store.
         expected_digest: `sha256:…` from the measured configuration.
+        config_types: media types of the config blob that will do: files in blobs, an encrypted volume.
 
     Raises:
         ManifestDigestError: these are not the expected bytes. Nothing was parsed.
@@ -186,39 +196,44 @@ def parse_manifest(manifest_bytes: bytes, expected_digest: str) -> Manifest:
     # refusal: test_a_manifest_above_128_mib_is_refused
     if len(manifest_bytes) > MAX_MANIFEST_BYTES:
         raise _malformed("manifest.bytes")
-    oci = _decode(manifest_bytes, _OciManifest, "manifest")
+    oci = decode(manifest_bytes, _OciManifest, "manifest")
     # 3. A sealed model of this format.
     # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
-    _require(oci.schema_version == 2, "schemaVersion")
-    _require(oci.media_type == MANIFEST_TYPE, "mediaType")
-    _require(oci.artifact_type == ARTIFACT_TYPE, "artifactType")
-    _require(oci.config.media_type == CONFIG_TYPE, "config.mediaType")
-    _require(is_digest(oci.config.digest), "config.digest")
-    _require(0 < oci.config.size <= MAX_CONFIG_BYTES, "config.size")
-    # 4. Its blobs. That they are the ones of the file table is checked with the file table.
-    _require(0 < len(oci.layers) <= MAX_FILES, "layers")
+    require(oci.schema_version == 2, "schemaVersion")
+    require(oci.media_type == MANIFEST_TYPE, "mediaType")
+    require(oci.artifact_type == ARTIFACT_TYPE, "artifactType")
+    require(oci.config.media_type in config_types, "config.mediaType")
+    require(is_digest(oci.config.digest), "config.digest")
+    require(0 < oci.config.size <= MAX_CONFIG_BYTES, "config.size")
+    # 4. Its blobs. A volume has none, and so OCI's empty one. That they are the ones of the file table is checked there.
+    if oci.config.media_type == VOLUME_CONFIG_TYPE:
+        # refusal: test_artifact_volume_config.py::test_a_manifest_with_one_defect_is_refused_at_that_field
+        require(len(oci.layers) == 1 and decode(oci.layers[0], Descriptor, "manifest").digest == digest_of(EMPTY), "layers")
+        none = Layer("", digest_of(EMPTY), len(EMPTY))
+        return Manifest(expected_digest, VOLUME_CONFIG_TYPE, oci.config.digest, oci.config.size, (none,))
+    # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
+    require(0 < len(oci.layers) <= MAX_FILES, "layers")
     layers = []
     for i, row in enumerate(oci.layers):
-        layer = _decode(row, _Descriptor, "manifest")
+        layer = decode(row, Descriptor, "manifest")
         # refusal: test_a_manifest_with_one_defect_is_refused_at_that_field
-        _require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
-        _require(is_digest(layer.digest), f"layers[{i}].digest")
-        _require(TITLE in layer.annotations, f"layers[{i}].annotations")
+        require(layer.media_type == FILE_TYPE, f"layers[{i}].mediaType")
+        require(is_digest(layer.digest), f"layers[{i}].digest")
+        require(TITLE in layer.annotations, f"layers[{i}].annotations")
         layers.append(Layer(layer.annotations[TITLE], layer.digest, layer.size))
-    return Manifest(expected_digest, oci.config.digest, oci.config.size, tuple(layers))
+    return Manifest(expected_digest, CONFIG_TYPE, oci.config.digest, oci.config.size, tuple(layers))
 
 
-def pack_manifest(config: ModelConfig) -> bytes:
-    """The manifest of a model, in canonical JSON."""
-    config_bytes = pack_config(config)
-    return _canonical(
+def pack_oci(config_type: str, config_bytes: bytes, layers: Iterable[Descriptor], model_name: Ident, version: int) -> bytes:
+    """A manifest in canonical JSON, over a config blob of this media type."""
+    return canonical(
         _OciManifest(
             schema_version=2,
             media_type=MANIFEST_TYPE,
             artifact_type=ARTIFACT_TYPE,
-            config=_Descriptor(CONFIG_TYPE, digest_of(config_bytes), len(config_bytes)),
-            layers=tuple(_row(_layer(file)) for file in config.files),
-            annotations={TITLE: str(config.model_name), "org.opencontainers.image.version": str(config.version)},
+            config=Descriptor(config_type, digest_of(config_bytes), len(config_bytes)),
+            layers=tuple(_row(layer) for layer in layers),
+            annotations={TITLE: str(model_name), "org.opencontainers.image.version": str(version)},
         )
     )
 
@@ -230,8 +245,13 @@ def check_for_registry(manifest_bytes: int, files: int) -> None:
         raise ManifestTooLargeError(files, manifest_bytes, REGISTRY_MANIFEST_BYTES)
 
 
-def _layer(file: SealedFile) -> _Descriptor:
-    return _Descriptor(FILE_TYPE, file.blob_digest, file.layout.ciphertext_bytes, annotations={TITLE: file.path})
+def pack_manifest(config: ModelConfig) -> bytes:
+    """The manifest of a model, in canonical JSON."""
+    layers = (
+        Descriptor(FILE_TYPE, file.blob_digest, file.layout.ciphertext_bytes, annotations={TITLE: file.path})
+        for file in config.files
+    )
+    return pack_oci(CONFIG_TYPE, pack_config(config), layers, config.model_name, config.version)
 
 
 # --- config blob ------------------------------------------------------------------------------------------------------
@@ -250,38 +270,38 @@ def parse_config(config_bytes: bytes, manifest: Manifest) -> ModelConfig:
     """
     # 1. The right bytes; their number was bounded with the manifest.
     # refusal: test_a_config_blob_with_another_size_is_refused test_a_config_blob_with_another_digest_is_refused
-    _require(len(config_bytes) == manifest.config_bytes, "config.size")
-    _require(digest_of(config_bytes) == manifest.config_digest, "config.digest")
+    require(len(config_bytes) == manifest.config_bytes, "config.size")
+    require(digest_of(config_bytes) == manifest.config_digest, "config.digest")
     # 2. One way only to write it: no doubled members, no other spelling of a number or a string.
-    raw = _decode(config_bytes, _Config, "config")
+    raw = decode(config_bytes, _Config, "config")
     # refusal: test_a_config_blob_in_any_other_spelling_is_refused test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(_canonical(raw) == config_bytes, "config.canonical")  # of the rows, each below
+    require(canonical(raw) == config_bytes, "config.canonical")  # of the rows, each below
     # 3. Single values.
-    _require(raw.schema == _SCHEMA, "schema")
+    require(raw.schema == _SCHEMA, "schema")
     check_identity(raw.model_name, raw.version, raw.key_uri)
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(0 < len(raw.files) <= MAX_FILES, "files")
+    require(0 < len(raw.files) <= MAX_FILES, "files")
     files = tuple(_parse_file(i, row, raw.version) for i, row in enumerate(raw.files))
     # 4. Paths among themselves.
     check_paths([file.path for file in files])
     # 5. File table and layers say the same.
     # refusal: test_a_file_dropped_from_the_layers_is_found
-    _require(len(files) == len(manifest.layers), "layers")
+    require(len(files) == len(manifest.layers), "layers")
     for i, (file, layer) in enumerate(zip(files, manifest.layers, strict=True)):
         # refusal: test_a_size_that_differs_between_layer_and_table_is_found
-        _require(layer == Layer(file.path, file.blob_digest, file.layout.ciphertext_bytes), f"layers[{i}]")
+        require(layer == Layer(file.path, file.blob_digest, file.layout.ciphertext_bytes), f"layers[{i}]")
     return ModelConfig(
         model_name=Ident(raw.model_name),
         version=raw.version,
         key_uri=Ident(raw.key_uri),
-        key_commitment=_unhex(raw.key_commitment, 32, "key_commitment"),
+        key_commitment=unhex(raw.key_commitment, 32, "key_commitment"),
         files=files,
     )
 
 
 def pack_config(config: ModelConfig) -> bytes:
     """The config blob of a model: for every accepted input the inverse of `parse_config`."""
-    return _canonical(
+    return canonical(
         _Config(
             schema=_SCHEMA,
             model_name=str(config.model_name),
@@ -297,14 +317,14 @@ def pack_config(config: ModelConfig) -> bytes:
 
 
 def _parse_file(i: int, row: msgspec.Raw, version: int) -> SealedFile:
-    raw = _decode(row, _File, "config")
+    raw = decode(row, _File, "config")
     # refusal: test_a_config_blob_in_any_other_spelling_is_refused test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(_canonical(raw) == bytes(row), "config.canonical")
+    require(canonical(raw) == bytes(row), "config.canonical")
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
-    _require(is_digest(raw.blob_digest), f"files[{i}].blob_digest")
-    _require(1 <= raw.sealed_version <= version, f"files[{i}].sealed_version")
-    header = _unhex(raw.header, HEADER_BYTES, f"files[{i}].header")
+    require(0 <= raw.size <= MAX_PLAINTEXT_BYTES, f"files[{i}].size")
+    require(is_digest(raw.blob_digest), f"files[{i}].blob_digest")
+    require(1 <= raw.sealed_version <= version, f"files[{i}].sealed_version")
+    header = unhex(raw.header, HEADER_BYTES, f"files[{i}].header")
     parse_header(header, i)
     return SealedFile(raw.path, raw.size, raw.blob_digest, raw.sealed_version, header)
 
@@ -316,9 +336,9 @@ def check_identity(model_name: str, version: int, key_uri: str) -> None:
         MalformedManifestError: `field` is `model_name`, `version` or `key_uri`.
     """
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(_NAME.fullmatch(model_name) is not None, "model_name")
-    _require(1 <= version <= MAX_VERSION, "version")
-    _require(len(key_uri) <= MAX_IDENT_CHARS and _KEY_URI.fullmatch(key_uri) is not None, "key_uri")
+    require(_NAME.fullmatch(model_name) is not None, "model_name")
+    require(1 <= version <= MAX_VERSION, "version")
+    require(len(key_uri) <= MAX_IDENT_CHARS and _KEY_URI.fullmatch(key_uri) is not None, "key_uri")
 
 
 def check_paths(paths: Sequence[str]) -> None:
@@ -338,10 +358,10 @@ def check_paths(paths: Sequence[str]) -> None:
         field = f"files[{i}].path"
         # isprintable refuses the Unicode categories C and Z but for the space, and with them lone surrogates.
         # refusal: test_a_path_that_is_not_clean_is_refused
-        _require(path.isprintable() and "\\" not in path and unicodedata.is_normalized("NFC", path), field)
+        require(path.isprintable() and "\\" not in path and unicodedata.is_normalized("NFC", path), field)
         encoded = path.encode()
         # refusal: test_paths_that_cannot_lie_side_by_side_are_refused test_a_path_that_is_not_clean_is_refused
-        _require(len(encoded) <= MAX_PATH_BYTES and encoded > previous, field)
+        require(len(encoded) <= MAX_PATH_BYTES and encoded > previous, field)
         previous = encoded
         segments = path.split("/")
         # In this order the files of a folder follow each other, so that each name comes up once.
@@ -349,13 +369,13 @@ def check_paths(paths: Sequence[str]) -> None:
         before = segments[:-1]
         folders += len(before) - known
         # refusal: test_folders_are_counted
-        _require(folders <= MAX_FOLDERS, "folders")
+        require(folders <= MAX_FOLDERS, "folders")
         for depth, segment in enumerate(segments[known:], start=known + 1):
             # refusal: test_a_path_that_is_not_clean_is_refused
-            _require(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_SEGMENT_BYTES, field)
+            require(segment not in ("", ".", "..") and len(segment.encode()) <= MAX_SEGMENT_BYTES, field)
             folded = unicodedata.normalize("NFC", "/".join(segments[:depth]).casefold())
             # refusal: test_paths_that_cannot_lie_side_by_side_are_refused
-            _require(folded not in seen, field)
+            require(folded not in seen, field)
             seen.add(folded)
 
 
@@ -369,19 +389,27 @@ def parse_index(index_bytes: bytes, artifact_type: str = ARTIFACT_TYPE) -> tuple
         MalformedManifestError: not an OCI image index, or above 4 MiB.
     """
     # refusal: test_an_index_with_a_defect_is_refused
-    _require(len(index_bytes) <= MAX_INDEX_BYTES, "index.bytes")
-    _decode(index_bytes, dict[str, Any], "index")  # `add_to_index` keeps what the next line skips without a look
-    index = _decode(index_bytes, _OciIndex, "index")
+    require(len(index_bytes) <= MAX_INDEX_BYTES, "index.bytes")
+    decode(index_bytes, dict[str, Any], "index")  # `add_to_index` keeps what the next line skips without a look
+    index = decode(index_bytes, _OciIndex, "index")
     # refusal: test_an_index_with_a_defect_is_refused
-    _require(index.schema_version == 2, "index.schemaVersion")
+    require(index.schema_version == 2, "index.schemaVersion")
     entries = []
     for descriptor in index.manifests:
         # Copying tools may drop artifactType from the index: absent means perhaps, other means no.
         if descriptor.media_type == MANIFEST_TYPE and descriptor.artifact_type in (None, artifact_type):
             # refusal: test_an_index_with_a_defect_is_refused
-            _require(is_digest(descriptor.digest), "index.digest")
+            require(is_digest(descriptor.digest), "index.digest")
             entries.append(IndexEntry(descriptor.digest, descriptor.annotations.get(REF_NAME)))
     return tuple(entries)
+
+
+def artifact_type(manifest_bytes: bytes) -> str:
+    """What a manifest that nobody has authenticated says it is; empty: nothing, or it is no JSON object."""
+    try:
+        return msgspec.json.decode(manifest_bytes, type=_Typed).artifact_type
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return ""
 
 
 def choose_model(index_bytes: bytes) -> str | None:
@@ -394,7 +422,7 @@ def choose_model(index_bytes: bytes) -> str | None:
         MalformedManifestError: as `parse_index`.
     """
     parse_index(index_bytes)
-    found = [entry for entry in _decode(index_bytes, _OciIndex, "index").manifests if entry.media_type == MANIFEST_TYPE]
+    found = [entry for entry in decode(index_bytes, _OciIndex, "index").manifests if entry.media_type == MANIFEST_TYPE]
     ours = {entry.digest for entry in found if entry.artifact_type == ARTIFACT_TYPE}
     unsaid = {entry.digest for entry in found if entry.artifact_type is None and entry.platform is None}
     chosen = ours or unsaid
@@ -416,39 +444,43 @@ def add_to_index(
     if index_bytes is not None:
         index = msgspec.json.decode(index_bytes)
     annotations = {} if ref_name is None else {REF_NAME: ref_name}
-    descriptor = _Descriptor(
+    descriptor = Descriptor(
         MANIFEST_TYPE, digest_of(manifest_bytes), len(manifest_bytes), artifact_type, annotations=annotations
     )
     index["manifests"] = [*index["manifests"], msgspec.to_builtins(descriptor)]
-    return _canonical(index)
+    return canonical(index)
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _decode(data: bytes | msgspec.Raw, kind: type[_T], what: str) -> _T:
+def decode(data: bytes | msgspec.Raw, kind: type[_T], what: str) -> _T:
+    """JSON as this type. Raises MalformedManifestError: `field` is `what`."""
     try:
         return msgspec.json.decode(data, type=kind)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         raise _malformed(what) from None  # msgspec quotes what it read
 
 
-def _canonical(value: object) -> bytes:
+def canonical(value: object) -> bytes:
+    """The one spelling of a document."""
     # RFC 8785 for what stands here: sorted ASCII member names, integers below 2^53, no control characters in strings.
     return msgspec.json.encode(value, order="sorted")
 
 
 def _row(value: object) -> msgspec.Raw:
-    return msgspec.Raw(_canonical(value))
+    return msgspec.Raw(canonical(value))
 
 
-def _unhex(text: str, length: int, field: str) -> bytes:
+def unhex(text: str, length: int, field: str) -> bytes:
+    """Exactly `length` bytes in lower-case hexadecimal digits. Raises MalformedManifestError."""
     # refusal: test_a_config_blob_with_one_defect_is_refused_at_that_field
-    _require(re.fullmatch(f"[0-9a-f]{{{2 * length}}}", text) is not None, field)
+    require(re.fullmatch(f"[0-9a-f]{{{2 * length}}}", text) is not None, field)
     return bytes.fromhex(text)
 
 
-def _require(holds: bool, field: str) -> None:
+def require(holds: bool, field: str) -> None:
+    """Raises MalformedManifestError with `field` unless it holds."""
     # refusal: test_a_file_dropped_from_the_layers_is_found
     if not holds:
         raise _malformed(field)

@@ -17,9 +17,10 @@ from agent.artifact import manifest as m
 from agent.artifact import signature
 from agent.artifact.sources.access import Access
 from agent.artifact.sources.directory import DirectorySource
-from agent.artifact.sources.oci import Registry, Repository, referrers_tag
+from agent.artifact.sources.oci import TAG, Registry, Repository, referrers_tag
 from agent.artifact.sources.web import Upload, read_whole
-from agent.errors import ArtifactUnavailableError, StoreProblem
+from agent.closed import Ident
+from agent.errors import ArtifactUnavailableError, MalformedManifestError, StoreProblem
 
 _PIECE_BYTES = 1 << 20
 _MIN_BYTES_PER_S = 256 << 10
@@ -62,6 +63,13 @@ def push_layout(
         named = [entry for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES)) if entry.ref_name is not None]
         if not named:
             raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
+        # It goes into a URL, and "../../other/manifests/latest" would be another repository's.
+        # refusal: test_artifact_push.py::test_a_name_that_is_no_tag_goes_into_no_url
+        if not all(TAG.fullmatch(entry.ref_name or "") for entry in named):
+            raise MalformedManifestError(Ident("index.annotations"))
+        # refusal: test_artifact_push.py::test_a_name_that_stands_for_two_models_stands_for_none
+        if len({entry.ref_name for entry in named}) < len(named):
+            raise MalformedManifestError(Ident("index.annotations"))
         pusher = _Pusher(source, registry, progress)
         models = [(entry, _read_manifest(source, entry.digest)) for entry in named]
         pusher.total = sum(layer.ciphertext_bytes for _, manifest in models for layer in manifest.layers)
@@ -70,7 +78,7 @@ def push_layout(
 
 def _read_manifest(source: DirectorySource, digest: str) -> m.Manifest:
     data = source.read_manifest(digest, m.MAX_MANIFEST_BYTES)
-    manifest = m.parse_manifest(data, digest)
+    manifest = m.parse_manifest(data, digest, m.CONFIG_TYPES)
     m.check_for_registry(len(data), len(manifest.layers))
     return manifest
 
@@ -78,7 +86,7 @@ def _read_manifest(source: DirectorySource, digest: str) -> m.Manifest:
 def check_repository(repository: Repository, ca_pem: str | None, access: Access, timeout_s: float) -> None:
     """Ask whether this is a registry that knows us, before hours of sealing. Raises ArtifactUnavailableError."""
     with closing(Registry(repository, "pull,push", ca_pem, access, timeout_s)) as registry:
-        _has_blob(registry, m.digest_of(signature.EMPTY))
+        _has_blob(registry, m.digest_of(m.EMPTY))
 
 
 def _has_blob(registry: Registry, digest: str) -> bool:
@@ -120,7 +128,7 @@ class _Pusher:
         self._progress(self._done, self.total)
 
     def _push_signature(self, subject: str, about: bytes, cose_digest: str) -> None:
-        for digest in (cose_digest, m.digest_of(signature.EMPTY)):
+        for digest in (cose_digest, m.digest_of(m.EMPTY)):
             self._push_blob(digest, len(self._source.read_blob(digest, signature.MAX_SIGNATURE_BYTES)), None)
         if self._push_manifest(m.digest_of(about), about):
             return

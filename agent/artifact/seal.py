@@ -74,28 +74,22 @@ def seal_model(
     Raises:
         SealError: the folder cannot be sealed under these names, or the output cannot be written; nothing was left behind.
     """
-    model, out = _check_places(model_dir, out_dir, name, version, key_uri)
+    model, out = check_places(model_dir, out_dir, name, version, key_uri)
     try:
-        sizes = _list_model(model)
+        sizes = list_model(model)
         advance = _counter(sizes, progress)
         # Two stacks: the lock is held until what was written has been taken back.
         with contextlib.ExitStack() as lock, contextlib.ExitStack() as undo:
-            blobs = _open_layout(out, lock, undo)
-            index = _read_index(out, f"{name}-v{version}")
+            blobs = open_layout(out, lock, undo)
+            index = read_index(out, f"{name}-v{version}")
             sealing = Sealing(model, blobs, key, key_uri, name, version, unsafe_salt)
             plan = SealPlan(sizes, _unchanged(sealing, sizes, index, advance))
             rows = plan.kept | {file.path: file for file in seal_files(sealing, plan.changed, undo, advance)}
             files = tuple(rows[path] for path in sizes)
             config = m.ModelConfig(Ident(name), version, Ident(key_uri), key_commitment(key, key_uri), files)
             manifest_bytes = _pack_and_check(config)
-            _write_blob(blobs, m.pack_config(config), undo)
-            digest = _write_blob(blobs, manifest_bytes, undo)
-            named = m.add_to_index(index, manifest_bytes, f"{name}-v{version}")
-            for signing_key in signing_keys:
-                named = _add_signature(blobs, named, manifest_bytes, signing_key, undo)
-            _sync_folder(blobs)
-            undo.callback(_restore_index, out, index)
-            _write_small(out / "index.json", named)
+            write_blob(blobs, m.pack_config(config), undo)
+            digest = publish(out, blobs, index, manifest_bytes, f"{name}-v{version}", signing_keys, undo)
             undo.pop_all()
     except OSError as error:
         raise SealError(SealProblem.IO, code=error.errno or 0) from error
@@ -120,13 +114,13 @@ def plan_seal(
     Raises:
         SealError: as `seal_model` would, before the first segment.
     """
-    model, out = _check_places(model_dir, out_dir, name, version, key_uri)
+    model, out = check_places(model_dir, out_dir, name, version, key_uri)
     try:
-        sizes = _list_model(model)
+        sizes = list_model(model)
         kept: dict[str, m.SealedFile] = {}
         if out.exists() and any(out.iterdir()):
             _check_mark(out / "oci-layout")
-            index = _read_index(out, f"{name}-v{version}")
+            index = read_index(out, f"{name}-v{version}")
             if key is not None:
                 sealing = Sealing(model, out / "blobs" / "sha256", key, key_uri, name, version)
                 kept = _unchanged(sealing, sizes, index, _counter(sizes, progress))
@@ -143,7 +137,7 @@ def check_for_registry(plan: SealPlan, key_uri: str, name: str, version: int) ->
     m.check_for_registry(len(m.pack_manifest(config)), len(files))
 
 
-def _check_places(model_dir: Path, out_dir: Path, name: str, version: int, key_uri: str) -> tuple[Path, Path]:
+def check_places(model_dir: Path, out_dir: Path, name: str, version: int, key_uri: str) -> tuple[Path, Path]:
     """The two folders, resolved."""
     check_identity(name, version, key_uri)
     model, out = Path(os.path.realpath(model_dir)), Path(os.path.realpath(out_dir))  # resolve() fails on a loop of links
@@ -222,19 +216,39 @@ def _pack_and_check(config: m.ModelConfig) -> bytes:
     return manifest_bytes
 
 
+def publish(
+    out: Path,
+    blobs: Path,
+    index: bytes | None,
+    manifest_bytes: bytes,
+    ref_name: str,
+    signing_keys: Sequence[PrivateKey],
+    undo: contextlib.ExitStack,
+) -> str:
+    """Write the manifest and its signatures, and name it in the layout whose blobs are complete. The value is its digest."""
+    digest = write_blob(blobs, manifest_bytes, undo)
+    named = m.add_to_index(index, manifest_bytes, ref_name)
+    for signing_key in signing_keys:
+        named = _add_signature(blobs, named, manifest_bytes, signing_key, undo)
+    _sync_folder(blobs)
+    undo.callback(_restore_index, out, index)
+    _write_small(out / "index.json", named)
+    return digest
+
+
 def _add_signature(blobs: Path, index: bytes, manifest_bytes: bytes, key: PrivateKey, undo: contextlib.ExitStack) -> bytes:
     """The index with one signature more; its blobs are written."""
     cose = signature.sign_manifest(m.digest_of(manifest_bytes), key)
     about = signature.pack_signature_manifest(manifest_bytes, cose)
-    for blob in (signature.EMPTY, cose, about):
-        _write_blob(blobs, blob, undo)
+    for blob in (m.EMPTY, cose, about):
+        write_blob(blobs, blob, undo)
     return m.add_to_index(index, about, None, m.SIGNATURE_TYPE)
 
 
 # --- the model folder -------------------------------------------------------------------------------------------------
 
 
-def _list_model(root: Path) -> dict[str, int]:
+def list_model(root: Path) -> dict[str, int]:
     """Path -> size in bytes of every file below a resolved folder, in the order of the file table."""
     if not root.is_dir():
         raise SealError(SealProblem.MODEL_MISSING)
@@ -277,7 +291,7 @@ def _stop_walking(error: OSError) -> None:
 # --- the layout -------------------------------------------------------------------------------------------------------
 
 
-def _open_layout(out: Path, lock: contextlib.ExitStack, undo: contextlib.ExitStack) -> Path:
+def open_layout(out: Path, lock: contextlib.ExitStack, undo: contextlib.ExitStack) -> Path:
     """The folder of blobs of a new or existing layout, which is ours alone until `lock` is closed."""
     _make_folders(out, undo)
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -309,7 +323,8 @@ def _check_mark(mark: Path) -> None:
         raise SealError(SealProblem.NOT_A_LAYOUT)
 
 
-def _read_index(out: Path, ref_name: str) -> bytes | None:
+def read_index(out: Path, ref_name: str) -> bytes | None:
+    """The index of a layout, None without one. Raises SealError: it has this name."""
     try:
         index = _read_small(out / "index.json")
         entries = m.parse_index(index)
@@ -329,7 +344,7 @@ def _restore_index(out: Path, index: bytes | None) -> None:
         _write_small(out / "index.json", index)
 
 
-def _write_blob(blobs: Path, data: bytes, undo: contextlib.ExitStack) -> str:
+def write_blob(blobs: Path, data: bytes, undo: contextlib.ExitStack) -> str:
     """Write a small blob under a temporary name, then give it the name of its digest, which is returned."""
     temporary = blobs / f"{TEMPORARY}{os.urandom(8).hex()}"
     undo.callback(temporary.unlink, missing_ok=True)

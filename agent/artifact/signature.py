@@ -19,8 +19,6 @@ from agent.cose import PrivateKey, PublicKey, Signature, key_id
 from agent.errors import ManifestSignatureError, SignatureCheck
 
 COSE_TYPE = 'application/cose; cose-type="cose-sign1"'
-EMPTY_TYPE = "application/vnd.oci.empty.v1+json"
-EMPTY = b"{}"
 MAX_SIGNATURE_BYTES = 1 << 10
 MAX_SIGNATURE_MANIFEST_BYTES = 16 << 10
 MAX_SIGNATURES = 16
@@ -146,7 +144,7 @@ def pack_signature_manifest(manifest_bytes: bytes, cose: bytes) -> bytes:
             schema_version=2,
             media_type=m.MANIFEST_TYPE,
             artifact_type=m.SIGNATURE_TYPE,
-            config=_Descriptor(EMPTY_TYPE, m.digest_of(EMPTY), len(EMPTY)),
+            config=_Descriptor(m.EMPTY_TYPE, m.digest_of(m.EMPTY), len(m.EMPTY)),
             layers=(_Descriptor(COSE_TYPE, m.digest_of(cose), len(cose)),),
             subject=_Descriptor(m.MANIFEST_TYPE, m.digest_of(manifest_bytes), len(manifest_bytes)),
         ),

@@ -17,6 +17,7 @@ from agent.artifact import kserve
 from agent.artifact import manifest as m
 from agent.artifact.compact_jwe import CHUNK_BYTES, JweOpener, decode
 from agent.artifact.identify import signatures_of
+from agent.artifact.seal_volume import check_volume
 from agent.artifact.signature import parse_provider_key, parse_signature, verify_signatures
 from agent.artifact.sources import LayoutSource, open_source
 from agent.artifact.stream import (
@@ -28,6 +29,7 @@ from agent.artifact.stream import (
     key_commitment,
     parse_header,
 )
+from agent.artifact.volume_config import AnyModel, VolumeConfig, parse_model
 from agent.closed import Ident
 from agent.commands.seal import add_access, hint, progress_line, read_access, read_ca, read_key_file, read_pem, size_text
 from agent.cose import PublicKey
@@ -67,6 +69,9 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     parser.add_argument("--check", action="store_true", help="open every segment of every file; writes nothing")
     parser.add_argument("--key-file", metavar="K", type=Path, help="the model key, as `seal` takes it; for --check")
+    parser.add_argument(
+        "--volume", metavar="IMAGE", type=Path, help="the disk of an encrypted volume or its image; for --check"
+    )
     add_access(parser)
     parser.add_argument(
         "--signed-by", metavar="PEM", type=Path, help="fail unless this public key has signed the manifest (`seal --sign`)"
@@ -92,18 +97,22 @@ def run(args: argparse.Namespace) -> int:
         location, tag = f"{location}:{tag}", None
     with contextlib.closing(open_source(location, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
         for wanted in [digest] if digest else _digests(source, tag):
-            manifest = m.parse_manifest(source.read_manifest(wanted, m.MAX_MANIFEST_BYTES), wanted)
-            config = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+            manifest = m.parse_manifest(source.read_manifest(wanted, m.MAX_MANIFEST_BYTES), wanted, m.CONFIG_TYPES)
+            config = parse_model(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
             if key is not None:
                 with progress_line("checking") as progress:
-                    check_model(source, config, key, progress)
+                    if isinstance(config, m.ModelConfig):
+                        check_model(source, config, key, progress)
+                    elif args.volume is None:
+                        args.usage_error("--check of an encrypted volume needs --volume")
+                    else:
+                        check_volume(args.volume, config, key, progress)
             # Whoever has a digest needs neither index nor signature.
             signatures = [] if digest and signer is None else [*signatures_of(source, wanted)]
             if signer is not None:
                 verify_signatures(signatures, wanted, [signer])
             signers = [found.key_id.hex() for cose in signatures if (found := parse_signature(cose))]
-            show = _record if args.json else _table
-            print(show(manifest, config, signers, args))
+            print(_record(manifest, config, signers, args) if args.json else _table(manifest, config, signers, args))
     return 0
 
 
@@ -111,7 +120,12 @@ def _digests(source: LayoutSource, tag: str | None) -> list[str]:
     if tag is not None:
         digests = [m.digest_of(source.read_manifest(tag, m.MAX_MANIFEST_BYTES))]
     else:
-        digests = [entry.digest for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))]
+        # An index need not say what its entries are.
+        digests = [
+            entry.digest
+            for entry in m.parse_index(source.read_index(m.MAX_INDEX_BYTES))
+            if m.artifact_type(source.read_manifest(entry.digest, m.MAX_MANIFEST_BYTES)) in ("", m.ARTIFACT_TYPE)
+        ]
     if not digests:
         raise ArtifactUnavailableError(StoreProblem.NOT_FOUND)
     hint("digests come from the store, and nothing authenticates them: compare them with what `keyturn seal` printed")
@@ -236,17 +250,25 @@ def check_jwe(source: LayoutSource, files: list[kserve.JweFile], key: bytes, pro
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
-def _record(manifest: m.Manifest, config: m.ModelConfig, signers: list[str], args: argparse.Namespace) -> str:
+def _record(manifest: m.Manifest, config: AnyModel, signers: list[str], args: argparse.Namespace) -> str:
     record = {
         "manifest_digest": manifest.digest,
         "model_name": config.model_name,
         "version": config.version,
         "key_uri": config.key_uri,
+    }
+    record |= _contents(config)
+    record |= {"checked": args.check, "key_ids": signers, "signature_verified": args.signed_by is not None}
+    return json.dumps(record)
+
+
+def _contents(config: AnyModel) -> dict[str, Any]:
+    if isinstance(config, VolumeConfig):
+        disk_bytes = config.data_offset + config.segment_bytes
+        return {"plaintext_bytes": config.data_bytes, "volume": {"uuid": config.uuid, "disk_bytes": disk_bytes}}
+    return {
         "plaintext_bytes": config.total_plaintext_bytes,
         "ciphertext_bytes": sum(file.layout.ciphertext_bytes for file in config.files),
-        "checked": args.check,
-        "key_ids": signers,
-        "signature_verified": args.signed_by is not None,
         "files": [
             {
                 "path": file.path,
@@ -258,24 +280,35 @@ def _record(manifest: m.Manifest, config: m.ModelConfig, signers: list[str], arg
             for file in config.files
         ],
     }
-    return json.dumps(record)
 
 
-def _table(manifest: m.Manifest, config: m.ModelConfig, signers: list[str], args: argparse.Namespace) -> str:
+def _table(manifest: m.Manifest, config: AnyModel, signers: list[str], args: argparse.Namespace) -> str:
     lines = [
         f"model     {config.model_name}, version {config.version}",
         f"key       {config.key_uri}",
         f"manifest  {manifest.digest}",
-        f"contents  {len(config.files)} files, {size_text(config.total_plaintext_bytes)}",
-        "",
-        f"{'SIZE':>10}  {'SEALED IN':>9}  {'BLOB':<19}  PATH",
     ]
-    lines += [
-        f"{size_text(file.size):>10}  {file.sealed_version:>9}  {file.blob_digest[:19]}  {file.path}" for file in config.files
-    ]
+    if isinstance(config, VolumeConfig):
+        size = config.data_offset + config.segment_bytes
+        lines += [f"volume    {config.uuid}, {size_text(config.data_bytes)} of files on a disk of {size} bytes or more"]
+    else:
+        lines += _files(config)
     lines += ["", *(f"signed    by key {signer}, so it says" for signer in signers)] if signers else []
     if args.signed_by:
         lines += ["verified  the key of --signed-by signed this manifest"]
     if args.check:
-        lines += ["", "checked   every segment of every file opens with this key"]
+        every = "block of the disk authenticates" if isinstance(config, VolumeConfig) else "segment of every file opens"
+        lines += ["", f"checked   every {every} with this key"]
     return "\n".join(lines)
+
+
+def _files(config: m.ModelConfig) -> list[str]:
+    return [
+        f"contents  {len(config.files)} files, {size_text(config.total_plaintext_bytes)}",
+        "",
+        f"{'SIZE':>10}  {'SEALED IN':>9}  {'BLOB':<19}  PATH",
+        *(
+            f"{size_text(file.size):>10}  {file.sealed_version:>9}  {file.blob_digest[:19]}  {file.path}"
+            for file in config.files
+        ),
+    ]

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
         return work(channel, find, open_hardware, served, out, args.proxy, _selection(uri))
 
-    return Supervisor("load", host_hints(args, None), worker, watch_gpus).run()
+    return Supervisor("load", host_hints(args), worker, watch_gpus).run()
 
 
 def _selection(uri: str | None) -> "Selection | None":

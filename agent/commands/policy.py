@@ -19,6 +19,7 @@ from agent.artifact import manifest as m
 from agent.artifact.identify import find_manifest
 from agent.artifact.kserve import list_digest
 from agent.artifact.sources import open_source
+from agent.artifact.volume_config import parse_model
 from agent.broker.policy import SCHEMA
 from agent.closed import Ident
 from agent.commands import trustee_policy
@@ -251,8 +252,9 @@ def _read_model(args: argparse.Namespace, measured: config.MeasuredConfig) -> tu
         return list_digest(measured.artifact), Ident(measured.artifact.name or ""), 0
     with contextlib.closing(open_source(args.model, read_ca(args), _TIMEOUT_S, read_access(args))) as source:
         digest = find_manifest(source, measured.artifact, Event()).digest
-        manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest)
-        model = m.parse_config(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
+        kind = m.VOLUME_CONFIG_TYPE if measured.artifact.format == "volume" else m.CONFIG_TYPE
+        manifest = m.parse_manifest(source.read_manifest(digest, m.MAX_MANIFEST_BYTES), digest, (kind,))
+        model = parse_model(source.read_blob(manifest.config_digest, manifest.config_bytes), manifest)
     # refusal: test_a_model_that_no_guest_would_open_is_refused
     if model.key_uri != measured.broker.key_uri:
         raise ConfigError(ConfigProblem.BAD_VALUE, Ident("broker.key_uri"))

@@ -9,6 +9,8 @@ from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
 from agent.proxy import parse_proxy
+from agent.report import BootReport
+from agent.server.process import fork
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
 
 if TYPE_CHECKING:
@@ -40,6 +42,18 @@ def add_parser(verbs: Any, summary: str) -> None:
     add_faces(parser)
     add_proxy(parser)
     parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
+    parser.add_argument(
+        "--wait-socket",
+        metavar="PATH",
+        help="a unix socket that is not there before the local checks have passed, for a launcher that waits for one, as "
+        "kata-agent does; then it answers as --health does, and is removed at the end",
+    )
+    parser.add_argument(
+        "--power-off-on-failure",
+        action="store_true",
+        help="with --guest: a boot that fails, or is killed, ends this guest. For a launcher that does not look after what it "
+        "has started",
+    )
 
 
 def add_source(parser: argparse.ArgumentParser) -> Any:
@@ -85,6 +99,11 @@ def run(args: argparse.Namespace) -> int:
     address = health_address(args.health) if args.health else None
     if args.health and address is None:
         args.parser.error("--health takes HOST:PORT")
+    if args.wait_socket is not None and not os.path.isabs(args.wait_socket):
+        args.parser.error("--wait-socket takes an absolute path")
+    # refusal: test_only_an_agent_of_the_guest_image_powers_its_machine_off
+    if args.power_off_on_failure and not args.guest:
+        args.parser.error("--power-off-on-failure is for --guest alone")
     find: Callable[[], FoundConfig | None] = find_in_guest if args.guest else config_finder(args)
 
     def worker(channel: Channel, served: ServedModel | None) -> int:
@@ -92,14 +111,23 @@ def run(args: argparse.Namespace) -> int:
 
         return work(channel, find, open_hardware, served, proxy=args.proxy)
 
-    return Supervisor("run", host_hints(args, address), worker, watch_gpus).run()
+    def supervise() -> BootReport:
+        supervisor = Supervisor("run", host_hints(args, address, args.wait_socket), worker, watch_gpus)
+        supervisor.run()
+        return supervisor.report
+
+    if args.power_off_on_failure:
+        from agent.guest.pid1 import run_or_power_off
+
+        return run_or_power_off(supervise, fork)
+    return supervise().exit_status or 0
 
 
-def host_hints(args: argparse.Namespace, health: tuple[str, int] | None) -> HostHints:
+def host_hints(args: argparse.Namespace, health: tuple[str, int] | None = None, wait_socket: str | None = None) -> HostHints:
     """What `add_faces` asked for."""
     status_file = args.status_file if args.status_file is not None else (DEFAULT_STATUS_FILE if os.geteuid() == 0 else None)
     termination_log = args.termination_log or (DEFAULT_TERMINATION_LOG if os.path.exists(DEFAULT_TERMINATION_LOG) else None)
-    return HostHints(status_file or None, termination_log, health)
+    return HostHints(status_file or None, termination_log, health, wait_socket)
 
 
 def config_finder(args: argparse.Namespace) -> "Callable[[], FoundConfig | None]":

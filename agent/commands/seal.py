@@ -14,6 +14,7 @@ from typing import Any
 
 from agent.artifact.push import check_repository, push_layout
 from agent.artifact.seal import check_for_registry, check_identity, plan_seal, seal_model
+from agent.artifact.seal_volume import seal_volume
 from agent.artifact.signature import parse_signing_key, public_pem
 from agent.artifact.sources import check_secrecy
 from agent.artifact.sources.access import ANONYMOUS, Access, parse_access
@@ -60,11 +61,18 @@ def add_parser(verbs: Any, summary: str) -> None:
         help="sign the manifest with this private key (unencrypted PKCS#8; P-256, P-384 or Ed25519, as `openssl genpkey "
         "-algorithm ed25519` makes one); give it twice while a key is replaced",
     )
+    parser.add_argument(
+        "--volume",
+        metavar="IMAGE",
+        type=Path,
+        help="seal into one disk image, to be written to a disk of the guest, in place of blobs: --to gets the manifest only",
+    )
     add_access(parser)
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would be sealed and what is unchanged, write nothing"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,15 +89,22 @@ def run(args: argparse.Namespace) -> int:
     if key_file.resolve().is_relative_to(out) or key_file.resolve().is_relative_to(args.model.resolve()):
         raise SealError(SealProblem.INSIDE)
     signing_keys = [_read_signing_key(path) for path in args.sign]
-    if repository is not None:
+    if repository is not None and args.volume is None:
         plan = plan_seal(args.model, out, None, args.key_uri, args.name, args.model_version, lambda _, __: None)
         check_for_registry(plan, args.key_uri, args.name, args.model_version)
     if args.dry_run:
+        if args.volume is not None:
+            args.usage_error("--dry-run says nothing of an encrypted volume")
         return _plan(args, out)
     with _termination_unwinds(), contextlib.ExitStack() as undo:
         key = read_key_file(key_file) if args.key_file else _create_key_file(key_file, undo)
         with progress_line("sealing") as progress:
-            digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress, signing_keys)
+            if args.volume is None:
+                digest = seal_model(args.model, out, key, args.key_uri, args.name, args.model_version, progress, signing_keys)
+            else:
+                digest = seal_volume(
+                    args.model, args.volume, out, key, args.key_uri, args.name, args.model_version, progress, signing_keys
+                )
         undo.pop_all()
     source = str(out)
     if repository is not None:
@@ -101,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         place = "layout" if repository is None else "repository"
         record = {"manifest_digest": digest, place: source, "key_file": str(key_file), "key_uri": args.key_uri}
+        if args.volume is not None:
+            record["volume"] = str(args.volume)
         if signing_keys:
             record["signed_by"] = [key_id(key.public_key()).hex() for key in signing_keys]
         print(json.dumps(record))
@@ -131,18 +148,20 @@ def _summary(args: argparse.Namespace, source: str, key_file: Path, digest: str,
     local = "://" not in source
     copy, their = (f"Copy {source} to where guests can read it, and p", "their") if local else ("P", "the guests'")
     or_copy = "  # or the https, oci or s3 URL of the copy" if local else ""
+    as_volume = "" if args.volume is None else '\n     format = "volume"'
+    write = "" if args.volume is None else f"\n   Write {args.volume} to a disk of the guests, which they only read.\n"
     return f"""\
 sealed {args.name} version {args.model_version} into {source}{signed}
 
 1. Give the key to the broker. With the directory key store of `keyturn broker`:
      install -D -m 0600 {shlex.quote(str(key_file))} STORE/{args.key_uri.removeprefix("kbs:///")}
-
+{write}
 2. {copy}ut into {their} configuration:
      [broker]
      key_uri = "{args.key_uri}"
 
      [artifact]
-     source = {json.dumps(source)}{or_copy}
+     source = {json.dumps(source)}{or_copy}{as_volume}
      manifest_digest = "{digest}"
      min_version = {args.model_version}""" + (_by_signature(args, signing_keys) if signing_keys else "")
 

@@ -26,6 +26,7 @@ NVML_LIBRARIES = (
     Path("/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"),
     Path("/usr/lib64/libnvidia-ml.so.1"),
     Path("/usr/lib/libnvidia-ml.so.1"),
+    Path("/run/kata-extensions/gpu/usr/lib/libnvidia-ml.so.1"),  # Kata 4.x: the driver is a guest extension image
 )
 KERNEL_LOG = Path("/dev/kmsg")
 MAX_KERNEL_LOG_BYTES = 64 << 20

@@ -35,6 +35,7 @@ NSCQ_LIBRARIES = (
     Path("/usr/lib/x86_64-linux-gnu/libnvidia-nscq.so.2"),
     Path("/usr/lib64/libnvidia-nscq.so.2"),
     Path("/usr/lib/libnvidia-nscq.so.2"),
+    Path("/run/kata-extensions/gpu/usr/lib/libnvidia-nscq.so.2"),  # Kata 4.x: the driver is a guest extension image
 )
 UUID_BYTES = 16
 NOT_IMPLEMENTED = -1

@@ -104,6 +104,27 @@ def detached_tmpfs(
     return DetachedMount(mount, noswap)
 
 
+def detached_read_only(kind: str, device: str) -> int:
+    """Mount a block device read-only, attached nowhere: nosuid, nodev, noexec. The value is a descriptor of the mount.
+
+    Args:
+        kind: type of the file system, such as `erofs`.
+        device: path of the device.
+
+    Raises:
+        OSError: the kernel refused: ENODEV, it does not know the type; EIO, EINVAL and others for what lies on the device.
+    """
+    context = _call(_SYS_FSOPEN, ctypes.c_char_p(kind.encode()), ctypes.c_uint(_FSOPEN_CLOEXEC))
+    try:
+        _configure(context, "source", device)
+        _configure(context, "ro", None)
+        _call(_SYS_FSCONFIG, context, ctypes.c_uint(_FSCONFIG_CMD_CREATE), None, None, ctypes.c_int(0))
+        attributes = _MOUNT_ATTR_RDONLY | _MOUNT_ATTR_NOSUID | _MOUNT_ATTR_NODEV | _MOUNT_ATTR_NOEXEC
+        return _call(_SYS_FSMOUNT, context, ctypes.c_uint(_FSMOUNT_CLOEXEC), ctypes.c_uint(attributes))
+    finally:
+        os.close(context)
+
+
 def set_read_only(mount: int) -> None:
     """Make a mount read-only.
 

@@ -3,7 +3,8 @@
 Owns the order: mounts, console, modules, interfaces, the supervisor as a child, and the end, which is always the same: one
 last status line in the kernel log, then power off. A kernel that loses PID 1 panics, and a machine cannot be told from
 outside whether it stopped or panicked: that line is the difference, so everything that can fail is below the `try` of
-`run_guest`. Decides nothing about the boot. Standard library only: it is the supervisor's parent and has its size.
+`run_guest`. `run_or_power_off` is the end alone, for a boot whose launcher does not watch it. Decides nothing about the
+boot. Standard library only: it is the supervisor's parent and has its size.
 """
 
 import ctypes
@@ -63,13 +64,33 @@ def run_guest(supervise: Callable[[dict[str, str]], BootReport], fork: Callable[
         network.bring_up_loopback()
         if "ip" in hints:
             _configure(network.parse_ip_parameter(hints["ip"]))
-        line = _watch(lambda: supervise(hints).last_line(), fork)
+        line, _ = _watch(lambda: supervise(hints), fork)
     except AgentError as error:
         line = _last_line(error)
     except BaseException as error:  # noqa: BLE001  # nobody is above us
         line = _last_line(InternalError.of(error))
     finally:
+        with suppress(OSError):  # nobody is left
+            os.kill(-1, signal.SIGKILL)  # everybody but us
         _power_off(line)
+        while True:  # a machine that cannot power off stays as it is
+            signal.pause()
+
+
+def run_or_power_off(supervise: Callable[[], BootReport], fork: Callable[[Callable[[int], None]], int]) -> int:
+    """Boot for a launcher that does not look after what it started, as kata-agent: a boot that fails ends the machine.
+
+    Args:
+        supervise: runs in a child, so that its death is a failure like any other.
+        fork: `server.process.fork`.
+
+    Returns:
+        The exit status: 0, or another one where the kernel does not let us power off.
+    """
+    line, status = _watch(supervise, fork)
+    if status:
+        _power_off(line)
+    return status
 
 
 def kernel_parameters(command_line: str) -> dict[str, str]:
@@ -124,8 +145,8 @@ def _configure(static: network.StaticAddress) -> None:
         Path("/etc/resolv.conf").write_text(network.resolv_conf(static))
 
 
-def _watch(supervise: Callable[[], str], fork: Callable[[Callable[[int], None]], int]) -> str:
-    """Run the supervisor, reap whatever becomes ours, hand on what asks for the end. The value is its last line."""
+def _watch(supervise: Callable[[], BootReport], fork: Callable[[Callable[[int], None]], int]) -> tuple[str, int]:
+    """Run the supervisor, reap whatever becomes ours, hand on what asks for the end. Its last line and exit status."""
     reader, writer = os.pipe()
     watched = {signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGPWR}
     signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -134,11 +155,11 @@ def _watch(supervise: Callable[[], str], fork: Callable[[Callable[[int], None]],
         signal.pthread_sigmask(signal.SIG_UNBLOCK, watched)
         os.close(reader)
         try:
-            line = supervise()
+            report = supervise()
         except AgentError as error:
-            line = _last_line(error)
-        os.write(writer, line.encode()[:MAX_LINE_BYTES])
-        os._exit(0)
+            report = _report_of(error)
+        os.write(writer, report.last_line().encode()[:MAX_LINE_BYTES])
+        os._exit(report.error.exit_status if report.error else report.exit_status or 0)
 
     supervisor = fork(become_supervisor)
     os.close(writer)
@@ -151,19 +172,24 @@ def _watch(supervise: Callable[[], str], fork: Callable[[Callable[[int], None]],
             if ended[0] == supervisor:
                 line = os.read(reader, MAX_LINE_BYTES).decode()
                 code = os.waitstatus_to_exitcode(ended[1])
-                return line or _last_line(SupervisorLostError(signal=max(-code, 0), status=max(code, 0)))
+                if line:
+                    return line, code
+                lost = SupervisorLostError(signal=max(-code, 0), status=max(code, 0))
+                return _last_line(lost), lost.exit_status
 
 
 def _last_line(error: AgentError) -> str:
+    return _report_of(error).last_line()
+
+
+def _report_of(error: AgentError) -> BootReport:
     report = BootReport(__version__, "init")
     report.apply(error)
-    return report.last_line()
+    return report
 
 
-def _power_off(line: str) -> NoReturn:
-    """The end of the machine, whatever happens on the way."""
-    with suppress(OSError):  # nobody is left
-        os.kill(-1, signal.SIGKILL)  # everybody but us
+def _power_off(line: str) -> None:
+    """The last line, and the end of the machine. Returns where the kernel refuses that."""
     text = re.sub(r"[^ -~]", "?", f"keyturn: {line}")
     for target, prefix in ((_KERNEL_LOG, f"<{_CRITICAL}>"), (_CONSOLE, "")):
         try:
@@ -174,5 +200,3 @@ def _power_off(line: str) -> NoReturn:
             continue
     os.sync()
     _LIBC.reboot(ctypes.c_int(_RB_POWER_OFF))
-    while True:  # a machine that cannot power off stays as it is
-        signal.pause()

@@ -21,7 +21,7 @@ class Image:
 
     kernel: Path
     initrd: Path
-    """Product and overlay, one after the other."""
+    """Product, or a base without the agent, and overlay, one after the other."""
     command_line: str
 
 
@@ -37,6 +37,10 @@ class Guest:
     memory_mib: int = 1024
     network: bool = True
     parameters: str = ""
+    extension: Path | None = None
+    """A guest extension image, plugged as Kata plugs the one named `keyturn`."""
+    volume: Path | None = None
+    """A disk with an encrypted volume."""
     lines: list[tuple[float, str]] = field(default_factory=list)
 
     def __enter__(self) -> Self:
@@ -58,6 +62,12 @@ class Guest:
         if self.initdata:
             command += ["-drive", f"file={self.initdata},format=raw,if=none,id=initdata,readonly=on"]
             command += ["-device", "virtio-blk-pci,drive=initdata"]
+        if self.extension:
+            command += ["-drive", f"file={self.extension},format=raw,if=none,id=extension,readonly=on"]
+            command += ["-device", "virtio-blk-pci,drive=extension,serial=extension-keyturn"]
+        if self.volume:
+            command += ["-drive", f"file={self.volume},format=raw,if=none,id=volume,readonly=on"]
+            command += ["-device", "virtio-blk-pci,drive=volume"]
         if self.network:
             command += ["-netdev", f"user,id=net{forwards}", "-device", "virtio-net-pci,netdev=net,romfile="]
         self._began = time.monotonic()

@@ -43,8 +43,12 @@ def make(target: Path, kernel_version: str) -> None:
         build.pack_cpio(top, target, 1)
 
 
-def make_systemd(target: Path) -> None:
-    """Write an archive that makes the same guest one with systemd, whose unit the agent is; as of Debian, and no more of it."""
+def make_systemd(target: Path, *, of_extension: bool) -> None:
+    """Write an archive that makes the same guest one with systemd, whose unit the agent is; as of Debian, and no more of it.
+
+    Args:
+        of_extension: the unit's agent comes from the guest extension image, which a unit of the base mounts.
+    """
     with tempfile.TemporaryDirectory(prefix="keyturn-systemd-") as name:
         debs, top = Path(name) / "debs", Path(name) / "top"
         for deb in build.fetch([*build.locked("guest.debs"), *build.locked("build.debs"), *build.locked("boot-test.debs")]):
@@ -66,14 +70,39 @@ def make_systemd(target: Path) -> None:
         (top / "bin").symlink_to("usr/bin")
         (top / "usr/bin/mount").symlink_to("/opt/hand/busybox")  # what runs .mount units
         shutil.copytree(debs / "lib/systemd/system", programs / "system", symlinks=True)
-        _install_units(programs / "system")
+        _install_units(programs / "system", of_extension=of_extension)
         (top / "etc").mkdir()
         (top / "etc/machine-id").write_text("0123456789abcdef" * 2 + "\n")  # without one, every unit is enabled at first
         build.settle(top)
         build.pack_cpio(top, target, 1)
 
 
-def _install_units(units: Path) -> None:
+def make_base(target: Path, product: Path) -> None:
+    """Write the product's initrd without the agent, as a base image that takes it from a guest extension image."""
+    with tempfile.TemporaryDirectory(prefix="keyturn-base-") as name:
+        debs, kernel, top = (Path(name) / part for part in ("debs", "kernel", "top"))
+        for deb in build.fetch([*build.locked("guest.debs"), *build.locked("build.debs")]):
+            if deb.name.startswith(("lib", "cryptsetup")):
+                build.run("dpkg-deb", "-x", deb, debs)
+            elif deb.name.startswith("linux-image"):
+                build.run("dpkg-deb", "-x", deb, kernel)
+        top.mkdir()
+        unpacked = subprocess.run(["zstd", "-dcq", product], capture_output=True, check=True).stdout
+        subprocess.run(["cpio", "-idm", "--quiet"], cwd=top, input=unpacked, check=True)
+        shutil.rmtree(top / "opt/keyturn")
+        (top / "init").unlink()
+        programs, libraries = top / "usr/sbin", top / "usr/lib/x86_64-linux-gnu"
+        programs.mkdir()
+        shutil.copy(debs / "sbin/veritysetup", programs)
+        for library in _needed_by([programs / "veritysetup"], debs):
+            shutil.copy(library, libraries / library.name)
+        shutil.copytree(ROOT / "tests/boot/base", top / "opt/base")
+        build.install_modules(top, kernel, top / "opt/base/modules", "60-base")
+        build.settle(top)
+        build.pack_cpio(top, target, 1)
+
+
+def _install_units(units: Path, *, of_extension: bool) -> None:
     """As `systemctl enable` would, for an image that is not booted yet."""
     (units / "default.target").unlink()
     (units / "default.target").symlink_to("multi-user.target")
@@ -86,8 +115,14 @@ def _install_units(units: Path) -> None:
         shutil.copy(source / unit, units)
         (units / wanted_by).mkdir(exist_ok=True)
         (units / wanted_by / unit).symlink_to(f"../{unit}")
-    (units / "keyturn.service.d").mkdir()
-    shutil.copy(ROOT / "tests/boot/systemd/boot-test.conf", units / "keyturn.service.d")
+    drop_ins = units / "keyturn.service.d"
+    drop_ins.mkdir()
+    ours = (ROOT / "tests/boot/systemd/boot-test.conf").read_text()
+    if of_extension:
+        shutil.copy(ROOT / "tests/boot/systemd/kata-extension-mount@.service", units)
+        shutil.copy(ROOT / "initrd/extension/extension.conf", drop_ins)
+        ours = ours.replace("/opt/keyturn", "/run/kata-extensions/keyturn/opt/keyturn")
+    (drop_ins / "for-boot-test.conf").write_text(ours)
 
 
 def _needed_by(files: list[Path], debs: Path) -> list[Path]:

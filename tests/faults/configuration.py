@@ -23,6 +23,7 @@ from agent.errors import (
     SupervisorLostError,
 )
 from agent.guest import pid1
+from agent.report import BootReport
 from agent.server.process import fork
 from agent.supervisor import HostHints, Supervisor
 from agent.worker import work
@@ -121,11 +122,11 @@ def unknown_file_system(_: FaultWorld) -> None:
 
 
 def supervisor_killed(_: FaultWorld) -> str:
-    def supervise() -> str:
+    def supervise() -> BootReport:
         os.kill(os.getpid(), 9)
-        return "not reached"
+        return BootReport("not reached", "init")
 
-    return in_child(lambda: pid1._watch(supervise, fork))
+    return in_child(lambda: pid1._watch(supervise, fork)[0])
 
 
 def bug_in_the_worker(world: FaultWorld) -> str:

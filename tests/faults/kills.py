@@ -4,6 +4,7 @@ Nobody can clean up after a SIGKILL but the kernel and the next start. With an o
 two seconds later; a given directory is empty once an agent has been started again.
 """
 
+import json
 import os
 import random
 import shutil
@@ -47,7 +48,7 @@ class Kill:
     Attributes:
         at: the event after which it is killed, or seconds after the start.
         destination: of the configuration.
-        loading_s: for a worker that opens a large model from a slow store: seconds after the event.
+        loading_s: for a worker that opens a large model from a slow store: seconds after its first segment is open.
     """
 
     victim: str
@@ -132,7 +133,11 @@ def _kill(kill: Kill, agent: Agent) -> type[AgentError] | None:
     """Returns the error that the agent ended with; None where it was the victim, or its victim had ended before."""
     if isinstance(kill.at, str):
         agent.wait_for(kill.at)
-        time.sleep(kill.loading_s or 0)
+        if kill.loading_s is not None:
+            while not _open_bytes(agent):
+                time.sleep(0.01)
+            time.sleep(kill.loading_s)
+            assert _open_bytes(agent) < LARGE_BYTES, "it was not loading any more"
     else:
         time.sleep(kill.at)
     if kill.victim == "supervisor":
@@ -151,6 +156,13 @@ def _kill(kill: Kill, agent: Agent) -> type[AgentError] | None:
     assert outcome.failure["class"] == expected.__name__
     assert outcome.failure["fields"]["signal"] == signal.SIGKILL
     return expected
+
+
+def _open_bytes(agent: Agent) -> int:
+    """Of the model's plaintext, as the status says it."""
+    assert agent.process.poll() is None
+    stages = json.loads(agent.status_file.read_bytes())["stages"]
+    return max((stage["bytes"] or 0 for stage in stages if stage["name"] == "load"), default=0)
 
 
 def _kill_child(pid: int, *, of_server: bool) -> bool:

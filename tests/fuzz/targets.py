@@ -35,8 +35,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from agent import config as measured
 from agent import cose, http_policy, jose, keys, store_credentials, tink_keyset
-from agent.artifact import DestinationKind, ServedModel, compact_jwe, openssf, signature
+from agent.artifact import DestinationKind, ServedModel, compact_jwe, luks2, openssf, signature, volume_config
 from agent.artifact import manifest as m
+from agent.artifact.seal_volume import HEADER_BYTES, pack_luks2
 from agent.artifact.sources import LayoutSource, http, open_source, registry_auth
 from agent.artifact.sources.access import Access
 from agent.artifact.stream import StreamLayout, pack_header, parse_header
@@ -63,6 +64,7 @@ from agent.errors import (
     ManifestSignatureError,
     ModelSignatureError,
     ReceiptError,
+    VolumeHeaderError,
 )
 from agent.events import BootStarted, LeaseRenewed, Stage, StageEnded, VerdictAccepted, message_from_record, message_to_record
 from agent.evidence import (
@@ -979,6 +981,62 @@ def model_config_seeds() -> list[bytes]:
     return [m.pack_config(MODEL)]
 
 
+VOLUME = volume_config.VolumeConfig(
+    model_name=Ident("llama"),
+    version=3,
+    key_uri=KEY_URI,
+    key_commitment=bytes(32),
+    uuid="11111111-2222-4333-8444-555555555555",
+    data_offset=1 << 20,
+    sector_size=4096,
+    data_blocks=300,
+    hash_block=300,
+    root_hash=bytes(32),
+    salt=bytes(32),
+)
+
+
+def volume_manifest(data: bytes) -> None:
+    """Under its own digest, of either kind."""
+    m.parse_manifest(data, m.digest_of(data), m.CONFIG_TYPES)
+
+
+def volume_manifest_seeds() -> list[bytes]:
+    return [volume_config.pack_manifest(VOLUME), m.pack_manifest(MODEL)]
+
+
+def volume_configuration(data: bytes) -> None:
+    """With a manifest that names it. What is accepted makes tables that the kernel's parsers can only read one way."""
+    listed = m.Manifest("", m.VOLUME_CONFIG_TYPE, m.digest_of(data), len(data), ())
+    config = volume_config.parse_volume(data, listed)
+    assert volume_config.pack_config(config) == data
+    for sectors, parameters in (volume_config.crypt_table(config, "254:0"), volume_config.verity_table(config, "253:0")):
+        assert 0 < sectors < 1 << 40
+        assert re.fullmatch(r"[a-z0-9{}:_ -]+", parameters)
+        assert len(parameters) < 256
+
+
+def volume_configuration_seeds() -> list[bytes]:
+    return [volume_config.pack_config(VOLUME)]
+
+
+def luks2_header(data: bytes) -> None:
+    """With the checksum that a host would give it; a whole header, and JSON that stands in a good one."""
+    luks2.look(data[: luks2.BINARY_BYTES])
+    good = luks2_header_seeds()[0]
+    text = data[: len(good) - luks2.BINARY_BYTES].ljust(len(good) - luks2.BINARY_BYTES, b"\0")
+    for header in (luks2.with_checksum(data), luks2.with_checksum(good[: luks2.BINARY_BYTES] + text)):
+        with suppress(VolumeHeaderError):
+            found = luks2.parse_luks2(header)
+            assert found.sector_size in (512, 4096)
+    luks2.parse_luks2(data)
+
+
+def luks2_header_seeds() -> list[bytes]:
+    header = pack_luks2(VOLUME, bytes(64), bytes)[:HEADER_BYTES]
+    return [header, header[luks2.BINARY_BYTES :].rstrip(b"\0")]
+
+
 FOREIGN_SIGNER = ed25519.Ed25519PrivateKey.from_private_bytes(bytes(31) + b"\1").public_key()
 
 
@@ -1549,6 +1607,9 @@ TARGETS = {
         Target("base64_text", base64_text, base64_text_seeds, (ValueError,)),
         Target("manifest", manifest, manifest_seeds),
         Target("model_config", model_config, model_config_seeds),
+        Target("volume_manifest", volume_manifest, volume_manifest_seeds),
+        Target("volume_configuration", volume_configuration, volume_configuration_seeds),
+        Target("luks2_header", luks2_header, luks2_header_seeds),
         Target("openssf_bundle", openssf_bundle, openssf_bundle_seeds),
         Target("kserve_jwe", kserve_jwe, kserve_jwe_seeds, (ValueError,)),
         Target("index", index, index_seeds),

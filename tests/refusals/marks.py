@@ -29,9 +29,11 @@ from pathlib import Path
 COMPLETE = (
     "agent/artifact/compact_jwe.py",
     "agent/artifact/kserve.py",
+    "agent/artifact/luks2.py",
     "agent/artifact/manifest.py",
     "agent/artifact/openssf.py",
     "agent/artifact/stream.py",
+    "agent/artifact/volume_config.py",
     "agent/broker/anchors.py",
     "agent/broker/authority.py",
     "agent/broker/keystore.py",

@@ -4,6 +4,7 @@ A source is untrusted and checks nothing about contents: manifest and config are
 are parsed, segments authenticate themselves. It neither retries nor caches; it says whether trying again could help.
 """
 
+import re
 from typing import Protocol
 from urllib.parse import urlsplit
 
@@ -13,6 +14,8 @@ from agent.config import ArtifactConfig
 from agent.errors import ConfigError, ConfigProblem, CredentialsProblem, StoreCredentialsError
 from agent.proxy import Proxy, is_loopback
 from agent.store_credentials import StoreCredentials
+
+_HEADER_TEXT = re.compile(r"[ -~]+")  # as `store_credentials.py` has it of what the broker gives
 
 
 class BlobSource(Protocol):
@@ -91,8 +94,8 @@ def open_source(
         proxy: on the way to https servers.
 
     Raises:
-        ConfigError: the location cannot be one (`artifact.source`), or credentials would be sent in the open
-            (`artifact.secret`).
+        ConfigError: the location cannot be one (`artifact.source`), credentials would be sent in the open
+            (`artifact.secret`), or fit into no header (`artifact.user`, `artifact.session_token`).
         ArtifactUnavailableError: there is no such folder, or no CA to trust.
     """
     from agent.artifact.sources.directory import DirectorySource
@@ -115,6 +118,10 @@ def open_source(
 
             bucket = Bucket.parse(location, access)
             check_secrecy(bucket.url, access)
+            for key, text in (("user", access.user), ("session_token", access.session_token)):
+                # refusal: test_artifact_sources_s3.py::test_what_fits_into_no_header_is_a_configuration_error
+                if text is not None and not _HEADER_TEXT.fullmatch(text):
+                    raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"artifact.{key}"))
             return S3Source(bucket, ca_pem, access, timeout_s, proxy)
         parts = urlsplit(location)
         # Credentials would end up in places that show the source; a query cannot be joined with a blob's path.

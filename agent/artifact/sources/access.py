@@ -5,6 +5,7 @@ never from a location: locations are shown.
 """
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import msgspec
 
@@ -32,10 +33,13 @@ class Access:
 ANONYMOUS = Access()
 
 
+_Credential = Annotated[str, msgspec.Meta(pattern=r"^[^\x00-\x1f\x7f]+\Z", max_length=8 << 10)]  # as `config.py` has it
+
+
 class _File(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    user: str | None = None
-    secret: str | None = None
-    session_token: str | None = None
+    user: _Credential | None = None
+    secret: _Credential | None = None
+    session_token: _Credential | None = None
     endpoint: str | None = None
     region: str = ANONYMOUS.region
 

@@ -60,7 +60,8 @@ class DirectorySource(NamedByIndex):
     @contextmanager
     def _opened(self, path: str) -> Iterator[int]:
         try:
-            # The folder may be the host's: no links out of it, no waiting for a FIFO's other end.
+            # The folder may be the host's: a blob is no link, and nobody waits for a FIFO's other end. A folder on the way may
+            # be a link: it leads to a file at most, of a name that the host does not choose, and that does not authenticate.
             fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC, dir_fd=self._root)
             try:
                 # refusal: test_artifact_sources.py::test_a_blob_that_is_no_file_is_refused_and_never_waited_for

@@ -7,7 +7,11 @@ from agent.proxy import Proxy
 
 
 class HttpSource(NamedByIndex):
-    """Sends no credentials, and follows redirects within the URL's origin only."""
+    """Sends no credentials, and follows redirects within the URL's origin only.
+
+    Compares no ETag, unlike `s3.py`: behind one name are several servers with copies of one file, and each has its own tag for
+    it. An object that changes midway does not authenticate.
+    """
 
     def __init__(self, url: str, ca_pem: str | None, timeout_s: float, proxy: Proxy | None = None) -> None:
         self._url = url.rstrip("/")

@@ -88,8 +88,10 @@ class Mirrors:
 
     def _asked(self, read: Callable[[BlobSource], _T]) -> _T:
         first: ArtifactUnavailableError | None = None
-        for _ in self._openers:
-            at = self._current
+        begin = self._current
+        for step in range(len(self._openers)):
+            # Round all of them from there: which one is current changes with what other threads meet.
+            at = (begin + step) % len(self._openers)
             try:
                 answer = read(self._source(at))
                 if self._failures:

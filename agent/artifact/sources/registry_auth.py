@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from urllib.parse import urlencode
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import msgspec
 
@@ -174,6 +174,10 @@ class RegistryAuth:
                 raise _bad()
             # refusal: test_artifact_sources_oci.py::test_a_realm_that_no_credentials_may_go_to_is_refused
             if scheme != "https" and there != http_policy.origin(self._url):
+                raise _bad()
+            # A second scope beside ours would be one that the registry chooses.
+            # refusal: test_artifact_sources_oci.py::test_a_realm_that_no_credentials_may_go_to_is_refused
+            if "scope" in parse_qs(urlsplit(realm).query, keep_blank_values=True):
                 raise _bad()
         except ValueError:
             raise _bad() from None
