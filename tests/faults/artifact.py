@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -12,11 +13,18 @@ import msgspec
 import rfc8785
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
+from agent.artifact import luks2
 from agent.artifact.kserve import list_digest
+from agent.artifact.load import read_model
 from agent.artifact.manifest import SIGNATURE_TYPE, add_to_index, digest_of
-from agent.artifact.seal import seal_model
+from agent.artifact.seal import SealPlan, check_for_registry, seal_model
+from agent.artifact.seal_volume import DATA_OFFSET, HEADER_BYTES, check_volume, seal_volume
 from agent.artifact.signature import public_pem
 from agent.artifact.sources import open_source
+from agent.artifact.sources.directory import DirectorySource
+from agent.artifact.volume import check_disk
+from agent.artifact.volume_config import VolumeConfig
+from agent.closed import Ident
 from agent.config import ArtifactConfig
 from agent.cose import PrivateKey
 from agent.errors import (
@@ -30,6 +38,7 @@ from agent.errors import (
     MalformedManifestError,
     ManifestDigestError,
     ManifestSignatureError,
+    ManifestTooLargeError,
     ModelSignatureError,
     RollbackError,
     SealError,
@@ -38,6 +47,10 @@ from agent.errors import (
     SignatureCheck,
     StoreProblem,
     TruncatedArtifactError,
+    VolumeAuthenticationError,
+    VolumeHeaderError,
+    VolumeProblem,
+    VolumeUnavailableError,
 )
 from tests import bucket
 from tests.connect_proxy import Behaviour, ConnectProxy, answers, drips
@@ -329,6 +342,42 @@ def _seal(name: str, problem: SealProblem, folder: Callable[[FaultWorld], Path],
     return Fault(name, SealError, fields={"problem": problem}, drive=drive)
 
 
+def _volume(name: str, error: type[AgentError], change: Callable[[bytes], bytes], **more: Any) -> Fault:
+    """A disk that somebody has changed. Without a device mapper: the boot test has the whole of it."""
+
+    def drive(world: FaultWorld) -> object:
+        key = world.canaries.key
+        with tempfile.TemporaryDirectory() as folder:
+            image, layout = Path(folder, "model.img"), Path(folder, "layout")
+            digest = seal_volume(world.folder / "source", image, layout, key, KEY_URI, "tiny", 3, lambda *_: None)
+            with closing(DirectorySource(str(layout))) as source:
+                config = ArtifactConfig(source=str(layout), manifest_digest=digest, format="volume")
+                model = read_model(source, config, KEY_URI)
+            assert isinstance(model, VolumeConfig)
+            rewrite(image, change)
+            with image.open("rb") as disk:
+                check_disk(disk.fileno(), model)
+            check_volume(image, model, key, lambda *_: None)
+        return None
+
+    return Fault(f"volume {name}", error, drive=drive, **more)
+
+
+def null_cipher(disk: bytes) -> bytes:
+    header = disk[:HEADER_BYTES].replace(b'"aes-xts-plain64"', b'"cipher_null-ecb"')
+    return luks2.with_checksum(header) + disk[HEADER_BYTES:]
+
+
+def bit_flipped(disk: bytes) -> bytes:
+    return disk[:DATA_OFFSET] + bytes([disk[DATA_OFFSET] ^ 1]) + disk[DATA_OFFSET + 1 :]
+
+
+def more_than_a_registry_takes(_: FaultWorld) -> object:
+    plan = SealPlan({f"{i:0100}": 1 for i in range(20_000)}, {})
+    check_for_registry(plan, KEY_URI, "tiny", 3)
+    return None
+
+
 ROWS = [
     # --- the store ----------------------------------------------------------------------------------------------------
     Fault("store where nobody listens", ArtifactUnavailableError, nobody_listens, {"problem": StoreProblem.UNREACHABLE}),
@@ -536,9 +585,14 @@ ROWS = [
         audit=SERVED,
         attempts=ONCE,
     ),
+    # --- encrypted volumes --------------------------------------------------------------------------------------------
+    _volume("cut", VolumeUnavailableError, lambda disk: disk[:DATA_OFFSET], fields={"problem": VolumeProblem.TOO_SMALL}),
+    _volume("with a null cipher", VolumeHeaderError, null_cipher, fields={"field": Ident("segments[].encryption")}),
+    _volume("with a bit flipped", VolumeAuthenticationError, bit_flipped),
     # --- sealing ------------------------------------------------------------------------------------------------------
     _seal("model folder that is not there", SealProblem.MODEL_MISSING, lambda world: world.folder / "absent"),
     _seal("model folder without files", SealProblem.EMPTY, lambda world: world.cwd or world.folder),
     _seal("output inside the model", SealProblem.INSIDE, lambda world: world.folder / "source", "source/sealed"),
     _seal("output that is no layout", SealProblem.NOT_A_LAYOUT, lambda world: world.folder / "source", "broker"),
+    Fault("more files than a registry takes", ManifestTooLargeError, drive=more_than_a_registry_takes),
 ]
