@@ -187,17 +187,19 @@ class MeasuredConfig(_Section, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """What whoever started the agent asks for, in KServe's words: a hint that has to match what is measured.
+    """What whoever started the agent asks for: hints that have to match what is measured.
 
     Attributes:
-        uri: the storage URI.
-        resource_id: of the key, where it is said.
-        confidential: whether the model is to be sealed, where it is said: `true`.
+        uri: the storage URI, as KServe says it; None: nobody asked for a model.
+        resource_id: of the key, where KServe says it.
+        confidential: whether the model is to be sealed, where KServe says it: `true`.
+        command: the server and its arguments; none: whatever the configuration says.
     """
 
-    uri: str
+    uri: str | None = None
     resource_id: str | None = None
     confidential: str | None = None
+    command: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,13 +222,13 @@ class Measured:
         """The one configuration that a boot goes by.
 
         Args:
-            asked: None where nobody asked: then there must be nothing to choose.
+            asked: None, or without `uri`, where nobody asked: then there must be nothing to choose.
 
         Raises:
             ConfigNotMeasuredError: no entry of `artifact.allowed` is what was asked for.
             ConfigError: there are several, and nobody asked.
         """
-        if asked is None:
+        if asked is None or asked.uri is None:
             # refusal: test_where_several_models_are_allowed_one_has_to_be_asked_for
             if len(self.allowed) > 1:
                 raise ConfigError(ConfigProblem.UNSELECTED, Ident("artifact.allowed"))

@@ -158,30 +158,32 @@ class ConfigError(AgentError):
 
 
 class Asked(enum.Enum):
-    """What KServe asks of its storage initializer, in its own names."""
+    """What words of the host ask for: KServe, in its own names, of its storage initializer; a pod, after `run`'s --."""
 
     URI = "storage URI"
     RESOURCE_ID = "CONFIDENTIAL_RESOURCE_ID"
     CONFIDENTIAL = "CONFIDENTIAL_ENABLED"
+    COMMAND = "server command"
 
 
 @dataclasses.dataclass(eq=False)
 class ConfigNotMeasuredError(AgentError):
     """What is to decide is not what this guest was launched with (HOST_DATA of SNP, MRCONFIGID of TDX): the digest of the
-    configuration is another, or, with `asked`, this word of KServe's has a value that stands in no entry of `artifact.allowed`.
+    configuration is another, or, with `asked`, the command line or KServe asks for something that it does not allow.
     """
 
     owner = Owner.OPERATOR
     step = Step.CONFIG
     next_step = (
         "launch the guest with the digest of exactly this configuration, or give it the configuration it was launched with; "
-        "what a pod asks for must be an entry of artifact.allowed there"
+        "what a pod asks for must stand there: in an entry of artifact.allowed, or as server.command"
     )
     asked: Asked | None = None
 
     def what(self) -> str:
         if self.asked is not None:
-            return f"{self.asked.value}: the value asked for is in no entry of artifact.allowed"
+            where = "is not server.command" if self.asked is Asked.COMMAND else "is in no entry of artifact.allowed"
+            return f"{self.asked.value}: the value asked for {where}"
         return "configuration digest differs from HOST_DATA or MRCONFIGID of this guest's own report"
 
 

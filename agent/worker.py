@@ -21,7 +21,15 @@ from agent.channel import Channel
 from agent.closed import Ident
 from agent.config import ArtifactConfig, BrokerConfig, Measured, MeasuredConfig, Selection, ServerConfig, parse
 from agent.config_source import FILE, INITDATA_FILE, FoundConfig
-from agent.errors import AgentError, ConfigError, ConfigProblem, InternalError, NoAttesterError
+from agent.errors import (
+    AgentError,
+    Asked,
+    ConfigError,
+    ConfigNotMeasuredError,
+    ConfigProblem,
+    InternalError,
+    NoAttesterError,
+)
 from agent.events import (
     AttesterOpened,
     ConfigFound,
@@ -87,7 +95,7 @@ def work(
         served: the model whose lease is to be renewed; None boots.
         out: the folder in which the open model is left, for somebody else to serve; None: it is handed to the supervisor.
         proxy: a hint of the command line, on the way to https servers.
-        asked: which of the allowed models; None: there must be one only.
+        asked: which of the allowed models, and for which server; None: there must be one only.
 
     Returns:
         This process's exit status: 0 when the outcome was told.
@@ -178,6 +186,7 @@ async def _boot(
         if proxy is not None:
             proxy.check_use(measured.config)
         plan = plan_of(measured.config)
+        check_command(plan, asked)
 
     # First of all that is slow: the connection is made while the rest is imported and the devices are read.
     cfg, at = measured.config, measured.config.broker
@@ -433,6 +442,13 @@ def check_out(config: MeasuredConfig, out: str | None) -> None:
 def plan_of(config: MeasuredConfig) -> ServerPlan | None:
     """The plan of the server that we run; None when another container does. Raises ConfigError."""
     return plan_server(config.server) if config.server else None
+
+
+def check_command(plan: ServerPlan | None, asked: Selection | None) -> None:
+    """Check that the server somebody asks for is the one we run, placeholders as they are. Raises ConfigNotMeasuredError."""
+    # refusal: test_the_words_after_the_dashes_are_the_measured_command_or_the_boot_ends
+    if asked is not None and asked.command and (plan is None or asked.command != plan.argv):
+        raise ConfigNotMeasuredError(Asked.COMMAND)
 
 
 def plan_server(server: ServerConfig) -> ServerPlan:

@@ -57,6 +57,15 @@ def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path)
     assert "ConfigError" in termination.read_text()
 
 
+def test_a_pod_that_asks_for_another_server_is_refused_before_a_device_is_opened(tmp_path: Path) -> None:
+    config = tmp_path / "keyturn.toml"
+    config.write_text(EXAMPLE)
+    command = [sys.executable, "-m", "agent", "run", "--config", str(config), "--status-file", "", "--", "/bin/sh", "-c", "id"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    (failed,) = [event for line in done.stderr.splitlines() if (event := json.loads(line))["event"] == "failed"]
+    assert (done.returncode, failed["class"], failed["fields"]) == (10, "ConfigNotMeasuredError", {"asked": "server command"})
+
+
 def test_a_simulator_is_opened_only_when_asked_for_by_name(machine: SimulatedMachine) -> None:
     simulated = EXAMPLE.replace('"snp"', '"simulated-snp"') + f'[simulation]\nmachine = "{machine.directory}"\n'
     attester, gpus, _ = open_hardware(parse(simulated.encode()).config)

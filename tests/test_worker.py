@@ -3,10 +3,10 @@ import os
 
 import pytest
 
-from agent.config import EXAMPLE, parse
-from agent.errors import ConfigError, ConfigProblem, GpuCountError, InternalError
+from agent.config import EXAMPLE, Selection, parse
+from agent.errors import Asked, ConfigError, ConfigNotMeasuredError, ConfigProblem, GpuCountError, InternalError
 from agent.server import ServerPlan
-from agent.worker import as_agent_error, check_out, plan_of
+from agent.worker import as_agent_error, check_command, check_out, plan_of
 
 
 def raised(error: Exception) -> Exception:
@@ -95,3 +95,21 @@ def test_what_becomes_of_the_model_is_said_by_the_configuration(text: str, out: 
 
 def test_nothing_of_ours_runs_without_a_server_section() -> None:
     assert plan_of(parse(LOADED.encode()).config) is None
+
+
+def test_the_words_after_the_dashes_are_the_measured_command_or_the_boot_ends() -> None:
+    plan = planned(EXAMPLE)
+    for same in ((), plan.argv):
+        check_command(plan, Selection(command=same))
+    check_command(plan, None)
+    for other in (
+        plan.argv[:-1],
+        (*plan.argv, "--verbose"),
+        ("/bin/sh", *plan.argv[1:]),
+        (plan.argv[0].upper(), *plan.argv[1:]),
+    ):
+        with pytest.raises(ConfigNotMeasuredError) as caught:
+            check_command(plan, Selection(command=other))
+        assert caught.value.asked is Asked.COMMAND
+    with pytest.raises(ConfigNotMeasuredError):
+        check_command(None, Selection(command=("vllm",)))

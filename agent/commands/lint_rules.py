@@ -233,8 +233,8 @@ def _load(
     try:
         if measured is not None:
             environment = {item.at("name").text: item.at("value").text for item in agent.setting.at("env").items()}
-            words = [environment.get(name) for name in ("CONFIDENTIAL_RESOURCE_ID", "CONFIDENTIAL_ENABLED")]
-            cfg = measured.select(config.Selection(asked[0].text or "", *words) if asked else None).config
+            resource_id, confidential = (environment.get(f"CONFIDENTIAL_{name}") for name in ("RESOURCE_ID", "ENABLED"))
+            cfg = measured.select(config.Selection(asked[0].text or "", resource_id, confidential) if asked else None).config
     except (ConfigError, ConfigNotMeasuredError) as error:
         yield asked[0] if asked else agent.setting.at("args"), Rule.ASKED, error
     out = _out(agent)

@@ -25,6 +25,7 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser = verbs.add_parser(
         "run",
         help=summary,
+        usage="keyturn run (--config FILE | --initdata FILE | --guest) [options] [-- SERVER [ARGUMENT ...]]",
         description=f"{summary[0].upper()}{summary[1:]}. Everything that decides stands in the configuration, which evidence "
         "covers; the flags below only choose where the agent talks.",
         epilog="SIGTERM, SIGINT or SIGHUP stops the server, frees guest memory and ends with status 0. "
@@ -41,6 +42,13 @@ def add_parser(verbs: Any, summary: str) -> None:
     )
     add_faces(parser)
     add_proxy(parser)
+    parser.add_argument(
+        "server",
+        nargs="*",
+        metavar="SERVER",
+        help="the server's command, after --, so that a pod says what runs in it. It has to be server.command of the "
+        "configuration word by word, placeholders as they stand there, or the preset's: it cannot be another",
+    )
     parser.add_argument("--health", metavar="HOST:PORT", help="answer /livez, /readyz and /status here; default: nowhere")
     parser.add_argument(
         "--wait-socket",
@@ -107,9 +115,10 @@ def run(args: argparse.Namespace) -> int:
     find: Callable[[], FoundConfig | None] = find_in_guest if args.guest else config_finder(args)
 
     def worker(channel: Channel, served: ServedModel | None) -> int:
+        from agent.config import Selection
         from agent.worker import work
 
-        return work(channel, find, open_hardware, served, proxy=args.proxy)
+        return work(channel, find, open_hardware, served, proxy=args.proxy, asked=Selection(command=tuple(args.server)))
 
     def supervise() -> BootReport:
         supervisor = Supervisor("run", host_hints(args, address, args.wait_socket), worker, watch_gpus)
