@@ -221,6 +221,33 @@ def test_a_seal_that_fails_leaves_nothing(sealed: Sealed) -> None:
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("becomes", ["link", "folder that is a link", "fifo"])
+def test_a_file_that_leads_out_of_the_folder_by_its_turn_is_in_no_volume(sealed: Sealed, becomes: str) -> None:
+    """Whoever can write there is not to choose a file that only we can read."""
+    folder, outside = sealed.root / "model" / "z", sealed.root / "outside"
+    for place in (folder, outside):
+        place.mkdir()
+        (place / "last").write_bytes(b"0123")
+
+    def turn(done: int, total: int) -> None:
+        if folder.is_symlink() or not (folder / "last").is_file() or (folder / "last").is_symlink():
+            return
+        if becomes == "folder that is a link":
+            folder.rename(sealed.root / "away")
+            folder.symlink_to(outside)
+            return
+        (folder / "last").unlink()
+        if becomes == "link":
+            (folder / "last").symlink_to(outside / "last")
+        else:
+            os.mkfifo(folder / "last")
+
+    with pytest.raises(SealError) as caught:
+        seal_volume(sealed.root / "model", sealed.root / "new.img", sealed.layout, KEY, URI, "llama", 3, turn)
+    assert (caught.value.problem, caught.value.where) == (SealProblem.CHANGED, "z/last")
+    assert not (sealed.root / "new.img").exists()
+
+
 def test_seal_and_inspect_know_volumes(sealed: Sealed, capsys: pytest.CaptureFixture[str]) -> None:
     root, image = sealed.root, sealed.root / "second.img"
     command = ["seal", str(root / "model"), "--to", str(sealed.layout), "--key-uri", URI, "--name", "llama", "--version", "3"]

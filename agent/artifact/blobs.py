@@ -133,7 +133,7 @@ class _Blob:
         self._blobs = sealing.blobs
         self._temporary = sealing.blobs / f"{TEMPORARY}{os.urandom(8).hex()}"
         with ExitStack() as opened:
-            self._source = _open_inside(sealing.model, path)
+            self._source = open_inside(sealing.model, path)
             opened.callback(os.close, self._source)
             self._target = self._temporary.open("xb", buffering=0)
             opened.callback(self._target.close)
@@ -308,7 +308,7 @@ class _Comparison:
             opener.open(segment, memoryview(ciphertext)[:sealed], memoryview(opened)[:length])
         except (FileNotFoundError, SegmentAuthenticationError):  # a damaged copy is sealed anew
             return False
-        source = _open_inside(at.model, file.path)
+        source = open_inside(at.model, file.path)
         try:
             if read_at(source, memoryview(plaintext)[:length], start) < length:
                 return False
@@ -320,7 +320,7 @@ class _Comparison:
 # --- reading and writing ----------------------------------------------------------------------------------------------
 
 
-def _open_inside(model: Path, path: str) -> int:
+def open_inside(model: Path, path: str) -> int:
     """A file of the model, which may be a link to another one of it. Raises OSError, and SealError: it is none any more."""
     fd = os.open(model / path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     # It was looked at before; whoever may write to the folder must not have us read what they could not, or wait for a FIFO.
