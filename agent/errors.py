@@ -966,6 +966,7 @@ class VolumeProblem(enum.Enum):
     NOT_FOUND = "no disk of this guest has the UUID of the manifest"
     SEVERAL = "several disks have the UUID of the manifest"
     TOO_SMALL = "the disk ends before its volume does"
+    STALLED = "the disk does not answer"
     KERNEL = "kernel refused"
 
 

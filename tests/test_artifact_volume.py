@@ -5,7 +5,11 @@ import dataclasses
 import errno
 import json
 import os
+import resource
 import shutil
+import socket
+import stat
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import CancelledError
@@ -16,14 +20,14 @@ from typing import Any
 import msgspec
 import pytest
 
-from agent.artifact import DestinationKind, LoadedArtifact, load, luks2
+from agent.artifact import DestinationKind, LoadedArtifact, LoadedFile, load, luks2
 from agent.artifact import manifest as m
 from agent.artifact import volume_config as v
 from agent.artifact.identify import identify
 from agent.artifact.seal import seal_model
 from agent.artifact.seal_volume import DATA_OFFSET, HEADER_BYTES, seal_volume
 from agent.artifact.sources.directory import DirectorySource
-from agent.artifact.volume import PreparedVolume, find_disk, look_for_volume, prepare
+from agent.artifact.volume import PreparedVolume, find_disk, list_files, look_for_volume, prepare
 from agent.artifact.volume import load as load_volume
 from agent.closed import Ident
 from agent.config import ArtifactConfig
@@ -41,6 +45,8 @@ from agent.errors import (
 )
 from agent.guest.memory_info import MACHINE, MemoryInfo
 from agent.keys import ReleasedKey, SecretBuffer
+from agent.sim.fuse import FOPEN_DIRECT_IO, IN_HEADER, NO_REPLY, ROOT_NODE, Op, pack_attributes, pack_init, reply, serve
+from tests.fuse import served
 from tests.test_artifact_load import machine_with
 from tests.test_artifact_seal_volume import KEY, URI, nothing, read_config
 from tests.test_guest_device_mapper import there_is_one
@@ -105,6 +111,8 @@ def released(key: bytes = KEY, *, locked: bool = True) -> ReleasedKey:
 def test_the_disk_is_found_by_its_uuid_among_others(guest: Guest, name: str) -> None:
     guest.attach("vdz").write_bytes(b"another disk")
     (guest.root / "sys/class/block/vdy").mkdir()  # without a node
+    guest.attach("vdx").unlink()
+    os.mkfifo(guest.root / "dev/vdx")  # nobody waits for its writer
     guest.attach(name)
     with ExitStack() as undo:
         prepared = guest.prepare(undo)
@@ -175,6 +183,42 @@ def test_a_disk_that_ends_before_its_volume_is_refused(guest: Guest) -> None:
     assert caught.value.problem is VolumeProblem.TOO_SMALL
 
 
+@pytest.mark.parametrize("told_to_stop", [False, True])
+def test_a_disk_that_does_not_answer_is_not_waited_for_without_end(guest: Guest, tmp_path: Path, told_to_stop: bool) -> None:
+    node, stop = tmp_path / "stalled", threading.Event()
+    node.touch()
+    timer = threading.Timer(0.5, stop.set if told_to_stop else lambda: None)
+    with served(node, serve_without_an_answer) as (disk, _), ExitStack() as undo:
+        guest.attach("vda").unlink()
+        (guest.root / "dev" / "vda").symlink_to(disk)
+        timer.start()
+        config = guest.config(timeout_s=3600 if told_to_stop else 1)
+        with pytest.raises(CancelledError if told_to_stop else VolumeUnavailableError) as caught:
+            prepare(guest.volume, config, undo, stop, allow_swap=True, memory=MACHINE, wait_s=0, root=guest.root)
+        if isinstance(caught.value, VolumeUnavailableError):
+            assert caught.value.problem is VolumeProblem.STALLED
+    for thread in (timer, *(thread for thread in threading.enumerate() if thread.name == "volume")):
+        thread.join(20)
+
+
+def serve_without_an_answer(device: int, control: socket.socket) -> None:
+    """A file that can be opened, and whose bytes never come."""
+
+    def answer(request: bytes) -> None:
+        _, opcode, unique, *_ = IN_HEADER.unpack_from(request)
+        match opcode:
+            case Op.INIT:
+                reply(device, unique, pack_init())
+            case Op.GETATTR:
+                reply(device, unique, bytes(16) + pack_attributes(ROOT_NODE, 1 << 20, stat.S_IFREG | 0o444))
+            case Op.OPEN:
+                reply(device, unique, struct.pack("<QII", 0, FOPEN_DIRECT_IO, 0))
+            case _ if opcode not in NO_REPLY and opcode != Op.READ:
+                reply(device, unique, b"", errno.ENOSYS)
+
+    serve(device, answer, control.fileno(), lambda: bool(control.recv(1)))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "field"),
     [
@@ -209,6 +253,20 @@ def test_only_the_first_copy_counts(guest: Guest) -> None:
         guest.prepare(undo)
 
 
+def test_only_regular_files_of_the_file_system_itself_are_the_model(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "weights").write_bytes(b"0123")
+    (tmp_path / "a").write_bytes(b"01")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    (tmp_path / "folder").symlink_to("/etc")
+    os.mkfifo(tmp_path / "fifo")
+    root = os.open(tmp_path, os.O_PATH | os.O_DIRECTORY)
+    try:
+        assert list(list_files(root)) == [LoadedFile("a", 2), LoadedFile("b/weights", 4)]
+    finally:
+        os.close(root)
+
+
 # --- the key ----------------------------------------------------------------------------------------------------------
 
 
@@ -219,7 +277,7 @@ def refused(
         prepared = guest.prepare(undo, memory)
         prepared.check()
         with pytest.raises(error) as caught:
-            load_volume(prepared, key, floor)
+            load_volume(prepared, key, floor, threading.Event())
         assert prepared.mount is None
     return caught.value
 
@@ -238,6 +296,25 @@ def test_with_swap_the_key_of_a_volume_needs_a_lock(guest: Guest, tmp_path: Path
     guest.attach("vda")
     swapping = machine_with(tmp_path / "machine", 1 << 30, "/dev/sda2 partition 1 0 -2\n")
     refused(guest, SwapActiveError, released(locked=False), memory=swapping)
+
+
+def test_with_swap_the_key_of_the_disk_itself_needs_a_lock_too(guest: Guest, tmp_path: Path) -> None:
+    guest.attach("vda")
+    swapping = machine_with(tmp_path / "machine", 1 << 30, "/dev/sda2 partition 1 0 -2\n")
+    with ExitStack() as undo:
+        prepared = guest.prepare(undo, swapping)
+        child = os.fork()
+        if child == 0:
+            try:
+                resource.setrlimit(resource.RLIMIT_MEMLOCK, (0, 0))
+                if os.geteuid() == 0:
+                    os.setuid(65534)  # root locks what it likes
+                load_volume(prepared, released(), 0, threading.Event())
+            except SwapActiveError:
+                os._exit(0)
+            finally:
+                os._exit(1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_a_kernel_without_a_device_mapper_is_told(guest: Guest) -> None:

@@ -377,7 +377,7 @@ def _load(prepared: AnyPrepared, key: ReleasedKey, floor: int, progress: Progres
     if isinstance(prepared, kserve.PreparedJwe):
         return kserve.load(prepared, key, floor, progress, stop)
     if isinstance(prepared, volume.PreparedVolume):
-        return volume.load(prepared, key, floor)
+        return volume.load(prepared, key, floor, stop)
     model = prepared.model
     # 1. The right key: a wrong one is the authority's affair and must not look like a damaged file.
     with key.secret.view() as secret:

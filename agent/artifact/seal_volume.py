@@ -200,7 +200,6 @@ class _Writing:
         return config
 
     def _put_file(self, path: str, size: int) -> None:
-        # refusal: test_a_file_that_leads_out_of_the_folder_by_its_turn_is_in_no_volume
         with open(open_inside(self._model, path), "rb", buffering=0) as stream:
             for done in range(0, size, _CHUNK_BYTES):
                 wanted = min(_CHUNK_BYTES, size - done)

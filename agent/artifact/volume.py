@@ -15,10 +15,11 @@ import re
 import stat
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import CancelledError
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from agent.artifact import DescribedModel, DestinationKind, LoadedArtifact, LoadedFile
 from agent.artifact import volume_config as v
@@ -42,6 +43,7 @@ DISK_WAIT_S = 10.0
 """For the disk to appear, as for the one with the initdata."""
 LOOK_S = 0.25
 
+_T = TypeVar("_T")
 _DISK = re.compile(r"(vd|sd|xvd)[a-z]+[0-9]*|nvme[0-9]+n[0-9]+(p[0-9]+)?")
 
 
@@ -55,8 +57,11 @@ class Volume:
 class PreparedVolume:
     """A volume with an authenticated manifest, and the disk of it. Only `prepare` makes one, and its undo stack closes it."""
 
-    def __init__(self, manifest_digest: str, volume: v.VolumeConfig, disk: int, *, swap_active: bool, allow_swap: bool) -> None:
+    def __init__(
+        self, manifest_digest: str, volume: v.VolumeConfig, disk: int, timeout_s: float, *, swap_active: bool, allow_swap: bool
+    ) -> None:
         self.manifest_digest = manifest_digest
+        self.timeout_s = timeout_s
         self.volume = volume
         self.disk = disk
         self.swap_active = swap_active
@@ -97,15 +102,23 @@ def prepare(
     """What needs no key, once `volume` is authenticated: the disk, and what stands in its header. Blocking; `stop` ends it.
 
     Raises:
-        VolumeUnavailableError: no disk, or several, with the manifest's UUID, or one that is too small.
+        VolumeUnavailableError: no disk, or several, with the manifest's UUID, or one that is too small, or does not answer
+            within `config.timeout_s`.
         VolumeHeaderError: its header is not allowed, or not the manifest's.
         DestinationError: the kernel does not tell whether there is swap.
     """
     swap_active = swap_is_active(memory)
-    disk = _wait_for_disk(volume.uuid, Path(config.device) if config.device else None, stop, wait_s, root)
-    prepared = PreparedVolume(config.digest, volume, disk, swap_active=swap_active, allow_swap=allow_swap)
+    device = Path(config.device) if config.device else None
+
+    def find() -> int:
+        disk = _wait_for_disk(volume.uuid, device, stop, wait_s, root)
+        with _closed_on_error(disk):
+            check_disk(disk, volume)
+        return disk
+
+    disk = _within(wait_s + config.timeout_s, stop, find)
+    prepared = PreparedVolume(config.digest, volume, disk, config.timeout_s, swap_active=swap_active, allow_swap=allow_swap)
     undo.callback(prepared.close)
-    check_disk(disk, volume)
     return prepared
 
 
@@ -113,22 +126,26 @@ def look_for_volume(volume: v.VolumeConfig, config: ArtifactConfig) -> None:
     """Raise what a boot would, before it has a key: for whoever only wants to know. Raises as `prepare`."""
     with _kernel():
         os.close(os.open(device_mapper.CONTROL, os.O_RDWR | os.O_CLOEXEC))
-    disk = find_disk(volume.uuid, Path(config.device) if config.device else None)
-    if disk is None:
-        raise VolumeUnavailableError(VolumeProblem.NOT_FOUND)
-    try:
-        check_disk(disk, volume)
-    finally:
+    device = Path(config.device) if config.device else None
+
+    def find() -> None:
+        disk = find_disk(volume.uuid, device)
+        if disk is None:
+            raise VolumeUnavailableError(VolumeProblem.NOT_FOUND)
+        with _closed_on_error(disk):
+            check_disk(disk, volume)
         os.close(disk)
 
+    _within(DISK_WAIT_S, threading.Event(), find)
 
-def load(prepared: PreparedVolume, key: ReleasedKey, floor: int) -> LoadedArtifact:
-    """As `load.load`, blocking, without reading the model.
+
+def load(prepared: PreparedVolume, key: ReleasedKey, floor: int, stop: threading.Event) -> LoadedArtifact:
+    """As `load.load`, blocking, without reading the model; `stop` ends it.
 
     Raises:
         KeyMismatchError, RollbackError, SwapActiveError: as `load.load`.
-        VolumeAuthenticationError: the file system's first blocks are not the ones that were sealed.
-        VolumeUnavailableError: the kernel refused.
+        VolumeAuthenticationError: the file system's own blocks are not the ones that were sealed.
+        VolumeUnavailableError: the kernel refused, or the disk does not answer within `artifact.timeout_s`.
     """
     volume = prepared.volume
     # 1. The right key: with a wrong one, every block would look damaged.
@@ -140,14 +157,8 @@ def load(prepared: PreparedVolume, key: ReleasedKey, floor: int) -> LoadedArtifa
     # refusal: test_a_volume_below_the_floor_is_not_opened
     if volume.version < floor:
         raise RollbackError(volume.version, floor)
-    # 3. The server's memory may be swapped where the configuration allows it, the key's never.
-    # refusal: test_with_swap_the_key_of_a_volume_needs_a_lock
-    if prepared.swap_active and not prepared.allow_swap and not key.secret.locked:
-        raise SwapActiveError()
-    # 4. Two devices and a mount, each held by the next.
-    prepared.mount = _mount(prepared.disk, volume, key)
-    with _kernel():
-        files = tuple(list_files(prepared.mount))
+    # 3. Two devices and a mount, each held by the next.
+    prepared.mount, files = _within(prepared.timeout_s, stop, lambda: _open(prepared, key))
     return LoadedArtifact(
         model_name=volume.model_name,
         manifest_digest=prepared.manifest_digest,
@@ -242,25 +253,34 @@ def _open_if(path: Path, uuid: str) -> int | None:
 # --- devices and mount ------------------------------------------------------------------------------------------------
 
 
-def _mount(disk: int, volume: v.VolumeConfig, key: ReleasedKey) -> int:
-    """The file system, detached and read-only. It holds dm-verity, that holds dm-crypt, that holds the disk."""
+def _open(prepared: PreparedVolume, key: ReleasedKey) -> tuple[int, tuple[LoadedFile, ...]]:
+    """The file system, detached and read-only, and its files. It holds dm-verity, that holds dm-crypt, that holds the disk."""
+    volume = prepared.volume
     buffer, volume_key = SecretBuffer(device_mapper.BUFFER_BYTES), SecretBuffer(KEY_BYTES)
     name = f"keyturn-{os.urandom(8).hex()}"
     with ExitStack() as undo:
         undo.callback(buffer.wipe)
         undo.callback(volume_key.wipe)
+        # The server's memory may be swapped where the configuration allows it, a key's never.
+        # refusal: test_with_swap_the_key_of_a_volume_needs_a_lock
+        locked = all(secret.locked for secret in (key.secret, buffer, volume_key))
+        if prepared.swap_active and not prepared.allow_swap and not locked:
+            raise SwapActiveError()
         table = undo.enter_context(buffer.view())
         with _kernel(), key.secret.view() as secret, volume_key.view() as derived:
             v.derive_key(secret, volume.key_uri, volume.uuid, derived)
-            sectors, parameters = v.crypt_table(volume, device_mapper.number_of(disk))
+            sectors, parameters = v.crypt_table(volume, device_mapper.number_of(prepared.disk))
             segment = device_mapper.map_device(f"{name}-crypt", "crypt", sectors, parameters, table, derived)
         undo.callback(os.close, segment)
+        volume_key.wipe()  # the kernel has it; what follows waits for the disk
         with _kernel():
             sectors, parameters = v.verity_table(volume, device_mapper.number_of(segment))
             verified = device_mapper.map_device(f"{name}-verity", "verity", sectors, parameters, table)
         undo.callback(os.close, verified)
         try:
-            return mounts.detached_read_only("erofs", device_mapper.path_of(verified))
+            mount = mounts.detached_read_only("erofs", device_mapper.path_of(verified))
+            with _closed_on_error(mount):
+                return mount, tuple(list_files(mount))
         except OSError as error:
             with _kernel():
                 status = device_mapper.status_of(f"{name}-verity", table)
@@ -294,3 +314,37 @@ def _kernel() -> Iterator[None]:
         yield
     except OSError as error:
         raise VolumeUnavailableError(VolumeProblem.KERNEL, error.errno or 0) from error
+
+
+@contextmanager
+def _closed_on_error(descriptor: int) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def _within(seconds: float, stop: threading.Event, work: Callable[[], _T]) -> _T:
+    """What waits for the disk, which the host has: it may not answer for ever, and the kernel sets no deadline for that.
+
+    So it is done by a thread that is left behind then. It has everything that it opened for itself, and ends with the worker,
+    which a failed boot always does: these waits of the kernel end with SIGKILL.
+    """
+    outcome: Future[_T] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(work())
+        except BaseException as error:  # noqa: BLE001  told to whoever waits
+            outcome.set_exception(error)
+
+    deadline = time.monotonic() + seconds
+    threading.Thread(target=run, name="volume", daemon=True).start()
+    while not wait([outcome], LOOK_S).done:
+        if stop.is_set():
+            raise CancelledError
+        # refusal: test_a_disk_that_does_not_answer_is_not_waited_for_without_end
+        if time.monotonic() >= deadline:
+            raise VolumeUnavailableError(VolumeProblem.STALLED)
+    return outcome.result()

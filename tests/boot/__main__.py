@@ -599,6 +599,11 @@ def _other_root(world: World) -> None:
     volume.other_root(world)
 
 
+def _damaged_folders(world: World) -> None:
+    volume.attach(world)
+    volume.damage_folders(world)
+
+
 SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
     ("success", success),
     ("configfs-tsm", configfs_tsm),
@@ -625,6 +630,7 @@ SCENARIOS: list[tuple[str, Callable[[Path, Path, Image], None]]] = [
     ("systemd dependency fails", unit_without_its_needs),
     ("volume with a null cipher", ends_with((19, "VolumeHeaderError"), _null_cipher, disk=volume.disk_of)),
     ("volume damaged while it is served", volume_damaged),
+    ("volume with damaged folders", ends_with((19, "VolumeAuthenticationError"), _damaged_folders, disk=volume.disk_of)),
 ]
 
 

@@ -68,9 +68,18 @@ def volume_key(world: World) -> bytes:
 
 def damage(world: World) -> None:
     """One bit in every block of the files: the first blocks, which are the file system's own, stay as they are."""
+    _damage(world, range(3, configured(world).data_blocks))
+
+
+def damage_folders(world: World) -> None:
+    """One bit in every block but the first, which has superblock and inodes: it can be mounted."""
+    _damage(world, range(1, configured(world).data_blocks))
+
+
+def _damage(world: World, blocks: range) -> None:
     config = configured(world)
     with disk_of(world).open("r+b") as stream:
-        for block in range(3, config.data_blocks):
+        for block in blocks:
             stream.seek(config.data_offset + block * v.BLOCK_BYTES)
             byte = stream.read(1)[0]
             stream.seek(-1, 1)
