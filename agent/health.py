@@ -37,6 +37,7 @@ class WaitSocket:
         if os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "wait socket")
         self._path, self._hidden = path, f"{path}.{os.urandom(4).hex()}"
+        self._ours = [self._hidden]
         self.listener = socket.socket(socket.AF_UNIX)
         try:
             self.listener.bind(self._hidden)
@@ -46,12 +47,14 @@ class WaitSocket:
             raise
 
     def show(self) -> None:
-        """Once."""
-        os.rename(self._hidden, self._path)
+        """Once. Raises OSError: somebody has taken the path meanwhile."""
+        os.link(self._hidden, self._path)  # a rename would take it from them
+        self._ours.append(self._path)
+        os.unlink(self._hidden)
 
     def remove(self) -> None:
         """For the end: nobody listens there any more."""
-        for path in (self._hidden, self._path):
+        for path in self._ours:
             with suppress(FileNotFoundError):
                 os.unlink(path)
 

@@ -220,7 +220,10 @@ class Supervisor:
             self._error = message
         self._tell(message)
         if isinstance(message, LocalChecksPassed) and self._wait_socket:
-            self._wait_socket.show()
+            try:
+                self._wait_socket.show()
+            except OSError as error:
+                raise ConfigError(ConfigProblem.ADDRESS, Ident("wait-socket")) from error
 
     def _on_worker_end(self, lost: WorkerLostError, peak_kib: int) -> None:
         self._worker = None
@@ -274,6 +277,7 @@ class Supervisor:
             case policy.Stop():
                 self._ask_server_to_stop()
             case policy.GiveUp(error):
+                self._look_for_damage()  # a server may wait for ever for a block that it cannot have
                 self._fail(error)
 
     def _tick(self) -> None:

@@ -131,3 +131,14 @@ def test_a_wait_socket_takes_nobody_s_place(name: str, tmp_path: Path) -> None:
     with pytest.raises(OSError):
         WaitSocket(str(tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+def test_a_path_that_somebody_took_meanwhile_stays_theirs(tmp_path: Path) -> None:
+    path = tmp_path / "ready.sock"
+    shown = WaitSocket(str(path))
+    path.write_text("theirs")
+    with pytest.raises(FileExistsError):
+        shown.show()
+    shown.remove()
+    assert path.read_text() == "theirs"
+    shown.listener.close()

@@ -114,6 +114,19 @@ def test_there_is_no_wait_socket_when_the_local_checks_have_not_passed(world: Wo
     assert not list(world.folder.glob("ready.sock*"))
 
 
+def test_a_wait_socket_whose_place_was_taken_meanwhile_ends_the_boot(world: World) -> None:
+    path, later = world.folder / "ready.sock", world.folder / "later"
+    os.mkfifo(later)
+    config = world.prepare()
+    agent = world.start_agent(config, flags=("--wait-socket", str(path), "--config", str(later)))
+    with later.open("wb") as pipe:  # the worker has it open, so the supervisor has its socket
+        path.write_text("theirs")
+        pipe.write(config.read_bytes())
+    outcome = agent.wait()
+    assert (outcome.failure["fields"]["key"], outcome.status) == ("wait-socket", 10)
+    assert (path.read_text(), list(world.folder.glob("ready.sock*"))) == ("theirs", [path])
+
+
 def test_a_wait_socket_in_somebody_s_place_is_told_before_anything_is_asked_for(world: World) -> None:
     (world.folder / "taken").touch()
     outcome = world.start(flags=("--wait-socket", str(world.folder / "taken"))).wait()
