@@ -10,6 +10,7 @@ from agent.cli import main
 from agent.commands.run import open_hardware
 from agent.config import EXAMPLE, parse
 from agent.errors import NoAttesterError
+from agent.guest.pid1 import is_guest_of_kata
 from agent.sim.machine import SimulatedMachine
 from tests.children import own_machine
 
@@ -45,6 +46,15 @@ def test_only_an_agent_of_the_guest_image_powers_its_machine_off() -> None:
     agent = [sys.executable, "-m", "agent", "run", "--config", "/nonexistent", "--power-off-on-failure"]
     done = subprocess.run([*own_machine(), *agent], capture_output=True, text=True, timeout=30)
     assert (done.returncode, "--guest alone" in done.stderr) == (2, True)
+
+
+def test_a_machine_that_is_no_guest_of_kata_is_not_powered_off() -> None:
+    """A laptop, or a node whose processes a container sees: root, both flags, and still on."""
+    if is_guest_of_kata(Path("/proc/cmdline").read_text()):
+        pytest.skip("these tests run in a guest of Kata")
+    agent = [sys.executable, "-m", "agent", "run", "--guest", "--power-off-on-failure", "--status-file", ""]
+    done = subprocess.run([*own_machine(), *agent], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "for a guest of Kata" in done.stderr) == (2, True)
 
 
 def test_a_configuration_that_is_not_there_is_told_on_every_face(tmp_path: Path) -> None:

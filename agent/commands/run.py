@@ -59,8 +59,8 @@ def add_parser(verbs: Any, summary: str) -> None:
     parser.add_argument(
         "--power-off-on-failure",
         action="store_true",
-        help="with --guest: a boot that fails, or is killed, ends this guest. For a launcher that does not look after what it "
-        "has started",
+        help="with --guest, in a guest that Kata has put together from extension images: a boot that fails, or is killed, ends "
+        "this guest. For a launcher that does not look after what it has started",
     )
 
 
@@ -112,6 +112,9 @@ def run(args: argparse.Namespace) -> int:
     # refusal: test_only_an_agent_of_the_guest_image_powers_its_machine_off
     if args.power_off_on_failure and not args.guest:
         args.parser.error("--power-off-on-failure is for --guest alone")
+    # refusal: test_a_machine_that_is_no_guest_of_kata_is_not_powered_off
+    if args.power_off_on_failure and not _in_guest_of_kata():
+        args.parser.error("--power-off-on-failure is for a guest of Kata: the kernel's command line has no kata.extension.NAME")
     find: Callable[[], FoundConfig | None] = find_in_guest if args.guest else config_finder(args)
 
     def worker(channel: Channel, served: ServedModel | None) -> int:
@@ -130,6 +133,13 @@ def run(args: argparse.Namespace) -> int:
 
         return run_or_power_off(supervise, fork)
     return supervise().exit_status or 0
+
+
+def _in_guest_of_kata() -> bool:
+    from agent.guest.pid1 import is_guest_of_kata
+
+    with open("/proc/cmdline") as file:
+        return is_guest_of_kata(file.read())
 
 
 def host_hints(args: argparse.Namespace, health: tuple[str, int] | None = None, wait_socket: str | None = None) -> HostHints:
