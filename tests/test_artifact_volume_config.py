@@ -193,6 +193,9 @@ def test_the_tables_are_the_kernels() -> None:
     assert v.crypt_table(small, "8:0")[1] == "aes-xts-plain64 {key} 0 8:0 32768"
     root, salt = bytes(range(32, 64)).hex(), bytes(range(64, 96)).hex()
     assert v.verity_table(CONFIG, "253:0") == (2400, f"1 253:0 253:0 4096 4096 300 300 sha256 {root} {salt}")
+    gap = dataclasses.replace(CONFIG, hash_block=310)
+    assert v.verity_table(gap, "253:0") == (2400, f"1 253:0 253:0 4096 4096 300 310 sha256 {root} {salt}")
+    assert v.crypt_table(gap, "254:16")[0] == (310 + 4) * 8
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,18 @@ def test_a_table_is_laid_out_as_dm_ioctl_h_says() -> None:
     assert bytes(buffer[352:360]) == b"1 2 3\0" + parameters[6:8], "what is behind the end is not read"
 
 
+def test_a_head_is_laid_out_as_dm_ioctl_h_says_and_has_the_kernel_wipe_its_copy() -> None:
+    buffer = memoryview(bytearray(b"\xff" * dm.BUFFER_BYTES))
+    dm.put_head(buffer, "keyturn-1-crypt", 1 << 17, 1)
+    version, words, device = buffer[:12], struct.unpack_from("=IIIiIII", buffer, 12), struct.unpack_from("=Q", buffer, 40)
+    assert (struct.unpack("=3I", version), device) == ((4, 0, 0), (0,))
+    size, start, targets, opened, flags, event, padding = words
+    assert (size, start, targets, opened, event, padding) == (dm.BUFFER_BYTES, 312, 1, 0, 0, 0)
+    assert flags == 1 << 17 | 1 << 15, "DM_DEFERRED_REMOVE, DM_SECURE_DATA_FLAG"
+    assert bytes(buffer[48:312]) == b"keyturn-1-crypt".ljust(128 + 129 + 7, b"\0")
+    assert bytes(buffer[312:]) == b"\xff" * (dm.BUFFER_BYTES - 312)
+
+
 def test_a_table_that_does_not_fit_is_our_mistake() -> None:
     buffer = memoryview(bytearray(dm.BUFFER_BYTES))
     room = dm.BUFFER_BYTES - 352 - 1

@@ -169,6 +169,15 @@ def test_without_privilege_the_kernel_says_eperm(tmp_path: Path) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
+@needs_root
+def test_a_disk_is_mounted_for_reading_alone_without_devices_set_id_bits_and_programs() -> None:
+    mount = mounts.detached_read_only("tmpfs", "none")  # as good as any for the attributes
+    flags = os.statvfs(mount).f_flag
+    os.close(mount)
+    for flag in (os.ST_RDONLY, os.ST_NODEV, os.ST_NOSUID, os.ST_NOEXEC):
+        assert flags & flag
+
+
 def test_a_disk_is_no_tmpfs() -> None:
     fd = os.open("/proc", os.O_RDONLY)
     try:

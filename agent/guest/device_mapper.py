@@ -96,10 +96,15 @@ def status_of(name: str, buffer: memoryview) -> str:
 
 def _request(control: int, command: int, name: str, buffer: memoryview, flags: int = 0, targets: int = 0) -> None:
     """One ioctl; what stands behind the head of `buffer` goes along."""
+    put_head(buffer, name, flags, targets)
+    fcntl.ioctl(control, 0xC000FD00 | _HEAD.size << 16 | command, buffer, True)
+
+
+def put_head(buffer: memoryview, name: str, flags: int, targets: int) -> None:
+    """The head of a request that may hold a key."""
     _HEAD.pack_into(
         buffer, 0, *_VERSION, len(buffer), _HEAD.size, targets, 0, flags | _SECURE_DATA, 0, 0, 0, name.encode("ascii"), b""
     )
-    fcntl.ioctl(control, 0xC000FD00 | _HEAD.size << 16 | command, buffer, True)
 
 
 def put_target(buffer: memoryview, kind: str, sectors: int, parameters: str, key: memoryview | None) -> None:
