@@ -268,6 +268,9 @@ def _receipt_of(payload: bytes) -> Receipt:
     if (statement.files == 0) != (statement.destination is DestinationKind.VOLUME):
         raise ValueError("files")
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
+    if statement.tee is Tee.SAMPLE and not statement.simulated:  # anybody makes such evidence
+        raise ValueError("simulated")
+    # refusal: test_a_receipt_with_one_defect_is_refused_for_it
     if list(statement.not_held) != [item for item in NotHeld if item in statement.not_held]:
         raise ValueError("statement")
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
