@@ -197,6 +197,12 @@ def test_the_server_keeps_the_containers_environment_but_for_what_looks_into_it(
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
 
 
+def test_the_server_ignores_no_signal(snp: Left) -> None:
+    """Python ignores SIGPIPE, and what is ignored stays so: a pipe of the server's would never end."""
+    said = become(snp, "/bin/sh", "-c", """printf '{"ignored": "%s"}' $(sed -n 's/SigIgn:.//p' /proc/self/status)""")
+    assert int(said.out["ignored"], 16) == 0
+
+
 def test_variables_that_look_into_a_process_are_not_handed_on() -> None:
     given = dict.fromkeys(NOT_HANDED_ON, "x") | {"A": "b=c"}
     made = environment_of_server(given)

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -96,6 +97,9 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         hardening.harden_successor()
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and an ignored signal stays so
+            # refusal: test_the_server_ignores_no_signal
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(args.command[0], args.command, environment)  # the server
     except OSError as error:
         raise ServerStartError(error.errno or 0) from error
