@@ -90,7 +90,7 @@ def parse(cose: bytes, max_bytes: int) -> Signature | None:
         protected, _, payload, signature = tag.value
         header = cbor2.loads(protected)
         algorithm, key_id = header[_ALG], header[_KID]
-        # Written by us these parts are the same bytes: a set is no array, and `true` is no 1, though Python takes one for the other.
+        # Written by us these parts are the same bytes. Python takes a set for an array, and `true` for 1.
         # refusal: test_receipt.py::test_what_python_takes_for_the_same_is_malformed
         if cbor2.dumps({_ALG: algorithm, _KID: key_id}, canonical=True) != protected:
             return None

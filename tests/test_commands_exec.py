@@ -4,6 +4,7 @@ The folder is mounted read-only in a mount namespace of the test's, as a pod's s
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME, folder_digest
 from agent.closed import Ident
 from agent.commands.exec import NOT_HANDED_ON, check_statement, environment_of_server
 from agent.config import parse as parse_config
@@ -247,6 +248,35 @@ def test_a_file_more_or_less_or_of_another_size_is_refused(snp: Left) -> None:
     refused(become(snp), "the folder does not hold")
     more.unlink()
     assert become(snp).status == 0
+
+
+def test_a_copy_of_the_folder_is_refused(left: Left) -> None:
+    """Whoever has receipt and sizes may bring such a folder: a file's bytes are not looked at."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        copy = Path(place)
+        shutil.copytree(left.out, copy, dirs_exist_ok=True)
+        file = min((copy / PUBLISHED_NAME).iterdir())
+        file.write_bytes(bytes(file.stat().st_size))
+        refused(become(dataclasses.replace(left, out=copy)), "it is of another folder")
+
+
+def test_a_folder_is_known_by_kernel_device_and_inode(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(path: Path) -> bytes:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            return folder_digest(folder)
+        finally:
+            os.close(folder)
+
+    (out / "below").mkdir()
+    (tmp_path / "boot_id").write_text("00000000-0000-4000-8000-000000000000\n")
+    first = digest(out)
+    assert first == digest(out)
+    assert digest(out / "below") != first
+    status = out.stat()
+    monkeypatch.setattr("agent.artifact.given.BOOT_ID", tmp_path / "boot_id")
+    numbers = status.st_dev.to_bytes(8) + status.st_ino.to_bytes(8)
+    assert digest(out) == hashlib.sha256(b"00000000-0000-4000-8000-000000000000" + numbers).digest() != first
 
 
 def test_a_mount_inside_the_model_is_refused(snp: Left) -> None:

@@ -59,6 +59,7 @@ STATEMENT = Statement(
     total_bytes=4,
     files_digest=digest_of_files(FILES),
     destination=DestinationKind.DIRECTORY,
+    folder_digest=b"f" * 32,
     server_command_digest="sha256:" + "a5" * 32,
     gpus=1,
     switches=0,
@@ -106,7 +107,7 @@ def test_the_statement_is_a_map_of_sorted_text_keys() -> None:
     packed = STATEMENT.pack()
     members = cbor2.loads(packed)
     assert list(members) == sorted(members, key=lambda key: (len(key), key))
-    assert packed.startswith(b"\xb8\x1a\x63tee\x63snp")
+    assert packed.startswith(b"\xb8\x1b\x63tee\x63snp")
     assert members["not_held"] == ["gate", "server"]
     assert STATEMENT.digest() == hashlib.sha384(packed).digest()
 
@@ -196,7 +197,7 @@ MEMBERS = [
     *("evidence.report", "evidence.certificates", "evidence.event_log"),
 ]
 ALLOWED = {
-    *((f"statement.{name}", Odd.NOTHING) for name in ("evidence_digest", "lease_s", "gpu_ready")),
+    *((f"statement.{name}", Odd.NOTHING) for name in ("evidence_digest", "lease_s", "folder_digest", "gpu_ready")),
     *((name, Odd.NOTHING) for name in ("rtmr_3", "unmeasured")),
     ("statement.simulated", Odd.TRUE),
     ("evidence.report", Odd.BYTES),

@@ -1,7 +1,8 @@
 """`keyturn exec`: in the container of the server, check what `keyturn load` left, then become the server.
 
-The order: configuration, folder, receipt, its evidence, its statement, the files. Nothing is fetched and nothing is decrypted.
-This process becomes the server, so nothing of ours stays: who watches, restarts or wipes is the pod's affair.
+The order: configuration, folder, receipt, its evidence, its statement, that it is of this folder, the files. Nothing is fetched
+and nothing is decrypted. This process becomes the server, so nothing of ours stays: who watches, restarts or wipes is the
+pod's affair.
 
 What the receipt's evidence is worth depends on who asks. With tee.attester = coco the guest's own components give fresh
 evidence: this guest is the one that the configuration was launched with, and the receipt's. Anywhere else the evidence of the
@@ -87,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         receipt = parse_receipt(data)
         same_guest = _believe(receipt, measured)
         check_statement(receipt, measured)
+        check_folder(receipt, folder)
         check_files(receipt, left.list_files(folder))
 
     # 3. Nothing of ours is left but the last word.
@@ -138,6 +140,23 @@ def check_statement(receipt: "Receipt", measured: "Measured") -> None:
     # refusal: test_a_statement_about_something_else_is_refused
     if statement.model_version < artifact.min_version:
         raise ReceiptError(ReceiptProblem.VERSION)
+
+
+def check_folder(receipt: "Receipt", folder: int) -> None:
+    """The receipt was left in this very folder: a copy may hold other bytes in files of the same names and sizes.
+
+    Raises:
+        ReceiptError: FOLDER.
+        DestinationError: the kernel refused.
+    """
+    from agent.artifact import given
+    from agent.artifact.window import translated
+
+    with translated():
+        here = given.folder_digest(folder)
+    # refusal: test_a_copy_of_the_folder_is_refused
+    if receipt.statement.folder_digest != here:
+        raise ReceiptError(ReceiptProblem.FOLDER)
 
 
 def check_files(receipt: "Receipt", files: "Iterable[LoadedFile]") -> None:
