@@ -316,7 +316,7 @@ def test_a_receipt_with_one_defect_is_refused_for_it(defect: str) -> None:
 def _as_a_set() -> bytes:
     """The same four parts, which Python unpacks from a set in any order."""
     parts = [cbor2.dumps(part, canonical=True) for part in cbor2.loads(sign_receipt(RECEIPT, KEY)).value]
-    return b"\xd2\xd9\x01\x02\x84" + b"".join(sorted(parts, key=lambda part: (len(part), part)))
+    return b"\xd2\xd9\x01\x02\x84" + b"".join(sorted(parts, key=lambda part: (len(bytes(part)), bytes(part))))
 
 
 @pytest.mark.parametrize("key", [True, 1.0])

@@ -112,7 +112,7 @@ class DetachedTmpfs:
     """A tmpfs no path leads to: when its last descriptor goes, so does the plaintext."""
 
     kind = DestinationKind.TMPFS
-    folder_digest = None
+    folder_digest: bytes | None = None
     directory: str | None = None
 
     def __init__(self, demand: Demand, gid: int | None) -> None:
@@ -158,7 +158,7 @@ class SealedMemfd:
     """One file without a name, sealed against writing; needs no privilege."""
 
     kind = DestinationKind.MEMFD
-    folder_digest = None
+    folder_digest: bytes | None = None
     noswap = False
     directory: str | None = None
 
