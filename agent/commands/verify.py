@@ -160,8 +160,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         "receipt",
         help="the receipt of a boot: which model was opened in which guest, under which policy",
         description="Verify the receipt of a boot: its key signed it, and evidence of a genuine guest covers that key and what "
-        "was known when the model key was released. That it is a guest which you know is yours to see: the measurement decides, "
-        "because any guest can make a receipt. The rest is that guest's own word: stages and times. What GPUs said was "
+        "was known when the model key was released. Any guest can make a receipt: whether this one is a guest that you know is "
+        "for you to see, by its measurement. The rest is that guest's own word: stages and times. What GPUs said was "
         "for the authority to judge, which has a record under the same request id.",
         epilog="Where an agent has it: /receipt of its health port, receipt.cbor beside its status file, or beside the model "
         "that `keyturn load` left. Example: keyturn verify receipt receipt.cbor --no-collateral --json",
