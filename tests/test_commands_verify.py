@@ -430,6 +430,14 @@ def test_people_see_by_which_guest_a_receipt_was_made(files: Files, verify: Veri
     assert {"gpu_ready", "unmeasured", "policy" if tee is Tee.SNP else "td_attributes"} <= shown.keys()
 
 
+def test_revocation_lists_count_for_a_receipt_too(files: Files, verify: Verify) -> None:
+    path = files.write("receipt.cbor", sign_receipt(make_receipt(files.machine, Tee.SNP), RECEIPT_KEY))
+    words = ("receipt", path, *files.trust, "--json")
+    assert verify(*words).claims["evidence"]["revocation_checked"] is False
+    own = files.machine.silicon / CRL_FILE
+    assert verify(*words, "--crl", own).claims["evidence"]["revocation_checked"] is True
+
+
 def test_a_receipt_of_a_guest_that_its_host_may_debug_is_not_verified(files: Files, verify: Verify) -> None:
     files.machine.policy |= 1 << 19
     files.machine.save()
