@@ -87,21 +87,21 @@ def parse(cose: bytes, max_bytes: int) -> Signature | None:
         if len(cose) > max_bytes:
             return None
         tag = cbor2.loads(cose)
-        protected, unprotected, payload, signature = tag.value
+        protected, _, payload, signature = tag.value
         header = cbor2.loads(protected)
-        canonical = cbor2.dumps(tag, canonical=True) == cose and cbor2.dumps(header, canonical=True) == protected
+        algorithm, key_id = header[_ALG], header[_KID]
+        # Written by us these parts are the same bytes. Python takes a set for an array, and `true` for 1.
+        # refusal: test_receipt.py::test_what_python_takes_for_the_same_is_malformed
+        if cbor2.dumps({_ALG: algorithm, _KID: key_id}, canonical=True) != protected:
+            return None
+        # refusal: test_receipt.py::test_what_python_takes_for_the_same_is_malformed
+        if cbor2.dumps(cbor2.CBORTag(_COSE_SIGN1, [protected, {}, payload, signature]), canonical=True) != cose:
+            return None
     except Exception:  # noqa: BLE001  # cbor2 lets through what its constructors and the bytes provoke
         return None
-    # Nothing unprotected, and nothing that we do not understand.
-    if not canonical or not isinstance(tag, cbor2.CBORTag) or tag.tag != _COSE_SIGN1 or unprotected != {}:
+    if type(algorithm) is not int or not all(isinstance(part, bytes) for part in (key_id, payload, signature)):
         return None
-    if not isinstance(header, dict):
-        return None
-    if header.keys() != {_ALG, _KID} or not isinstance(header[_ALG], int) or not isinstance(header[_KID], bytes):
-        return None
-    if not isinstance(payload, bytes) or not isinstance(signature, bytes):
-        return None
-    return Signature(header[_ALG], header[_KID], protected, payload, signature)
+    return Signature(algorithm, key_id, protected, payload, signature)
 
 
 def verify(found: Signature, key: PublicKey) -> None:

@@ -1230,6 +1230,7 @@ class ReceiptProblem(enum.Enum):
     SIMULATED = "it is of simulated silicon, which the configuration does not allow"
     MODE = "it is not of a boot that left its model to another container"
     CONFIG = "it is of a guest with another configuration"
+    FOLDER = "it is of another folder, or of another start of the guest"
     MODEL = "it is of another model, or of another key, than the configuration names"
     VERSION = "its model is older than the configuration allows"
     GUEST = "it is of another guest than this one"

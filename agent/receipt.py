@@ -43,6 +43,7 @@ DIGEST_BYTES = 48
 
 _KEY_LABEL = "keyturn/v1/receipt-key"
 _FILES_BYTES = 32
+_FOLDER_BYTES = 32
 _MAX_KEY_BYTES = 128
 _MAX_INTEGER = 1 << 53
 _SHA256 = re.compile(r"sha256:[0-9a-f]{64}")
@@ -95,6 +96,7 @@ class Statement:
         files: how many; 0 of a volume, whose files are known when it is open.
         total_bytes: in all of them.
         files_digest: `digest_of_files`.
+        folder_digest: of a given directory, as `artifact.given.folder_digest`; else None.
         server_command_digest: `sha256:…`, of no words where another container serves.
         gpu_ready: None without GPUs.
     """
@@ -121,6 +123,7 @@ class Statement:
     total_bytes: int
     files_digest: bytes
     destination: DestinationKind
+    folder_digest: bytes | None
     server_command_digest: str
     gpus: int
     switches: int
@@ -267,6 +270,9 @@ def _receipt_of(payload: bytes) -> Receipt:
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
     if (statement.files == 0) != (statement.destination is DestinationKind.VOLUME):
         raise ValueError("files")
+    # refusal: test_a_receipt_with_one_defect_is_refused_for_it
+    if statement.tee is Tee.SAMPLE and not statement.simulated:  # anybody makes such evidence
+        raise ValueError("simulated")
     # refusal: test_a_receipt_with_one_defect_is_refused_for_it
     if list(statement.not_held) != [item for item in NotHeld if item in statement.not_held]:
         raise ValueError("statement")
@@ -420,6 +426,7 @@ _STATEMENT: Mapping[str, _Read] = {
     "total_bytes": _integer,
     "files_digest": _bytes(_FILES_BYTES),
     "destination": _one_of(DestinationKind),
+    "folder_digest": _optional(_bytes(_FOLDER_BYTES)),
     "server_command_digest": _sha256,
     "gpus": _integer,
     "switches": _integer,

@@ -97,6 +97,7 @@ class Notary:
             total_bytes=prepared.total_plaintext_bytes,
             files_digest=digest_of_files(model.files),
             destination=prepared.destination.kind,
+            folder_digest=prepared.destination.folder_digest,
             server_command_digest=devices.server_command_digest,
             gpus=len(inventory.gpus) if inventory else 0,
             switches=len(inventory.switches) if inventory else 0,

@@ -4,6 +4,7 @@ The folder is mounted read-only in a mount namespace of the test's, as a pod's s
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -19,15 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
+from agent import cose
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME, folder_digest
 from agent.closed import Ident
 from agent.commands.exec import NOT_HANDED_ON, check_statement, environment_of_server
 from agent.config import parse as parse_config
 from agent.errors import ReceiptError
 from agent.evidence import Tee
 from agent.modes import Mode
-from agent.receipt import parse_receipt
+from agent.receipt import NotHeld, ReadyState, parse_receipt, sign_receipt
 from agent.sim.api_server_rest import Components
 from agent.sim.machine import SimulatedMachine
 from tests.test_commands_load import load, loads
@@ -152,6 +155,8 @@ def test_what_load_left_is_served(left: Left) -> None:
         "simulated": True,
     }
     assert receipt.statement.manifest_digest == left.world.manifest_digest
+    assert {NotHeld.POD_EVIDENCE, NotHeld.GUEST_ATTESTED, NotHeld.SERVER} <= set(receipt.statement.not_held)
+    assert (receipt.statement.gpus, receipt.statement.gpu_ready) == (1, ReadyState.PRESET)
     assert (receipt.unmeasured is None) == (left.tee is Tee.TDX)
 
 
@@ -195,6 +200,12 @@ def test_the_server_keeps_the_containers_environment_but_for_what_looks_into_it(
     assert {name: environment.get(name) for name in given} == given
     assert not {*NOT_HANDED_ON, "KEYTURN_GIVEN", "KEYTURN_CLEANED"} & environment.keys()
     assert environment["VLLM_NO_USAGE_STATS"] == "1"
+
+
+def test_the_server_ignores_no_signal(snp: Left) -> None:
+    """Python ignores SIGPIPE, and what is ignored stays so: a pipe of the server's would never end."""
+    said = become(snp, "/bin/sh", "-c", """printf '{"ignored": "%s"}' $(sed -n 's/SigIgn:.//p' /proc/self/status)""")
+    assert int(said.out["ignored"], 16) == 0
 
 
 def test_variables_that_look_into_a_process_are_not_handed_on() -> None:
@@ -241,6 +252,60 @@ def test_a_file_more_or_less_or_of_another_size_is_refused(snp: Left) -> None:
     refused(become(snp), "the folder does not hold")
     more.unlink()
     assert become(snp).status == 0
+
+
+def test_a_copy_of_the_folder_is_refused(left: Left) -> None:
+    """Whoever has receipt and sizes may bring such a folder: a file's bytes are not looked at."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as place:
+        copy = Path(place)
+        shutil.copytree(left.out, copy, dirs_exist_ok=True)
+        file = min((copy / PUBLISHED_NAME).iterdir())
+        file.write_bytes(bytes(file.stat().st_size))
+        refused(become(dataclasses.replace(left, out=copy)), "it is of another folder")
+
+
+def test_a_folder_is_known_by_kernel_device_and_inode(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def digest(path: Path) -> bytes:
+        folder = os.open(path, os.O_RDONLY)
+        try:
+            return folder_digest(folder)
+        finally:
+            os.close(folder)
+
+    (out / "below").mkdir()
+    (tmp_path / "boot_id").write_text("00000000-0000-4000-8000-000000000000\n")
+    first = digest(out)
+    assert first == digest(out)
+    assert digest(out / "below") != first
+    status = out.stat()
+    monkeypatch.setattr("agent.artifact.given.BOOT_ID", tmp_path / "boot_id")
+    numbers = status.st_dev.to_bytes(8) + status.st_ino.to_bytes(8)
+    assert digest(out) == hashlib.sha256(b"00000000-0000-4000-8000-000000000000" + numbers).digest() != first
+
+
+def forge(left: Left, *, vouched: bool, **changes: Any) -> None:
+    """Another receipt beside the model, of its own key; `vouched`: with evidence over it, as any container gets it."""
+    path = left.out / RECEIPT_NAME
+    receipt = parse_receipt(path.read_bytes())
+    key = ec.generate_private_key(ec.SECP256R1())
+    statement = dataclasses.replace(receipt.statement, **changes)
+    receipt = dataclasses.replace(receipt, statement=statement, key=cose.spki(key.public_key()))
+    if vouched:
+        receipt = dataclasses.replace(receipt, evidence=left.world.machine.attester(left.tee).collect(receipt.report_data()))
+    path.unlink()
+    path.write_bytes(sign_receipt(receipt, key))
+
+
+def test_evidence_that_does_not_cover_the_receipt_is_refused(left: Left) -> None:
+    forge(left, vouched=False)
+    refused(become(left), "its evidence covers another key")
+
+
+def test_a_receipt_of_this_guest_about_something_else_is_refused(snp: Left) -> None:
+    forge(snp, vouched=True)
+    assert become(snp).status == 0, "the forger's is as good as ours: not_held says pod-evidence"
+    forge(snp, vouched=True, mode=Mode.GUEST)
+    refused(become(snp), "it is not of a boot")
 
 
 def test_a_mount_inside_the_model_is_refused(snp: Left) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import rsa
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from agent.broker.anchors import load_simulation_roots
 from agent.cli import main
-from agent.commands.verify import kds_urls
+from agent.commands.verify import kds_urls, lacking
 from agent.evidence import GpuEvidence, GpuNonce, ReportData, Tee
 from agent.evidence.ccel import pack_event_log
 from agent.evidence.snp_abi import CertificateKind, TcbVersion, parse_report
@@ -26,6 +28,7 @@ from agent.sim.gpu_silicon import FWID
 from agent.sim.machine import SimulatedMachine
 from agent.sim.snp import CRL_FILE, make_crl
 from agent.sim.tdx import SimulatedTdx, make_event_log, make_td_report
+from agent.verify.receipt import verify_receipt
 from agent.verify.snp import load_certificate
 from tests.certificates import pem, table
 from tests.gpus import GENUINE_GPUS, INVALID_SIGNATURES, RECORDED, SimulatedSet, recorded
@@ -413,6 +416,43 @@ def test_a_receipt_is_verified_for_people_too(files: Files, verify: Verify, tee:
     spoiled = files.write("spoiled.cbor", path.read_bytes()[:-1] + b"x")
     refusal = verify("receipt", spoiled, *files.trust)
     assert (refusal.status, refusal.out, json.loads(refusal.err)["class"]) == (24, "", "ReceiptError")
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_people_see_by_which_guest_a_receipt_was_made(files: Files, verify: Verify, tee: Tee) -> None:
+    path = files.write("receipt.cbor", sign_receipt(make_receipt(files.machine, tee), RECEIPT_KEY))
+    claims = verify("receipt", path, *files.trust, "--no-collateral", "--json").claims["evidence"]
+    shown = dict(
+        line.split(maxsplit=1) for line in verify("receipt", path, *files.trust, "--no-collateral").out.splitlines()[1:]
+    )
+    names = ["measurement", "vmpl"] if tee is Tee.SNP else ["mr_td", "rtmr_0", "rtmr_1", "rtmr_2", "tcb"]
+    assert {name: shown[name] for name in names} == {name: str(claims[name]) for name in names}
+    assert {"gpu_ready", "unmeasured", "policy" if tee is Tee.SNP else "td_attributes"} <= shown.keys()
+
+
+def test_revocation_lists_count_for_a_receipt_too(files: Files, verify: Verify) -> None:
+    path = files.write("receipt.cbor", sign_receipt(make_receipt(files.machine, Tee.SNP), RECEIPT_KEY))
+    words = ("receipt", path, *files.trust, "--json")
+    assert verify(*words).claims["evidence"]["revocation_checked"] is False
+    own = files.machine.silicon / CRL_FILE
+    assert verify(*words, "--crl", own).claims["evidence"]["revocation_checked"] is True
+
+
+def test_a_receipt_of_a_guest_that_its_host_may_debug_is_not_verified(files: Files, verify: Verify) -> None:
+    files.machine.policy |= 1 << 19
+    files.machine.save()
+    path = files.write("receipt.cbor", sign_receipt(make_receipt(files.machine, Tee.SNP), RECEIPT_KEY))
+    said = verify("receipt", path, *files.trust)
+    assert (said.status, "its host may read and write" in said.err) == (1, True)
+    assert said.out.startswith("not all verified: ")
+
+
+@pytest.mark.parametrize("tee", [Tee.SNP, Tee.TDX])
+def test_genuine_evidence_does_not_make_up_for_simulated_devices(machine: SimulatedMachine, tee: Tee) -> None:
+    claims = verify_receipt(make_receipt(machine, tee), load_simulation_roots(machine.roots_dir), (), datetime.now(UTC))
+    assert "not all of its silicon" in str(lacking(claims, simulation_trusted=False))
+    assert lacking(claims, simulation_trusted=True) is None
+    assert lacking(replace(claims, simulated=False), simulation_trusted=False) is None
 
 
 def test_what_a_receipt_lacks_is_said(files: Files, verify: Verify) -> None:

@@ -59,6 +59,7 @@ STATEMENT = Statement(
     total_bytes=4,
     files_digest=digest_of_files(FILES),
     destination=DestinationKind.DIRECTORY,
+    folder_digest=b"f" * 32,
     server_command_digest="sha256:" + "a5" * 32,
     gpus=1,
     switches=0,
@@ -106,7 +107,7 @@ def test_the_statement_is_a_map_of_sorted_text_keys() -> None:
     packed = STATEMENT.pack()
     members = cbor2.loads(packed)
     assert list(members) == sorted(members, key=lambda key: (len(key), key))
-    assert packed.startswith(b"\xb8\x1a\x63tee\x63snp")
+    assert packed.startswith(b"\xb8\x1b\x63tee\x63snp")
     assert members["not_held"] == ["gate", "server"]
     assert STATEMENT.digest() == hashlib.sha384(packed).digest()
 
@@ -196,7 +197,7 @@ MEMBERS = [
     *("evidence.report", "evidence.certificates", "evidence.event_log"),
 ]
 ALLOWED = {
-    *((f"statement.{name}", Odd.NOTHING) for name in ("evidence_digest", "lease_s", "gpu_ready")),
+    *((f"statement.{name}", Odd.NOTHING) for name in ("evidence_digest", "lease_s", "folder_digest", "gpu_ready")),
     *((name, Odd.NOTHING) for name in ("rtmr_3", "unmeasured")),
     ("statement.simulated", Odd.TRUE),
     ("evidence.report", Odd.BYTES),
@@ -252,7 +253,7 @@ def _parts(**changes: Any) -> bytes:
     return cbor2.dumps(cbor2.CBORTag(18, list(parts.values())), canonical=True)
 
 
-def _headed(header: dict[int, Any]) -> bytes:
+def _headed(header: dict[Any, Any]) -> bytes:
     """Another header, and the key's signature over it."""
     protected, payload = cbor2.dumps(header, canonical=True), RECEIPT.pack()
     structure = cbor2.dumps(["Signature1", protected, b"", payload], canonical=True)
@@ -299,6 +300,7 @@ DEFECTS: dict[str, tuple[Callable[[], bytes], ReceiptProblem]] = {
         lambda: with_member("statement", STATEMENT.pack().replace(b"\x65files\x02", b"\x65files\x18\x02")),
         ReceiptProblem.MALFORMED,
     ),
+    "sample evidence that calls itself genuine": (lambda: with_member("statement.tee", "sample"), ReceiptProblem.MALFORMED),
     "a stage that is none": (lambda: with_member("stages", {"lunch": 1}), ReceiptProblem.MALFORMED),
 }
 
@@ -309,6 +311,21 @@ def test_a_receipt_with_one_defect_is_refused_for_it(defect: str) -> None:
     with pytest.raises(ReceiptError) as caught:
         parse_receipt(make())
     assert caught.value.problem is problem
+
+
+def _as_a_set() -> bytes:
+    """The same four parts, which Python unpacks from a set in any order."""
+    parts = [cbor2.dumps(part, canonical=True) for part in cbor2.loads(sign_receipt(RECEIPT, KEY)).value]
+    return b"\xd2\xd9\x01\x02\x84" + b"".join(sorted(parts, key=lambda part: (len(bytes(part)), bytes(part))))
+
+
+@pytest.mark.parametrize("key", [True, 1.0])
+def test_what_python_takes_for_the_same_is_malformed(key: object) -> None:
+    """True, 1.0 and 1 are one key of a Python map; a set may unpack as an array does. The key signed all of it."""
+    for data in (*(_as_a_set() for _ in range(64)), _headed({key: -7, 4: cose.key_id(KEY.public_key())})):
+        with pytest.raises(ReceiptError) as caught:
+            parse_receipt(data)
+        assert caught.value.problem is ReceiptProblem.MALFORMED
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xd2\x84", b"\x81" * 900, bytes(MAX_RECEIPT_BYTES + 1)])

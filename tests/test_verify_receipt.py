@@ -32,7 +32,7 @@ def now() -> datetime:
 
 def make(machine: SimulatedMachine, tee: Tee, *, measure: bool = True, content: str | None = None) -> Receipt:
     """As a notary does: state, measure, vouch, sign."""
-    statement = dataclasses.replace(STATEMENT, tee=tee, simulated=True)
+    statement = dataclasses.replace(STATEMENT, tee=tee, simulated=True, config_digest=machine.host_data)
     receipt = dataclasses.replace(
         RECEIPT,
         statement=statement,
@@ -88,6 +88,15 @@ def test_evidence_over_another_key_or_statement_is_refused(machine: SimulatedMac
 def test_sample_evidence_proves_nothing_and_says_so(machine: SimulatedMachine) -> None:
     claims = verify_receipt(make(machine, Tee.SAMPLE), (), (), now())
     assert (claims.evidence, claims.simulated) == (None, True)
+
+
+@pytest.mark.parametrize("tee", SILICON)
+def test_a_statement_names_the_configuration_that_the_guest_was_launched_with(machine: SimulatedMachine, tee: Tee) -> None:
+    receipt = make(machine, tee, measure=False)
+    machine.host_data = b"o" * 32
+    machine.save()
+    other = dataclasses.replace(receipt, evidence=fresh(machine, tee, receipt.report_data()))
+    assert refusal(lambda: verify_receipt(other, roots(machine), (), now())) is ReceiptProblem.CONFIG
 
 
 @pytest.mark.parametrize("content", ["{}", '{"statement_digest":"sha384:00"}', "no JSON", '{"statement_digest":7}'])

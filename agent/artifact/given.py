@@ -11,6 +11,7 @@ it came. Standard library only, because the supervisor imports it.
 
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 import stat
@@ -23,6 +24,9 @@ PUBLISHED_NAME = "model"
 RECEIPT_NAME = "receipt.cbor"
 """Of an agent that leaves the model to others; appears after it, as the last."""
 SPREAD_NAME = ".keyturn-spread"
+
+BOOT_ID = "/proc/sys/kernel/random/boot_id"
+"""Drawn by the guest's kernel when it started, and the same in every container."""
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _TRIES = 20
@@ -66,6 +70,20 @@ def release(folder: int, mark: int) -> None:
     _empty(folder, mark)
     with suppress(FileNotFoundError):  # a spread model has none
         os.rmdir(MARK_NAME, dir_fd=folder)
+
+
+def folder_digest(folder: int) -> bytes:
+    """Which folder this is, of which start of which guest: SHA-256 over the kernel's boot id, device and inode, 32 bytes.
+
+    The same in every container that has the folder mounted; another one of a copy, and of any folder after a restart.
+
+    Raises:
+        OSError: the kernel refused.
+    """
+    with open(BOOT_ID, "rb") as file:
+        boot_id = file.read(64).strip()
+    status = os.fstat(folder)
+    return hashlib.sha256(boot_id + status.st_dev.to_bytes(8) + status.st_ino.to_bytes(8)).digest()
 
 
 def leave_receipt(folder: int, mark: int, receipt: bytes) -> None:

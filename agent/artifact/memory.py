@@ -84,11 +84,13 @@ class Destination(Protocol):
     Attributes:
         noswap: the kernel never swaps it.
         directory: path of the published folder; None where a descriptor is handed over.
+        folder_digest: of a given directory, as `given.folder_digest`; else None.
     """
 
     kind: DestinationKind
     noswap: bool
     directory: str | None
+    folder_digest: bytes | None
 
     def create(self, path: str, size: int) -> None:
         """Make one file of `size` zero bytes; no memory is taken yet. Raises DestinationError."""
@@ -110,6 +112,7 @@ class DetachedTmpfs:
     """A tmpfs no path leads to: when its last descriptor goes, so does the plaintext."""
 
     kind = DestinationKind.TMPFS
+    folder_digest: bytes | None = None
     directory: str | None = None
 
     def __init__(self, demand: Demand, gid: int | None) -> None:
@@ -155,6 +158,7 @@ class SealedMemfd:
     """One file without a name, sealed against writing; needs no privilege."""
 
     kind = DestinationKind.MEMFD
+    folder_digest: bytes | None = None
     noswap = False
     directory: str | None = None
 
@@ -235,6 +239,7 @@ class GivenDirectory:
         with ExitStack() as undo:
             undo.callback(os.close, self._parent)
             with translated():
+                self.folder_digest: bytes | None = given.folder_digest(self._parent)
                 try:
                     self._mark = given.acquire(self._parent)
                 except BlockingIOError:

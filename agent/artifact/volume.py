@@ -51,6 +51,7 @@ class Volume:
     """As a destination: what the boot says of where plaintext lies."""
 
     kind = DestinationKind.VOLUME
+    folder_digest: bytes | None = None
     noswap = True  # clean pages of a file system: dropped and read again, never swapped
 
 

@@ -1,7 +1,8 @@
 """`keyturn exec`: in the container of the server, check what `keyturn load` left, then become the server.
 
-The order: configuration, folder, receipt, its evidence, its statement, the files. Nothing is fetched and nothing is decrypted.
-This process becomes the server, so nothing of ours stays: who watches, restarts or wipes is the pod's affair.
+The order: configuration, folder, receipt, its evidence, its statement, that it is of this folder, the files. Nothing is fetched
+and nothing is decrypted. This process becomes the server, so nothing of ours stays: who watches, restarts or wipes is the
+pod's affair.
 
 What the receipt's evidence is worth depends on who asks. With tee.attester = coco the guest's own components give fresh
 evidence: this guest is the one that the configuration was launched with, and the receipt's. Anywhere else the evidence of the
@@ -12,6 +13,7 @@ import argparse
 import json
 import os
 import secrets
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         receipt = parse_receipt(data)
         same_guest = _believe(receipt, measured)
         check_statement(receipt, measured)
+        check_folder(receipt, folder)
         check_files(receipt, left.list_files(folder))
 
     # 3. Nothing of ours is left but the last word.
@@ -96,6 +99,9 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         hardening.harden_successor()
+        for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and an ignored signal stays so
+            # refusal: test_the_server_ignores_no_signal
+            signal.signal(number, signal.SIG_DFL)
         os.execvpe(args.command[0], args.command, environment)  # the server
     except OSError as error:
         raise ServerStartError(error.errno or 0) from error
@@ -134,6 +140,23 @@ def check_statement(receipt: "Receipt", measured: "Measured") -> None:
     # refusal: test_a_statement_about_something_else_is_refused
     if statement.model_version < artifact.min_version:
         raise ReceiptError(ReceiptProblem.VERSION)
+
+
+def check_folder(receipt: "Receipt", folder: int) -> None:
+    """The receipt was left in this very folder: a copy may hold other bytes in files of the same names and sizes.
+
+    Raises:
+        ReceiptError: FOLDER.
+        DestinationError: the kernel refused.
+    """
+    from agent.artifact import given
+    from agent.artifact.window import translated
+
+    with translated():
+        here = given.folder_digest(folder)
+    # refusal: test_a_copy_of_the_folder_is_refused
+    if receipt.statement.folder_digest != here:
+        raise ReceiptError(ReceiptProblem.FOLDER)
 
 
 def check_files(receipt: "Receipt", files: "Iterable[LoadedFile]") -> None:
@@ -179,8 +202,7 @@ def _believe(receipt: "Receipt", measured: "Measured") -> bool:
         _check_launch(launch_digest(here), measured)
         return True
     verify_receipt(receipt, _simulated_roots(config), (), datetime.now(UTC))
-    _check_launch(launch_digest(receipt.evidence), measured)
-    return False
+    return False  # of a guest launched with the statement's configuration, which `check_statement` compares
 
 
 def _check_launch(field: bytes | None, measured: "Measured") -> None:

@@ -60,7 +60,7 @@ from agent.receipt import Statement, parse_receipt
 from agent.report import MAX_RECEIPT_BYTES
 from agent.verify.crl import MAX_CRL_BYTES, RevocationList, parse_crl
 from agent.verify.nvidia import GPU_ARCHS, FspClaims, GpuClaims, SwitchClaims, verify_fsp, verify_gpu, verify_switch
-from agent.verify.receipt import verify_receipt
+from agent.verify.receipt import ReceiptClaims, verify_receipt
 from agent.verify.snp import ACCEPTED_VERSIONS, SnpClaims, load_certificate, verify_snp
 from agent.verify.tdx import TcbStatus, TdxClaims, check_event_log, verify_tdx
 from agent.verify.tdx_collateral import MAX_COLLATERAL_BYTES, evaluate_tcb
@@ -160,7 +160,8 @@ def add_parser(verbs: Any, summary: str) -> None:
         "receipt",
         help="the receipt of a boot: which model was opened in which guest, under which policy",
         description="Verify the receipt of a boot: its key signed it, and evidence of a genuine guest covers that key and what "
-        "was known when the model key was released. The rest is that guest's own word: stages and times. What GPUs said was "
+        "was known when the model key was released. Any guest can make a receipt: whether this one is a guest that you know is "
+        "for you to see, by its measurement. The rest is that guest's own word: stages and times. What GPUs said was "
         "for the authority to judge, which has a record under the same request id.",
         epilog="Where an agent has it: /receipt of its health port, receipt.cbor beside its status file, or beside the model "
         "that `keyturn load` left. Example: keyturn verify receipt receipt.cbor --no-collateral --json",
@@ -224,8 +225,10 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(finding.record))
     else:
         print(finding.headline)
+        evidence = finding.record.get("evidence")  # of a receipt
+        claims = {**(evidence if isinstance(evidence, dict) else {}), **finding.record}
         for name in finding.shown:
-            print(f"  {name:<16}{_text(finding.record[name])}")
+            print(f"  {name:<15} {_text(claims[name])}")
     if finding.missing is None:
         return 0
     print(f"keyturn: not verified: {finding.missing}", file=sys.stderr)
@@ -530,7 +533,8 @@ def _receipt(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding
             claims, missing = _evaluated(args, claims, evidence, now)
             said, silicon = _tdx_record(claims), f"a TD on {_silicon(claims.simulated)} platform"
         case None:
-            said, missing = {"tee": evidence.tee.value}, "sample evidence proves nothing"
+            said = {"tee": evidence.tee.value}
+    missing = lacking(verified, simulation_trusted=bool(roots)) or missing
     plain = {field.name: getattr(statement, field.name) for field in fields(Statement)}
     record: dict[str, object] = {
         **{name: _json(value) for name, value in plain.items()},
@@ -549,15 +553,33 @@ def _receipt(args: argparse.Namespace, roots: _Roots, now: datetime) -> _Finding
         f"{'verified' if missing is None else 'not all verified'}: {model} was opened in {silicon}, under policy version "
         f"{statement.policy_version}",
         record,
-        _SHOWN_OF_RECEIPT,
+        (*_SHOWN_OF_RECEIPT, *(name for name in _SHOWN_OF_ITS_EVIDENCE if name in said)),
         missing,
     )
 
 
 _SHOWN_OF_RECEIPT = (
     *("manifest_digest", "key_uri", "key_id", "policy_version", "request_id", "mode", "not_held", "simulated", "gpus"),
-    *("config_digest", "server_command_digest", "logged", "made_at"),
+    *("gpu_ready", "config_digest", "server_command_digest", "logged", "unmeasured", "made_at"),
 )
+_SHOWN_OF_ITS_EVIDENCE = (
+    *("measurement", "policy", "vmpl", "guest_svn", "reported_tcb"),
+    *("mr_td", "rtmr_0", "rtmr_1", "rtmr_2", "td_attributes", "tcb", "advisory_ids", "tee_tcb_svn"),
+)
+
+
+def lacking(verified: ReceiptClaims, *, simulation_trusted: bool) -> str | None:
+    """Why a receipt of genuine evidence proves less than it seems to; None: it does not."""
+    match verified.evidence:
+        case None:
+            return "sample evidence proves nothing"
+        # refusal: test_a_receipt_of_a_guest_that_its_host_may_debug_is_not_verified
+        case SnpClaims() as claims if claims.report.policy.debug:  # a TD under debug has no claims
+            return "its host may read and write the guest, and can have made this receipt"
+    # refusal: test_genuine_evidence_does_not_make_up_for_simulated_devices
+    if verified.simulated and not simulation_trusted:
+        return "its guest says that not all of its silicon was genuine"
+    return None
 
 
 def _json(value: object) -> object:

@@ -57,7 +57,7 @@ def verify_receipt(
         lists: AMD's revocation lists; None: revocation is not looked at.
 
     Raises:
-        ReceiptError: BINDING or EVENT_LOG.
+        ReceiptError: BINDING, CONFIG or EVENT_LOG.
         MalformedEvidenceError, EvidenceVerificationError: as `verify_snp` and `verify_tdx`.
     """
     # 1. The Evidence is over this key and this statement.
@@ -71,7 +71,13 @@ def verify_receipt(
         case Tee.TDX:
             claims = verify_tdx(receipt.evidence, roots, now)
 
-    # 3. What it says was measured stands in that log.
+    # 3. The guest was launched with the configuration that the statement names.
+    launched_with = launch_digest(receipt.evidence)
+    # refusal: test_a_statement_names_the_configuration_that_the_guest_was_launched_with
+    if launched_with is not None and launched_with != _fit(receipt.statement.config_digest, len(launched_with)):
+        raise ReceiptError(ReceiptProblem.CONFIG)
+
+    # 4. What it says was measured stands in that log.
     measured = receipt.unmeasured is None
     logged = measured and _has_release(receipt, receipt.evidence)
     # refusal: test_a_measured_release_stands_in_the_log
@@ -158,6 +164,11 @@ def _has_release(receipt: Receipt, evidence: Evidence) -> bool:
     if not evidence.event_log:
         return False
     return receipt.statement.digest() in _statements(parse_event_log(evidence.event_log))
+
+
+def _fit(digest: bytes, length: int) -> bytes:
+    """As `guest/initdata.py` has it."""
+    return digest[:length].ljust(length, b"\0")
 
 
 def _of_launch(td: TdBody) -> tuple[bytes | None, ...]:
