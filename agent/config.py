@@ -143,7 +143,7 @@ class ArtifactConfig(_Section, frozen=True, kw_only=True):
     timeout_s: Annotated[int, msgspec.Meta(ge=1, le=86400)] = 3600
 
     def __repr__(self) -> str:
-        return f"ArtifactConfig(source={self.source!r}, …)"  # credentials stand in no text
+        return f"ArtifactConfig(source={self.source.partition('?')[0]!r}, …)"  # credentials stand in no text
 
     @property
     def digest(self) -> str:
@@ -625,7 +625,9 @@ EXPLAIN = {
     "status and events say simulated",
     "artifact.source": "where the sealed model lies: absolute path or http(s) URL of an OCI image layout, "
     "oci://host[:port]/repository of a registry, or s3://bucket[/prefix] of a layout in a bucket. http and oci+http go without "
-    "TLS: the network then sees names and sizes; every byte is authenticated all the same",
+    "TLS: the network then sees names and sizes; every byte is authenticated all the same. The query of an https URL goes with "
+    "every request, for stores that sign a prefix (shared access signatures); S3 presigns one object and a layout has many, so "
+    "a bucket takes artifact.user or artifact.credentials_uri",
     "artifact.user": "user name at the registry, or access key id of the bucket; default: asked for without credentials. The "
     "host reads this configuration, so they are to keep others from the store, not the host: let them read this model and "
     "nothing else, or leave them to the key broker, artifact.credentials_uri",

@@ -193,7 +193,7 @@ def _answer(handler: http.server.BaseHTTPRequestHandler, root: Path, fault: Faul
         return _head(handler, 307, {"Location": f"http://127.0.0.1:{port + 1}{handler.path}", "Content-Length": "0"})
     if fault is Fault.REDIRECT_NOWHERE:
         return _head(handler, 307, {"Content-Length": "0"})
-    _send_file(handler, root / handler.path.removeprefix("/moved").lstrip("/"), fault, done)
+    _send_file(handler, root / handler.path.partition("?")[0].removeprefix("/moved").lstrip("/"), fault, done)
 
 
 def _drip(handler: http.server.BaseHTTPRequestHandler, pieces: Iterable[bytes], done: threading.Event) -> None:

@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.artifact.sources import LayoutSource, open_source
-from agent.errors import AgentError, ArtifactUnavailableError, ConfigError, StoreProblem
+from agent.config import ArtifactConfig
+from agent.errors import AgentError, ArtifactUnavailableError, ConfigError, ConfigProblem, StoreProblem
 from tests.range_server import Fault, RangeServer, make_certificate
 from tests.raw_http import answers
 
@@ -126,6 +127,11 @@ def test_a_folder_is_named_by_path_or_url(layout: Path, form: str) -> None:
         "http:///x",
         "http://user:password@host/x",
         "http://host/x?y",
+        "http://host/x?y#z",
+        "https://host/x?",
+        "https://host/x?y#z",
+        "https://host/x?y z",
+        "https://host/x?é",
         "http://host/x#y",
         "http://host:x/",
         "http://host:0/",
@@ -152,6 +158,29 @@ def test_a_url_may_have_a_path(layout: Path) -> None:
         source = open_source(f"{server.url}/{layout.name}/", None, TIMEOUT_S)
         assert source.read_index(5) == b"index"
         source.close()
+
+
+def test_the_query_of_a_url_goes_with_every_request(layout: Path) -> None:
+    query = "sv=2026-11-01&sig=a%2Bb%3D&se=2026-12-01T00%3A00%3A00Z"
+    with RangeServer(layout.parent) as server:
+        source = open_source(f"{server.url}/{layout.name}?{query}", None, TIMEOUT_S)
+        assert source.read_index(5) == b"index"
+        assert read(source, 0, 16) == DATA[:16]
+        source.close()
+    assert [path.partition("?")[2] for path, _ in server.requests] == [query, query]
+
+
+def test_a_signed_query_goes_over_tls_only() -> None:
+    open_source("https://host.example/x?sig=1", None, TIMEOUT_S).close()
+    with pytest.raises(ConfigError) as caught:
+        open_source("http://host.example/x?sig=1", None, TIMEOUT_S)
+    assert (caught.value.key, caught.value.problem) == ("artifact.source", ConfigProblem.NEEDS_OTHER_KEY)
+
+
+def test_a_signed_query_stands_in_no_text() -> None:
+    text = repr(ArtifactConfig(source="https://host.example/x?sig=hidden", manifest_digest="sha256:" + "0" * 64))
+    assert "host.example" in text
+    assert "hidden" not in text
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from agent.errors import ConfigError, ConfigProblem, CredentialsProblem, StoreCr
 from agent.proxy import Proxy, is_loopback
 from agent.store_credentials import StoreCredentials
 
+_QUERY = re.compile(r"[!$-;=?-Z_a-z~]{1,1024}")  # RFC 3986: no fragment, no brackets, nothing that is no text
 _HEADER_TEXT = re.compile(r"[ -~]+")  # as `store_credentials.py` has it of what the broker gives
 
 
@@ -87,7 +88,8 @@ def open_source(
 
     Args:
         location: a path, `dir:///path`, `file:///path` (neither percent-encoded), an http(s) URL of a layout's root,
-            `oci://host[:port]/repository` (`oci+http://` without TLS), or `s3://bucket[/prefix]` of a layout's root.
+            with the query that signs its requests, if they have one; `oci://host[:port]/repository` (`oci+http://` without
+            TLS), or `s3://bucket[/prefix]` of a layout's root.
         ca_pem: the only CAs to trust for https, PEM; None: the system's.
         timeout_s: seconds for one request over a network, from connecting to the last byte, redirects included.
         access: credentials, for registries and S3 only.
@@ -95,7 +97,8 @@ def open_source(
 
     Raises:
         ConfigError: the location cannot be one (`artifact.source`), credentials would be sent in the open
-            (`artifact.secret`), or fit into no header (`artifact.user`, `artifact.session_token`).
+            (`artifact.secret`, and `artifact.source` where a query is one), or fit into no header (`artifact.user`,
+            `artifact.session_token`).
         ArtifactUnavailableError: there is no such folder, or no CA to trust.
     """
     from agent.artifact.sources.directory import DirectorySource
@@ -123,11 +126,15 @@ def open_source(
                 if text is not None and not _HEADER_TEXT.fullmatch(text):
                     raise ConfigError(ConfigProblem.BAD_VALUE, Ident(f"artifact.{key}"))
             return S3Source(bucket, ca_pem, access, timeout_s, proxy)
-        parts = urlsplit(location)
-        # Credentials would end up in places that show the source; a query cannot be joined with a blob's path.
-        clean = location.isascii() and not any(character in location for character in "@?#")
+        url, mark, query = location.partition("?")
+        parts = urlsplit(url)
+        # Credentials before the host would end up in places that show the source.
+        clean = url.isascii() and "@" not in url and "#" not in url and bool(mark) == bool(_QUERY.fullmatch(query))
         if clean and scheme in ("http", "https") and parts.hostname and parts.port != 0:
-            return HttpSource(location, ca_pem, timeout_s, proxy)
+            # refusal: test_artifact_sources.py::test_a_signed_query_goes_over_tls_only
+            if query and scheme == "http" and not is_loopback(parts.hostname):
+                raise ConfigError(ConfigProblem.NEEDS_OTHER_KEY, Ident("artifact.source"))
+            return HttpSource(url, ca_pem, timeout_s, proxy, query)
     except ValueError:  # urllib3's LocationValueError is one
         pass
     raise ConfigError(ConfigProblem.BAD_VALUE, Ident("artifact.source"))

@@ -69,7 +69,7 @@ class Ask:
         timeout_s: seconds from connecting to the last byte, redirects included; None: the client's.
     """
 
-    url: str
+    url: str = field(repr=False)  # its query may be a credential
     method: str = "GET"
     headers: Mapping[str, str] | None = None
     private: Mapping[str, str] | None = field(default=None, repr=False)
