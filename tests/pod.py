@@ -92,10 +92,10 @@ class Pod:
         ]
         config = {
             "ociVersion": "1.0.2",
-            "root": {"path": str(root)},
+            "root": {"path": str(root), "readonly": security.get("readOnlyRootFilesystem", False)},
             "process": {
                 "args": container["command"],
-                "env": ENVIRONMENT,
+                "env": [*ENVIRONMENT, *(f"{item['name']}={item['value']}" for item in container.get("env", ()))],
                 "cwd": "/",
                 "user": {
                     "uid": security.get("runAsUser", 0),

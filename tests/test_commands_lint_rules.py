@@ -143,7 +143,62 @@ MUTATIONS: list[tuple[Any, ...]] = [
     (GPU, f"{RUN}.resources.limits.nvidia~com/pgpu", GONE, "gpu-limit"),
     (GPU, f"{RUN}.resources.limits.nvidia~com/pgpu", "2", "gpu-limit"),
     (GPU, f"{RUN}.volumeMounts[0]", GONE, "kernel-log", f"{RUN}.volumeMounts"),
-    (GPU, f"{POD}.volumes[0].hostPath.path", "/var/log/kmsg", "kernel-log"),
+    (GPU, f"{POD}.volumes[0].hostPath.path", "/dev/log", "kernel-log"),
+    *(
+        (name, f"{POD}.{setting}", True, "shared-namespace")
+        for name in (ENTRYPOINT, LOADER)
+        for setting in ("shareProcessNamespace", "hostPID", "hostIPC", "hostNetwork")
+    ),
+    (ENTRYPOINT, f"{RUN}.securityContext.privileged", True, "privileged"),
+    (LOADER, f"{LOADED}.securityContext.privileged", True, "privileged"),
+    (LOADER, f"{LOAD}.securityContext.privileged", True, "privileged"),
+    *(
+        (name, f"{POD}.volumes[{count}]", {"name": "host", "hostPath": {"path": path}}, "host-path", found)
+        for name, count in ((ENTRYPOINT, 1), (LOADER, 2))
+        for path in ("/opt/models", "/dev")
+        for found in (f"{POD}.volumes[{count}].hostPath.path",)
+    ),
+    (ENTRYPOINT, f"{RUN}.lifecycle", {"preStop": EXEC}, "probe-exec", f"{RUN}.lifecycle.preStop.exec"),
+    (LOADER, f"{LOADED}.lifecycle", {"postStart": EXEC}, "probe-exec", f"{LOADED}.lifecycle.postStart.exec"),
+    (ENTRYPOINT, f"{RUN}.securityContext.runAsUser", 65532, "user"),
+    (ENTRYPOINT, f"{RUN}.securityContext.runAsNonRoot", True, "user"),
+    (LOADER, f"{LOAD}.securityContext.runAsUser", 1000, "user"),
+    (LOADER, f"{POD}.securityContext.runAsNonRoot", True, "user"),
+    *(
+        (name, f"{at}.securityContext.capabilities.{what}", value, "capabilities", f"{at}.securityContext.capabilities.add")
+        for name, at, what, value in (
+            (ENTRYPOINT, RUN, "add", GONE),
+            (ENTRYPOINT, RUN, "add", ["SETUID", "SETGID", "SETPCAP", "CHOWN", "KILL", "IPC_LOCK"]),
+            (ENTRYPOINT, RUN, "add", ["SYS_ADMIN", "SETUID", "SETGID", "SETPCAP", "CHOWN", "KILL"]),
+            (ENTRYPOINT, RUN, "add", ["SYS_ADMIN", "SETGID", "SETPCAP", "CHOWN", "KILL", "IPC_LOCK"]),
+            (LOADER, LOAD, "add", ["IPC_LOCK"]),
+            (LOADER, LOAD, "add", ["CHOWN"]),
+            (LOADER_GPU, LOAD, "add", ["CHOWN", "IPC_LOCK"]),
+        )
+    ),
+    (ENTRYPOINT, f"{RUN}.securityContext.readOnlyRootFilesystem", True, "read-only-root"),
+    (ENTRYPOINT, f"{RUN}.env", [{"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {}}}], "environment"),
+    (ENTRYPOINT, f"{RUN}.envFrom", [{"secretRef": {"name": "x"}}], "environment"),
+    (ENTRYPOINT, f"{RUN}.livenessProbe.httpGet.scheme", "HTTPS", "probe-target"),
+    (ENTRYPOINT, f"{RUN}.readinessProbe.httpGet.host", "127.0.0.1", "probe-target"),
+    (ENTRYPOINT, f"{POD}.volumes[0]", {"name": "initdata", "emptyDir": {}}, "config-mount", f"{POD}.volumes[0].emptyDir"),
+    (ENTRYPOINT, f"{POD}.volumes[0].configMap.items", [{"key": "initdata.toml", "path": "x"}], "config-mount"),
+    (
+        ENTRYPOINT,
+        f"{POD}.volumes[0].configMap.items",
+        [{"key": "x", "path": "initdata.toml"}],
+        "other-document",
+        "data.x",
+    ),
+    (ENTRYPOINT, f"{RUN}.volumeMounts[0].subPath", "other", "other-document", 'data["other/initdata.toml"]'),
+    (ENTRYPOINT, f"{RUN}.command[2]", "--initdata=/etc/keyturn/a/initdata.toml", "other-document", 'data["a/initdata.toml"]'),
+    (LOADER, f"{LOAD}.restartPolicy", "Always", "mode", LOAD),
+    (LOADER, f"{LOAD}.volumeMounts[1].subPath", "a", "memory-volume"),
+    (LOADER, f"{LOADED}.volumeMounts[0].subPath", "model", "memory-volume"),
+    (LOADER, f"{LOADED}.volumeMounts[0].subPathExpr", "$(A)", "memory-volume"),
+    (LOADER, f"{POD}.securityContext", GONE, "fs-group", f"{POD}.securityContext.fsGroup"),
+    (LOADER, f"{LOADED}.securityContext.runAsUser", 0, "root"),
+    (LOADER, f"{LOADED}.securityContext", {}, "root", f"{LOADED}.securityContext.runAsUser"),
     (GPU, f"{POD}.volumes[0]", {"name": "kmsg", "emptyDir": {}}, "kernel-log", f"{POD}.volumes[0].hostPath.path"),
     (
         GPU,
@@ -217,7 +272,7 @@ RECONFIGURED: list[tuple[str, tuple[tuple[str, str], ...], set[tuple[str, str]]]
     }),
     (ENTRYPOINT, (("count = 0", "count = 1"),), {
         (f"{POD}.runtimeClassName", "gpu-class"), (f'{RUN}.resources.limits["nvidia.com/pgpu"]', "gpu-limit"),
-        (f"{RUN}.volumeMounts", "kernel-log"),
+        (f"{RUN}.volumeMounts", "kernel-log"), (f"{RUN}.securityContext.capabilities.add", "capabilities"),
     }),
     (GPU, (("count = 1", "count = 0"),), {(f'{RUN}.resources.limits["nvidia.com/pgpu"]', "gpu-limit")}),
     (LOADER, (('directory = "/run/model"', 'directory = "/run/models"'),), {(f"{LOAD}.command[3]", "out")}),
@@ -333,6 +388,77 @@ def test_a_given_folder_has_half_of_the_guest() -> None:
     assert lint(objects) == set()
     change(objects, f"{LOAD}.resources.limits.memory", "30Gi")
     assert lint(objects) == {(f"{LOADED}.resources.limits.memory", "memory")}
+
+
+def test_capabilities_in_their_other_spellings_and_where_nothing_is_dropped() -> None:
+    objects = load(ENTRYPOINT)
+    at = f"{RUN}.securityContext.capabilities"
+    for value in (
+        {"add": ["ALL"], "drop": ["ALL"]},
+        {"add": ["CAP_SYS_ADMIN", "ipc_lock"]},  # a runtime gives the others
+        {"add": ["SYS_ADMIN", "IPC_LOCK"], "drop": ["NET_RAW"]},
+    ):
+        change(objects, at, value)
+        assert lint(objects) == set()
+    change(objects, at, {"add": ["SYS_ADMIN", "IPC_LOCK"], "drop": ["SETUID"]})
+    assert lint(objects) == {(f"{at}.add", "capabilities")}
+    reconfigure(objects, ('destination = "tmpfs"', 'destination = "memfd"'))
+    change(objects, at, {"add": ["IPC_LOCK"]})
+    assert lint(objects) == set()
+
+
+def test_a_root_for_reading_only_is_enough_where_run_is_another_file_system() -> None:
+    objects = load(ENTRYPOINT)
+    change(objects, f"{RUN}.securityContext.readOnlyRootFilesystem", True)
+    change(objects, f"{RUN}.volumeMounts[1]", {"name": "run", "mountPath": "/run"})
+    assert lint(objects) == set()
+    objects = load(LOADER)
+    change(objects, f"{LOAD}.securityContext.readOnlyRootFilesystem", True)
+    change(objects, f"{LOADED}.securityContext.readOnlyRootFilesystem", True)
+    assert lint(objects) == set()
+
+
+def test_the_user_of_the_pod_stands_in_for_that_of_a_container() -> None:
+    objects = load(LOADER)
+    change(objects, f"{LOADED}.securityContext.runAsUser", GONE)
+    assert lint(objects) == set()  # runAsNonRoot is its own
+    change(objects, f"{LOADED}.securityContext.runAsNonRoot", GONE)
+    assert lint(objects) == {(f"{LOADED}.securityContext.runAsUser", "root")}
+    change(objects, f"{POD}.securityContext.runAsUser", 1000)
+    assert lint(objects) == set()  # and the agent's own is 0
+
+
+def test_words_after_the_dashes_are_the_servers() -> None:
+    objects = load(LOADER)
+    command = objects["Deployment"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    command.append("--dir=/elsewhere")
+    assert lint(objects) == set()
+    command.remove("--initdata=/etc/keyturn/initdata.toml")
+    command.append("--initdata=/etc/keyturn/initdata.toml")
+    assert lint(objects) == {(f"{LOADED}.command", "config-source")}
+
+
+def test_a_runtime_class_or_annotation_that_the_pod_itself_does_not_have_is_none() -> None:
+    objects = load(ENTRYPOINT)
+    deployment = objects["Deployment"]
+    deployment["spec"]["runtimeClassName"] = deployment["spec"]["template"]["spec"].pop("runtimeClassName")
+    assert lint(objects) == {(f"{POD}.runtimeClassName", "runtime-class")}
+    objects = load(ENTRYPOINT)
+    deployment = objects["Deployment"]
+    deployment["metadata"]["annotations"] = deployment["spec"]["template"]["metadata"].pop("annotations")
+    assert lint(objects) == {(ANNOTATED, "initdata")}  # which says whether CoCo is asked at all
+
+
+def test_an_annotation_that_was_wrapped_is_found() -> None:
+    text = annotation_of(load(ENTRYPOINT))
+    assert broken(ENTRYPOINT, text[:76] + "\n" + text[76:])[0].rule is Rule.INITDATA
+
+
+def test_a_document_with_other_line_ends_is_another() -> None:
+    objects = load(ENTRYPOINT)
+    data = objects["ConfigMap"]["data"]
+    data["initdata.toml"] = data["initdata.toml"].replace("\n", "\r\n")
+    assert lint(objects) == {('data["initdata.toml"]', "other-document")}
 
 
 def test_the_classes_of_both_runtimes_are_known() -> None:

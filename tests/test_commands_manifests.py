@@ -122,6 +122,7 @@ def test_options_in_both_spellings() -> None:
     assert given.option("--b") == Setting("y", "command[4]")
     assert given.option("--c") == Setting("", "command[5]")
     assert given.option("--d") is None
+    assert container("command: [keyturn, exec, --, vllm, --a=x]").option("--a") is None
 
 
 def test_the_nearest_mount_counts() -> None:
@@ -133,6 +134,22 @@ def test_the_nearest_mount_counts() -> None:
         None,
         None,
     ]
+
+
+def test_an_init_container_that_goes_on_beside_the_others_is_none() -> None:
+    (pod,) = pods(parse_documents(b"{kind: Pod, spec: {initContainers: [{restartPolicy: Always}, {}], containers: [{}]}}"))
+    assert [each.init for each in pod.containers] == [False, True, False]
+
+
+def test_the_items_of_a_list_stand_for_it() -> None:
+    found = parse_documents(b"kind: List\nitems: [{kind: Pod}, {kind: ConfigMap}]\n---\nkind: Service\n---\nkind: PodList\n")
+    assert [(item.at("kind").text, item.path) for item in found] == [
+        ("Pod", "items[0]"),
+        ("ConfigMap", "items[1]"),
+        ("Service", ""),
+    ]
+    (pod,) = pods(found)
+    assert pod.spec.path == "items[0].spec"
 
 
 @pytest.mark.parametrize(

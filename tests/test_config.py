@@ -336,6 +336,12 @@ def test_where_several_models_are_allowed_one_has_to_be_asked_for() -> None:
     ("asked", "why"),
     [
         *((Selection(uri), Asked.URI) for uri in ("keyturn://c", "keyturn://a/", "KEYTURN://a", "keyturn://", "")),
+        *(
+            (Selection(uri), Asked.URI)
+            for uri in ("keyturn://A", "keyturn://%61", "keyturn://a\n", " keyturn://a", "keyturn://a?")
+        ),
+        *((Selection(uri), Asked.URI) for uri in ("keyturn://a#", "keyturn://./a", "keyturn://\uff41", "keyturn://a\udcff")),
+        (Selection("keyturn://a", "KBS:///models/my-model/1"), Asked.RESOURCE_ID),
         (Selection("keyturn://a", "kbs:///models/b/2"), Asked.RESOURCE_ID),
         (Selection("keyturn://b", "kbs:///models/my-model/1"), Asked.RESOURCE_ID),
         (Selection("keyturn://a", ""), Asked.RESOURCE_ID),
@@ -348,6 +354,11 @@ def test_what_is_asked_for_must_be_an_entry_in_every_word(asked: Selection, why:
         parse(allowing(ENTRY, SECOND).encode()).select(asked)
     assert caught.value.asked is why
     assert caught.value.exit_status == 10
+
+
+def test_a_very_long_word_is_no_entry_either() -> None:
+    with pytest.raises(ConfigNotMeasuredError):
+        parse(allowing(ENTRY).encode()).select(Selection("keyturn://a" * 100_000))
 
 
 def test_where_nothing_is_allowed_nothing_can_be_asked_for() -> None:

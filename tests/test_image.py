@@ -14,7 +14,7 @@ import signal
 import stat
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME
+from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME
 from agent.evidence import Tee
 from agent.guest.memory_info import MACHINE
 from agent.modes import Unheld
@@ -186,12 +186,21 @@ class Site:
         if broker:
             self.world.start_broker()
 
-    def entrypoint(self, *, mounts_model: bool = False, **more: Any) -> Running:
+    def entrypoint(
+        self,
+        *,
+        mounts_model: bool = False,
+        more_mounts: Sequence[Mapping[str, str]] = (),
+        read_only_root: bool = False,
+        **more: Any,
+    ) -> Running:
         """`keyturn run` in the server's image."""
         container = self.pod.container("model-server")
         container["command"] = [re.sub(r"0\.0\.0\.0:8081", f"127.0.0.1:{self.health}", word) for word in container["command"]]
         if mounts_model:
-            container["volumeMounts"] = [*container["volumeMounts"], {"name": "model", "mountPath": "/run/model"}]
+            more_mounts = [*more_mounts, {"name": "model", "mountPath": "/run/model"}]
+        container["volumeMounts"] = [*container["volumeMounts"], *more_mounts]
+        container["securityContext"] = container["securityContext"] | {"readOnlyRootFilesystem": read_only_root}
         return self.pod.start(container, self.server_image, shown=["/usr"], **more)
 
     def load(self, more: Mapping[str, str] = MappingProxyType({})) -> Running:
@@ -201,12 +210,20 @@ class Site:
         container["volumeMounts"] = [*container["volumeMounts"], *mounts]
         return self.pod.start(container, self.image)
 
-    def consumer(self, *command: str, read_only: bool = True, root: bool = False) -> tuple[int, bytes]:
+    def consumer(
+        self,
+        *command: str,
+        read_only: bool = True,
+        root: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> tuple[int, bytes]:
         """Another program than the server, in the server's container of `load`."""
         container = self.pod.container("model-server")
         container["command"] = list(command)
-        (mount,) = container["volumeMounts"]
-        container["volumeMounts"] = [mount | {"readOnly": read_only}]
+        container["env"] = [*container["env"], *({"name": name, "value": value} for name, value in environment.items())]
+        container["volumeMounts"] = [
+            mount | {"readOnly": read_only} if mount["name"] == "model" else mount for mount in container["volumeMounts"]
+        ]
         if root:
             container["securityContext"] = {"runAsUser": 0, "capabilities": {"drop": ["ALL"]}}
         return self.pod.run(container, self.server_image, shown=["/usr"])
@@ -215,9 +232,11 @@ class Site:
         return max((self.world.layout / "blobs" / "sha256").iterdir(), key=lambda path: path.stat().st_size)
 
     def found(self) -> dict[str, bytes]:
-        """What lies in the pod's folder."""
+        """What lies in the pod's folder, without the receipt."""
         return {
-            str(path.relative_to(self.model)): path.read_bytes() for path in sorted(self.model.rglob("*")) if path.is_file()
+            str(path.relative_to(self.model)): path.read_bytes()
+            for path in sorted(self.model.rglob("*"))
+            if path.is_file() and path.name != RECEIPT_NAME
         }
 
 
@@ -285,7 +304,7 @@ def test_the_entrypoint_serves_from_a_mount_of_its_own_and_leaves_nothing(site: 
     outcome = running.stop()
     assert (outcome.status, outcome.names()[-2:]) == (0, ["wiped", "stopped"])
     assert outcome.termination.startswith("keyturn: stopped")
-    assert running.files_left() == ["run/keyturn/status.json"]
+    assert running.files_left() == ["run/keyturn/receipt.cbor", "run/keyturn/status.json"]
     assert it.found() == {}
     assert [step for step, _, _ in it.world.audit()] == ["attest", "release"]
 
@@ -313,7 +332,7 @@ def test_without_the_right_to_mount_the_model_is_a_sealed_memfd_and_scratch_lies
         undo.callback(os.close, folder)
         assert running.stop().status == 0
         assert os.listdir(folder) == []
-    assert running.files_left() == ["run/keyturn/status.json"]
+    assert running.files_left() == ["run/keyturn/receipt.cbor", "run/keyturn/status.json"]
 
 
 @in_containers
@@ -323,6 +342,25 @@ def test_a_mount_of_its_own_without_the_right_to_mount_is_an_error(site: Make) -
     it.prepare()
     outcome = it.entrypoint(without=["SYS_ADMIN"]).wait()
     assert (outcome.status, outcome.failure["class"]) == (20, "DestinationError")
+
+
+@in_containers
+@pytest.mark.parametrize("run", [False, True])
+def test_a_root_for_reading_only_takes_no_mount_of_the_agents_but_another_run_does(
+    site: Make, tmp_path: Path, run: bool
+) -> None:
+    it = site("entrypoint-snp")
+    it.world.artifact["destination"] = "tmpfs"
+    it.prepare()
+    (tmp_path / "run").mkdir()
+    it.pod.volumes["run"] = tmp_path / "run"
+    running = it.entrypoint(read_only_root=True, more_mounts=[{"name": "run", "mountPath": "/run"}] if run else [])
+    if run:
+        running.wait_for("server_ready")
+        assert running.stop().status == 0
+    else:
+        outcome = running.wait()
+        assert (outcome.status, outcome.failure["class"]) == (20, "DestinationError")
 
 
 @in_containers
@@ -401,11 +439,11 @@ def test_the_init_container_leaves_the_model_and_ends(site: Make, tee: Tee) -> N
     assert not Path(f"/proc/{running.pid}").exists()
     assert it.found() == {f"{PUBLISHED_NAME}/model.gguf": it.world.model["model.gguf"]}
     assert not [name for name in outcome.names() if name.startswith("server")]
-    assert sorted(os.listdir(it.model)) == [MARK_NAME, PUBLISHED_NAME]
+    assert sorted(os.listdir(it.model)) == [MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME]
     folder = it.model / PUBLISHED_NAME
     assert (stat.S_IMODE(folder.stat().st_mode) & 0o777, folder.stat().st_gid) == (0o750, FS_GROUP)
     assert stat.S_IMODE((folder / "model.gguf").stat().st_mode) == 0o440
-    assert running.files_left() == ["run/keyturn/status.json"]
+    assert running.files_left() == ["run/keyturn/receipt.cbor", "run/keyturn/status.json"]
 
 
 @in_containers
@@ -489,6 +527,52 @@ def test_gpus_of_an_init_container_attest_through_the_drivers_library(site: Make
     (passed,) = [event for event in outcome.events if event["event"] == "gate_passed"]
     assert (passed["gpus"], passed["preset"]) == (1, True)
     assert it.found() == {f"{PUBLISHED_NAME}/model.gguf": it.world.model["model.gguf"]}
+
+
+# --- the server after the init container ------------------------------------------------------------------------------
+
+# Where the libraries of CUDA lie in images that have it, and whatever else an image may say of interpreters and loaders.
+OF_THE_IMAGE = {
+    "LD_LIBRARY_PATH": "/foreign",
+    "PYTHONPATH": "/foreign",
+    "PYTHONHOME": "/foreign",
+    "LC_ALL": "xx_YY",
+    "A": "b=c",
+}
+
+
+@in_containers
+def test_the_server_behind_exec_has_the_environment_of_its_image(site: Make) -> None:
+    it = site("load-snp")
+    it.loads()
+    it.prepare()
+    assert it.load().wait().status == 0
+    manifest = it.pod.container("model-server")
+    before = manifest["command"][: manifest["command"].index("--") + 1]
+    show = "import json, os; print(json.dumps([dict(os.environ), os.getpid(), os.getuid()]))"
+    status, said = it.consumer(*before, python(), "-S", "-c", show, environment={"LD_LIBRARY_PATH": "/foreign", "A": "b=c"})
+    environment, pid, uid = json.loads(said)
+    assert (status, pid, uid) == (0, 1, FS_GROUP)
+    assert environment.items() >= {"LD_LIBRARY_PATH": "/foreign", "A": "b=c", "HOME": "/tmp"}.items()
+    assert not [name for name in environment if name.startswith(("_PYI", "KEYTURN", "LD_LIBRARY_PATH_"))]
+    env = ["/usr/bin/env", "-0"]  # an interpreter would not start with these
+    status, said = it.consumer(*before, *env, environment=OF_THE_IMAGE)
+    seen = dict(item.split("=", 1) for item in said.decode().split("\0")[:-1])
+    assert (status, {name: seen.get(name) for name in OF_THE_IMAGE}) == (0, OF_THE_IMAGE)
+
+
+@in_containers
+def test_exec_starts_no_server_beside_a_model_that_has_changed(site: Make) -> None:
+    it = site("load-snp")
+    it.loads()
+    it.prepare()
+    command = it.pod.container("model-server")["command"]
+    before = command[: command.index("--") + 1]
+    assert it.consumer(*before, "/usr/bin/env")[0] == 24  # nobody loaded it
+    assert it.load().wait().status == 0
+    assert it.consumer(*before, "/usr/bin/env", read_only=False)[0] == 24
+    (it.model / PUBLISHED_NAME / "more").touch()
+    assert it.consumer(*before, "/usr/bin/env") == (24, b"")
 
 
 # --- what a mode does not hold ----------------------------------------------------------------------------------------

@@ -111,6 +111,41 @@ class Rule(enum.Enum):
         ),
         "see the two modes in deploy/README.md",
     )
+    NAMESPACE = (
+        "shared-namespace",
+        "the containers of the pod see the processes of each other, or more of the machine than their pod",
+        "leave shareProcessNamespace, hostPID, hostIPC and hostNetwork out",
+    )
+    PRIVILEGED = (
+        "privileged",
+        "root without limits in the guest: it reaches the model of every other container there",
+        "leave it out, and add the capabilities that deploy/README.md names",
+    )
+    HOST_PATH = (
+        "host-path",
+        "files of the host come into the guest: it writes in them what it likes, and no evidence covers them",
+        "leave the volume out; of a path below /dev Kata passes the guest's own",
+    )
+    USER = (
+        "user",
+        "the agent has to be root in its container: for the user of the server, for its mounts, for the model's group",
+        "set runAsUser: 0 on this container, and no runAsNonRoot",
+    )
+    CAPABILITIES = (
+        "capabilities",
+        "the agent lacks a capability that it needs here: a boot ends with exit 13, 20 or 30, or pages are not locked",
+        "add the capabilities that the base of this mode in deploy/ has",
+    )
+    READ_ONLY_ROOT = (
+        "read-only-root",
+        "the model is to lie in a tmpfs below /run/keyturn, which the agent cannot make in a root for reading only: exit 20",
+        "set readOnlyRootFilesystem: false, or mount a memory emptyDir at /run",
+    )
+    ENVIRONMENT = (
+        "environment",
+        "`keyturn run` takes no variable of its container, and gives its server none of them",
+        "write them into server.environment of the configuration, which is measured",
+    )
     OUT = (
         "out",
         "the folder of `keyturn load` is not artifact.directory of the configuration",
@@ -124,7 +159,7 @@ class Rule(enum.Enum):
     MEMORY_VOLUME = (
         "memory-volume",
         "the folder of `keyturn load` is no memory emptyDir: plaintext would lie on a disk, and the agent refuses it",
-        "mount emptyDir: {medium: Memory} there",
+        "mount emptyDir: {medium: Memory} there, whole: a subPath of it is a folder of the host",
     )
     NOT_SHARED = (
         "not-shared",
@@ -135,6 +170,16 @@ class Rule(enum.Enum):
         "read-only",
         "a container can write into the folder with the model: in this mode nothing else seals it",
         "set readOnly: true on the mount",
+    )
+    ROOT = (
+        "root",
+        "a root beside the model: modes of files do not keep it from writing, and nothing else does where a mount allows it",
+        "set runAsUser to another than 0, or runAsNonRoot: true",
+    )
+    GROUP = (
+        "fs-group",
+        "nobody but root could read the model: its files are 0440 of the pod's group, and the pod has none",
+        "set securityContext.fsGroup of the pod",
     )
     RECEIPT = (
         "receipt",
@@ -197,8 +242,8 @@ class Rule(enum.Enum):
     )
     PROBE_EXEC = (
         "probe-exec",
-        "Kata's default policy denies exec, so this probe fails always",
-        "ask over HTTP or TCP",
+        "Kata's default policy denies exec, so this fails always",
+        "probe over HTTP or TCP; leave hooks out",
     )
     PROBE_GRPC = (
         "probe-grpc",

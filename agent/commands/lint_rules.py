@@ -27,6 +27,10 @@ GRACE_S = 90
 """Of a pod: 65 s for a report of SEV-SNP that is being made, and then the server stops."""
 DEFAULT_PERIOD_S = 10
 DEFAULT_FAILURES = 3
+_CAPABILITIES = {"run": {"SETUID", "SETGID", "SETPCAP", "CHOWN", "KILL", "IPC_LOCK"}, "load": {"CHOWN", "IPC_LOCK"}}
+"""What each needs; `run` also SYS_ADMIN where the model lies in a tmpfs of its own, and both SYSLOG for the kernel's log."""
+_GIVEN_CAPABILITIES = {"SETUID", "SETGID", "SETPCAP", "CHOWN", "KILL"}
+"""Of these what container runtimes give unless `drop` has ALL."""
 
 _DIGEST = re.compile(r"[^\s@]+@sha256:[0-9a-f]{64}")
 _TEE_CLASS = re.compile(r"kata-qemu-(?:nvidia-gpu-)?(snp|tdx)(-runtime-rs)?")
@@ -155,11 +159,13 @@ def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_byte
     elif cfg is not None and cfg.tee.through_coco and REST_API not in (parameters.text or "").split():
         yield parameters, Rule.REST_API
 
+    yield from _separation(pod)
     agents = [container for container in pod.containers if container.verb in ("run", "load")]
     if not agents:
         yield pod.spec.at("containers"), Rule.NO_KEYTURN
     for agent in agents:
         yield from _source(pod, agent, documents, launch)
+        yield from _rights(pod, agent, cfg)
         if agent.init != (agent.verb == "load"):
             yield agent.setting, Rule.MODE
         elif agent.verb == "run":
@@ -167,6 +173,51 @@ def _guest(pod: Pod, documents: list[Setting], launch: Launch | None, model_byte
         else:
             yield from _load(pod, agent, documents, launch, measured, model_bytes)
     yield from _gpus(pod, agents, cfg)
+
+
+def _separation(pod: Pod) -> Found:
+    """What keeps the containers of a pod apart, and the host's files out of it."""
+    for name in ("shareProcessNamespace", "hostPID", "hostIPC", "hostNetwork"):
+        if pod.spec.at(name).value is True:
+            yield pod.spec.at(name), Rule.NAMESPACE
+    for volume in pod.spec.at("volumes").items():
+        path = volume.at("hostPath", "path")
+        if path.value is not None and not (path.text or "").startswith("/dev/"):
+            yield path, Rule.HOST_PATH
+    for container in pod.containers:
+        privileged = container.setting.at("securityContext", "privileged")
+        if privileged.value is True:
+            yield privileged, Rule.PRIVILEGED
+        for hook in ("postStart", "preStop"):
+            command = container.setting.at("lifecycle", hook, "exec")
+            if command.value is not None:
+                yield command, Rule.PROBE_EXEC
+
+
+def _rights(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None) -> Found:
+    """That the agent is root in its container, and what of root it has."""
+    security = agent.setting.at("securityContext")
+    user, non_root = (_security(pod, agent, name) for name in ("runAsUser", "runAsNonRoot"))
+    if user.value not in (None, 0):
+        yield user, Rule.USER
+    elif non_root.value is True:
+        yield non_root, Rule.USER
+    words = {name: security.at("capabilities", name) for name in ("add", "drop")}
+    added, dropped = ({(item.text or "").upper().removeprefix("CAP_") for item in words[name].items()} for name in words)
+    needed = set(_CAPABILITIES[agent.verb or ""])
+    if cfg is not None:
+        needed |= {"SYS_ADMIN"} if agent.verb == "run" and cfg.artifact.destination == "tmpfs" else set()
+        needed |= {"SYSLOG"} if cfg.gpu.count else set()
+    kept = set() if "ALL" in dropped else _GIVEN_CAPABILITIES - dropped
+    if "ALL" not in added and not needed <= added | kept:
+        yield words["add"], Rule.CAPABILITIES
+
+
+def _security(pod: Pod, container: Container, name: str) -> Setting:
+    """A setting of the container's securityContext, which the pod's stands in for."""
+    own = container.setting.at("securityContext", name)
+    of_pod = pod.spec.at("securityContext", name)
+    return of_pod if own.value is None and of_pod.value is not None else own
 
 
 def _source(pod: Pod, agent: Container, documents: list[Setting], launch: Launch | None) -> Found:
@@ -178,10 +229,20 @@ def _source(pod: Pod, agent: Container, documents: list[Setting], launch: Launch
     if mount is None:
         yield agent.setting.at("volumeMounts"), Rule.SOURCE_MOUNT
         return
-    source = pod.volume(mount).at("configMap", "name")
-    config_map = find(documents, "ConfigMap", source.text)
+    volume = pod.volume(mount)
+    if volume.at("emptyDir").value is not None:
+        yield volume.at("emptyDir"), Rule.SOURCE_MOUNT
+    # The file's name in the volume: below the mount, or where a subPath leads.
+    below = (file.text or "").removeprefix((mount.at("mountPath").text or "").rstrip("/")).strip("/")
+    name = "/".join(part for part in ((mount.at("subPath").text or "").strip("/"), below) if part)
+    items = volume.at("configMap", "items")
+    key = next((item.at("key").text for item in items.items() if item.at("path").text == name), None) if items.items() else name
+    if key is None:
+        yield items, Rule.SOURCE_MOUNT
+        return
+    config_map = find(documents, "ConfigMap", volume.at("configMap", "name").text)
     if config_map is not None and launch is not None:
-        entry = config_map.at("data", (file.text or "").rpartition("/")[2])
+        entry = config_map.at("data", key)
         if (entry.text or "").encode() != launch.document:
             yield entry, Rule.OTHER_DOCUMENT
 
@@ -195,6 +256,13 @@ def _entrypoint(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, m
         if memory.quantity < model_bytes + ((scratch_mib + cfg.artifact.headroom_mib) << 20):
             yield memory, Rule.MEMORY
 
+    read_only = agent.setting.at("securityContext", "readOnlyRootFilesystem")
+    in_tmpfs = cfg is not None and cfg.artifact.destination == "tmpfs"
+    if in_tmpfs and read_only.value is True and agent.mount("/run/keyturn") is None:
+        yield read_only, Rule.READ_ONLY_ROOT
+    for name in ("env", "envFrom"):
+        if agent.setting.at(name).items():
+            yield agent.setting.at(name), Rule.ENVIRONMENT
     health = agent.option("--health")
     address = health_address((health.text if health else "") or "")
     if address is None or _LOOPBACK.match(address[0]):
@@ -213,6 +281,10 @@ def _entrypoint(pod: Pod, agent: Container, cfg: config.MeasuredConfig | None, m
             yield get.at("path"), Rule.PROBE_TARGET
         elif address is not None and number != address[1]:
             yield port, Rule.PROBE_TARGET
+        elif get.at("scheme").value not in (None, "HTTP"):
+            yield get.at("scheme"), Rule.PROBE_TARGET
+        elif get.at("host").value is not None:  # the kubelet would ask itself, or somebody else
+            yield get.at("host"), Rule.PROBE_TARGET
     startup = agent.setting.at("startupProbe")
     if cfg is not None and cfg.server is not None and startup.value is not None:
         period, failures = startup.at("periodSeconds").number, startup.at("failureThreshold").number
@@ -253,9 +325,18 @@ def _load(
     servers = list(_mounting(pod, agent, mount))
     if not servers:
         yield pod.spec.at("containers"), Rule.NOT_SHARED
+    for place in (mount, *(place for _, place in servers)):
+        for name in ("subPath", "subPathExpr"):
+            if place.at(name).value is not None:
+                yield place.at(name), Rule.MEMORY_VOLUME
+    if pod.spec.at("securityContext", "fsGroup").number is None:
+        yield pod.spec.at("securityContext", "fsGroup"), Rule.GROUP
     for server, place in servers:
         if place.at("readOnly").value is not True:
             yield place.at("readOnly"), Rule.READ_ONLY
+        user, non_root = (_security(pod, server, name) for name in ("runAsUser", "runAsNonRoot"))
+        if user.value == 0 or (user.value is None and non_root.value is not True):
+            yield user, Rule.ROOT
         if server.verb == "exec":
             yield from _source(pod, server, documents, launch)
             given = server.option("--dir")

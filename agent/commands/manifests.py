@@ -26,7 +26,9 @@ _UNITS = {"m": Decimal("0.001")} | {
 }
 _TEMPLATES = {
     "Pod": (),
-    **dict.fromkeys(("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "Job"), ("spec", "template")),
+    **dict.fromkeys(
+        ("Deployment", "StatefulSet", "DaemonSet", "ReplicaSet", "ReplicationController", "Job"), ("spec", "template")
+    ),
     "CronJob": ("spec", "jobTemplate", "spec", "template"),
 }
 
@@ -84,7 +86,7 @@ class Container:
 
     Attributes:
         setting: its entry in the pod.
-        init: it runs before the others, to its end.
+        init: it runs before the others, to its end. An init container with restartPolicy Always (a sidecar) does not.
     """
 
     setting: Setting
@@ -104,6 +106,8 @@ class Container:
     def option(self, name: str) -> Setting | None:
         """The value of `--name VALUE` or `--name=VALUE`, at its path; None where it is not given."""
         words = self.arguments
+        texts = [word.text for word in words]
+        words = words[: texts.index("--")] if "--" in texts else words  # after it they are the server's
         for index, word in enumerate(words):
             text = word.text or ""
             if text == name:
@@ -149,7 +153,7 @@ class Pod:
 
 
 def parse_documents(data: bytes) -> list[Setting]:
-    """The documents of a YAML file of at most 1 MiB, empty ones left out.
+    """The documents of a YAML file of at most 1 MiB, empty ones left out; the items of a List stand for it.
 
     Raises:
         MalformedYamlError: not UTF-8 YAML, or more of it than is read.
@@ -167,7 +171,7 @@ def parse_documents(data: bytes) -> list[Setting]:
         RecursionError,
     ) as error:  # ValueError: an integer of thousands of digits
         raise MalformedYamlError(error.line if isinstance(error, MalformedYamlError) else None) from None
-    return [Setting(value) for value in loaded]
+    return [item for value in loaded for item in _items_of_list(Setting(value))]
 
 
 def pods(documents: list[Setting]) -> Iterator[Pod]:
@@ -178,7 +182,8 @@ def pods(documents: list[Setting]) -> Iterator[Pod]:
             continue
         pod = document.at(*_TEMPLATES[kind])
         spec = pod.at("spec")
-        containers = [Container(setting, True) for setting in spec.at("initContainers").items()]
+        first = spec.at("initContainers").items()
+        containers = [Container(setting, setting.at("restartPolicy").value != "Always") for setting in first]
         containers += [Container(setting, False) for setting in spec.at("containers").items()]
         name = document.at("metadata", "name").text or ""
         yield Pod(f"{kind}/{_printable(name)}", pod.at("metadata"), spec, tuple(containers))
@@ -190,6 +195,13 @@ def find(documents: list[Setting], kind: str, name: str | None) -> Setting | Non
         if document.at("kind").text == kind and name is not None and document.at("metadata", "name").text == name:
             return document
     return None
+
+
+def _items_of_list(document: Setting) -> list[Setting]:
+    """As `kubectl get` prints several objects: List, PodList …"""
+    if (document.at("kind").text or "").endswith("List"):
+        return document.at("items").items()
+    return [document]
 
 
 def _check_events(text: str) -> None:
