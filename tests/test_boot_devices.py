@@ -65,14 +65,14 @@ def guest(tmp_path: Path, silicon: Path) -> Iterator[Guest]:
         yield Guest(world, undo.enter_context(fake_configfs(folder, firmware)), folder)
 
 
-def test_a_boot_on_configfs_tsm_asks_for_one_report_of_its_own_and_one_for_the_broker(guest: Guest) -> None:
+def test_a_boot_on_configfs_tsm_asks_for_one_report_of_its_own_one_for_the_broker_and_one_for_the_receipt(guest: Guest) -> None:
     agent = guest.start()
     opened = agent.wait_for("attester_opened")
     assert (opened["tee"], opened["interface"]) == ("snp", "configfs-tsm")
     agent.wait_for("server_ready")
     assert agent.stop().status == 0
     probe = ["mkdir", "provider", "rmdir"]
-    assert guest.fake.calls() == probe + 2 * ONE_REQUEST
+    assert guest.fake.calls() == probe + 3 * ONE_REQUEST
 
 
 def test_sigterm_in_mid_request_ends_the_boot_after_the_request_and_cuts_nothing_short(guest: Guest) -> None:

@@ -167,8 +167,9 @@ def test_the_receipt_lies_beside_the_model_for_everybody_to_read_and_nobody_to_w
 
 def test_without_the_guests_components_the_evidence_is_genuine(tmp_path: Path, silicon: Path, out: Path) -> None:
     """Devices in the init container: what comes with the receipt is all that the server's container has."""
+    own = shutil.copytree(silicon, tmp_path / "silicon")  # a root of it is exchanged below
     with ExitStack() as undo:
-        world = World(tmp_path, silicon, undo)
+        world = World(tmp_path, own, undo)
         loads(world, out)
         world.prepare()
         world.start_broker()

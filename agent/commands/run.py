@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from agent.artifact import ServedModel
 from agent.channel import Channel
 from agent.config_source import FoundConfig, find_in_guest, from_file, from_initdata_file
-from agent.proxy import parse_proxy
+from agent.proxy import Proxy, parse_proxy
 from agent.report import BootReport
 from agent.server.process import fork
 from agent.supervisor import DEFAULT_STATUS_FILE, DEFAULT_TERMINATION_LOG, HostHints, Supervisor
@@ -95,12 +95,19 @@ def add_proxy(parser: argparse.ArgumentParser) -> None:
     """Through what the agent talks."""
     parser.add_argument(
         "--proxy",
-        type=parse_proxy,
+        type=_proxy,
         metavar="http://HOST:PORT",
         help="HTTP proxy (CONNECT) on the way to https servers: broker.url, stores and mirrors; it sees their names and no "
         "content. Connected without it: broker.endpoints (gRPC), plain http, what stays inside the guest. An error where "
         "nothing goes through it. Default: none, whatever the environment says",
     )
+
+
+def _proxy(url: str) -> Proxy:
+    try:
+        return parse_proxy(url)
+    except ValueError:  # argparse would repeat the value, which may have a password
+        raise argparse.ArgumentTypeError("takes http://HOST:PORT") from None
 
 
 def run(args: argparse.Namespace) -> int:
