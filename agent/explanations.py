@@ -1273,8 +1273,8 @@ EXPLANATIONS: dict[type[AgentError], Explanation] = {
                 "container writes into it. A file that a sidecar leaves there is one too many."
             ),
             (
-                "Another guest or folder: the receipt was brought from somewhere else, or the folder is a copy. Delete the pod, "
-                "and find out who could write into its folder, or have another one mounted."
+                "Another guest or folder: the receipt was brought from somewhere else, or the folder is a copy. Delete "
+                "the pod, and find out who could write into its folder, or have another one mounted."
             ),
             (
                 "Evidence that does not cover the receipt, a signature that does not verify: it was changed after the boot, or "
