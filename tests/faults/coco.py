@@ -157,8 +157,10 @@ def nothing_left(world: FaultWorld) -> None:
     """What `keyturn exec` finds where the host has left the init container out."""
     out = world.undo.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
     folder = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    world.undo.callback(os.close, folder)
-    left.read_receipt(folder)
+    try:
+        left.read_receipt(folder)
+    finally:
+        os.close(folder)
 
 
 def credentials_absent(world: FaultWorld, _: Components) -> None:
