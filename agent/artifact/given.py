@@ -11,7 +11,6 @@ it came. Standard library only, because the supervisor imports it.
 
 import errno
 import fcntl
-import hashlib
 import os
 import shutil
 import stat
@@ -83,6 +82,8 @@ def folder_digest(folder: int) -> bytes:
     with open(BOOT_ID, "rb") as file:
         boot_id = file.read(64).strip()
     status = os.fstat(folder)
+    import hashlib  # not for the supervisor, which would hold OpenSSL for nothing: 3 MiB
+
     return hashlib.sha256(boot_id + status.st_dev.to_bytes(8) + status.st_ino.to_bytes(8)).digest()
 
 
