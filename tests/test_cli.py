@@ -57,4 +57,4 @@ def test_the_supervisors_verb_pays_for_no_library() -> None:
     done = subprocess.run([sys.executable, "-I", "-c", program], capture_output=True, text=True, check=True)
     imported, interpreter = set(done.stdout.split()), {"__main__", "_distutils_hack", "sitecustomize"}
     assert imported - set(sys.stdlib_module_names) - interpreter == {"agent"}
-    assert imported & {"asyncio", "ssl", "http", "logging", "tomllib", "email", "multiprocessing"} == set()
+    assert imported & {"asyncio", "ssl", "http", "logging", "tomllib", "email", "multiprocessing", "_hashlib"} == set()
