@@ -26,10 +26,10 @@ Read `boot.py` first: it is the worker's story, and the folders are its steps.
     evidence/        what the guest says of itself: binding, formats, devices, the GPU gate
     verify/          signatures, chains and claims of evidence: the only place
     handshake/       the protocol machine, the token, the gRPC wire
-    artifact/        the sealed model: format, sources, memory, opening, sealing
+    artifact/        the sealed model: format, sources, memory, opening, sealing; encrypted volumes; what `load` left
     server/          the model server: presets, spawn, readiness, restart policy
-    guest/           what we ask of the kernel: mounts, disks, memory, hardening, Landlock, routes, uevents; the guest's
-                     initdata, and the API of its own components where it is a CoCo guest
+    guest/           what we ask of the kernel: mounts, disks, device mapper, memory, hardening, Landlock, routes, uevents;
+                     the guest's initdata, and the API of its own components where it is a CoCo guest
     broker/          the reference key broker, and the relay before a Trustee KBS
     sim/             simulated silicon in the real formats, a test KBS; never in a guest image
     demo/            one boot on simulated silicon with a real model, for people

@@ -4,6 +4,7 @@ The folder is mounted read-only in a mount namespace of the test's, as a pod's s
 """
 
 import dataclasses
+import errno
 import hashlib
 import json
 import os
@@ -23,11 +24,11 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from agent import cose
-from agent.artifact.given import MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME, folder_digest
+from agent.artifact.given import BOOT_ID, MARK_NAME, PUBLISHED_NAME, RECEIPT_NAME, folder_digest
 from agent.closed import Ident
-from agent.commands.exec import NOT_HANDED_ON, check_statement, environment_of_server
+from agent.commands.exec import MAX_ENVIRONMENT_BYTES, NOT_HANDED_ON, check_statement, environment_of_server
 from agent.config import parse as parse_config
-from agent.errors import ReceiptError
+from agent.errors import ReceiptError, ServerStartError
 from agent.evidence import Tee
 from agent.modes import Mode
 from agent.receipt import NotHeld, ReadyState, parse_receipt, sign_receipt
@@ -220,6 +221,19 @@ def test_variables_that_look_into_a_process_are_not_handed_on() -> None:
     assert not set(NOT_HANDED_ON) & made.keys()
 
 
+def test_an_environment_that_is_too_long_is_refused_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    for length, error in ((MAX_ENVIRONMENT_BYTES, None), (MAX_ENVIRONMENT_BYTES + 1, errno.E2BIG)):
+        descriptor = os.memfd_create("environment")
+        os.write(descriptor, b"A=".ljust(length - 1, b"x") + b"\0")
+        monkeypatch.setenv("KEYTURN_GIVEN", str(descriptor))
+        if error is None:
+            assert len(environment_of_server()["A"]) == length - 3
+            continue
+        with pytest.raises(ServerStartError) as caught:
+            environment_of_server()
+        assert caught.value.code == error
+
+
 def test_a_server_that_is_not_there_is_the_developers(snp: Left) -> None:
     said = become(snp, "/no/such/server")
     assert (said.status, said.problem[0]) == (30, "ServerStartError")
@@ -269,11 +283,11 @@ def test_a_copy_of_the_folder_is_refused(left: Left) -> None:
         refused(become(dataclasses.replace(left, out=copy)), "it is of another folder")
 
 
-def test_a_folder_is_known_by_kernel_device_and_inode(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def digest(path: Path) -> bytes:
+def test_a_folder_is_known_by_kernel_device_and_inode(out: Path, tmp_path: Path) -> None:
+    def digest(path: Path, boot_id_file: str = BOOT_ID) -> bytes:
         folder = os.open(path, os.O_RDONLY)
         try:
-            return folder_digest(folder)
+            return folder_digest(folder, boot_id_file)
         finally:
             os.close(folder)
 
@@ -283,9 +297,9 @@ def test_a_folder_is_known_by_kernel_device_and_inode(out: Path, tmp_path: Path,
     assert first == digest(out)
     assert digest(out / "below") != first
     status = out.stat()
-    monkeypatch.setattr("agent.artifact.given.BOOT_ID", tmp_path / "boot_id")
     numbers = status.st_dev.to_bytes(8) + status.st_ino.to_bytes(8)
-    assert digest(out) == hashlib.sha256(b"00000000-0000-4000-8000-000000000000" + numbers).digest() != first
+    other = digest(out, str(tmp_path / "boot_id"))
+    assert other == hashlib.sha256(b"00000000-0000-4000-8000-000000000000" + numbers).digest() != first
 
 
 def forge(left: Left, *, vouched: bool, **changes: Any) -> None:

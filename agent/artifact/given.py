@@ -71,7 +71,7 @@ def release(folder: int, mark: int) -> None:
         os.rmdir(MARK_NAME, dir_fd=folder)
 
 
-def folder_digest(folder: int) -> bytes:
+def folder_digest(folder: int, boot_id_file: str = BOOT_ID) -> bytes:
     """Which folder this is, of which start of which guest: SHA-256 over the kernel's boot id, device and inode, 32 bytes.
 
     The same in every container that has the folder mounted; another one of a copy, and of any folder after a restart.
@@ -79,7 +79,7 @@ def folder_digest(folder: int) -> bytes:
     Raises:
         OSError: the kernel refused.
     """
-    with open(BOOT_ID, "rb") as file:
+    with open(boot_id_file, "rb") as file:
         boot_id = file.read(64).strip()
     status = os.fstat(folder)
     import hashlib  # not for the supervisor, which would hold OpenSSL for nothing: 3 MiB

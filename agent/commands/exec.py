@@ -10,6 +10,7 @@ receipt has to be genuine under the vendors' roots.
 """
 
 import argparse
+import errno
 import json
 import os
 import secrets
@@ -169,7 +170,11 @@ def check_files(receipt: "Receipt", files: "Iterable[LoadedFile]") -> None:
 
 
 def environment_of_server(environ: "Mapping[str, str] | None" = None) -> dict[str, str]:
-    """What the container was given, without what serves to look into a process, and with what keeps servers quiet."""
+    """What the container was given, without what serves to look into a process, and with what keeps servers quiet.
+
+    Raises:
+        ServerStartError: it is longer than what a program can be given.
+    """
     from agent.server.presets import QUIET
 
     given = dict(os.environ if environ is None else environ)
@@ -177,7 +182,11 @@ def environment_of_server(environ: "Mapping[str, str] | None" = None) -> dict[st
     if descriptor is not None and environ is None:
         with open(int(descriptor), "rb") as file:
             file.seek(0)
-            items = file.read(MAX_ENVIRONMENT_BYTES).split(b"\0")[:-1]
+            data = file.read(MAX_ENVIRONMENT_BYTES + 1)
+        # refusal: test_an_environment_that_is_too_long_is_refused_and_not_cut
+        if len(data) > MAX_ENVIRONMENT_BYTES:
+            raise ServerStartError(errno.E2BIG)
+        items = data.split(b"\0")[:-1]
         given = dict(os.fsdecode(item).split("=", 1) for item in items)
     return {**QUIET, **{name: value for name, value in given.items() if name not in NOT_HANDED_ON}}
 
